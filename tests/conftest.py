@@ -1,0 +1,31 @@
+"""Every test: 8 fake CPU devices, no rank promotion, shapes checked, nothing but loopback."""
+
+import os
+import socket
+import tempfile
+
+# Programs compiled by tests, and digests, are kept apart from the user's own; servers that tests start inherit it.
+os.environ.setdefault("NEUROJAX_CACHE_DIR", tempfile.mkdtemp(prefix="neurojax-tests-"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook(["neurojax.model", "neurojax.quant"], "beartype.beartype")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+  connect = socket.socket.connect
+
+  def guarded(self: socket.socket, address: object) -> None:
+    if isinstance(address, tuple) and not str(address[0]).startswith(_LOOPBACK):
+      raise AssertionError(f"a test tried to reach {address[0]}")
+    return connect(self, address)
+
+  monkeypatch.setattr(socket.socket, "connect", guarded)
