@@ -1,0 +1,68 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from neurojax.config import ModelConfig, Span
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.quant.array import Int8Array
+from neurojax.scaling import count
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.toml"))
+
+
+def tree_bytes(model: NeuroLLM) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_count_equals_the_bytes_of_the_real_tree(path: Path, dtype: str):
+  tied = ModelConfig.load(path)
+  for config in (tied, dataclasses.replace(tied, tied_embedding=not tied.tied_embedding)):
+    whole = NeuroLLM.abstract(config, dtype=jnp.dtype(dtype))
+    assert tree_bytes(whole) == count.parameters(config) * count.DTYPE_BYTES[dtype]
+    third = config.num_layers // 3
+    for first, last in ((0, third), (third + 1, 2 * third), (2 * third + 1, config.num_layers - 1)):
+      span = Span(first_layer=first, last_layer=last, num_layers=config.num_layers)
+      part = NeuroLLM.abstract(config, span=span, dtype=jnp.dtype(dtype))
+      assert tree_bytes(part) == count.span_bytes(config, span, dtype=dtype, weights="dense")
+    cache = jax.eval_shape(
+      lambda c=config: NeuroLLM.abstract(c, dtype=dtype).new_cache(batch=1, capacity=256)
+    )
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert cache_bytes == count.cache_bytes(config, config.num_layers, capacity=256, dtype=dtype)
+
+
+# The page's table names parameters; `claim` is what it says, in billions. seed-1024 alone is near it.
+SEED_TABLE = {
+  "seed-1024": (0.294_9, 0.35),
+  "seed-2048": (1.563, 3.5),
+  "seed-3072": (4.533, 9.2),
+  "seed-5120": (18.50, 45.0),
+  "seed-7168": (48.04, 123.0),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_seed_pages_parameter_table(path: Path):
+  """Our count of each row, by hand from the page's own formulas, beside what the page claims."""
+  if path.stem not in SEED_TABLE:
+    pytest.skip("not a row of the page's table")
+  config = ModelConfig.load(path)
+  h, f, n, k = config.model_dim, config.ffn_dim, config.num_heads, config.num_kv_heads
+  by_hand = config.num_layers * (2 * h * h + 2 * h * h * k // n + 3 * h * f + 2 * h) + 50257 * h + h
+  assert count.parameters(config) == by_hand
+  billions, claim = SEED_TABLE[path.stem]
+  assert by_hand / 1e9 == pytest.approx(billions, rel=1e-3)
+  assert claim > 1.15 * by_hand / 1e9, "the page overstates every row"
+
+
+@pytest.mark.parametrize(("contracted", "output"), [(8, 4), (7, 5), (64, 1), (3, 130)])
+def test_int8_bytes_equal_the_real_array(contracted: int, output: int):
+  array = Int8Array.quantize(np.ones((contracted, output), np.float32), contracted_axes=1)
+  assert array.nbytes == count._matrix_bytes(contracted, output, "float32", "int8")
