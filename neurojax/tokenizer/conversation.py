@@ -1,0 +1,48 @@
+"""From messages to the token ids of a prompt."""
+
+from collections.abc import Mapping, Sequence
+
+from neurojax.tokenizer.chat import ChatTemplate
+from neurojax.tokenizer.tokenizer import Tokenizer
+
+
+def encode_chat(
+  tokenizer: Tokenizer,
+  messages: Sequence[Mapping],
+  *,
+  add_generation_prompt: bool = True,
+  **extra: object,
+) -> list[int]:
+  """Render the vocabulary's own chat template and tokenize the result.
+
+  Control tokens are recognised where the template writes them; spelled inside a message they are
+  ordinary text, so that no message can end its turn or begin another's.
+
+  Raises: ValueError: the vocabulary has no template, the template refuses the messages, or they are
+    not messages.
+  """
+  spec = tokenizer.spec
+  if spec.chat_template is None:
+    raise ValueError("the model has no chat template: use `generate` with a plain prompt")
+  template = ChatTemplate(
+    spec.chat_template,
+    bos_token="" if spec.bos_id is None else spec.tokens[spec.bos_id],
+    eos_token="" if spec.eos_id is None else spec.tokens[spec.eos_id],
+  )
+  guarded = [_guarded(tokenizer, message) for message in messages]
+  text = template.render(guarded, add_generation_prompt=add_generation_prompt, **extra)
+  return tokenizer.encode(text, parse_special=True, guarded=True)
+
+
+def _guarded(tokenizer: Tokenizer, value: object) -> object:
+  """The same value with every text in it guarded, roles and keys left alone."""
+  if isinstance(value, str):
+    return tokenizer.guard(value)
+  if isinstance(value, Mapping):
+    return {
+      key: item if key in ("role", "type") else _guarded(tokenizer, item)
+      for key, item in value.items()
+    }
+  if isinstance(value, list | tuple):
+    return [_guarded(tokenizer, item) for item in value]
+  return value

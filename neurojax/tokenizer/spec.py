@@ -1,0 +1,78 @@
+"""What a tokenizer is made of, as a model file states it."""
+
+import dataclasses
+import math
+from typing import Literal
+
+TOKEN_TYPES = ("normal", "unknown", "control", "user", "unused", "byte")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerSpec:
+  """A vocabulary and its rules, free of any file format.
+
+  Attributes:
+    kind: "bpe" is BPE with merges; "spm" is SentencePiece BPE with scores.
+    tokens: The piece of each id, in the spelling of the format (byte-level alphabet for "bpe",
+      U+2581 for a space in "spm"; a vocabulary without any U+2581 may use plain spaces). Byte
+      tokens are spelled `<0xNN>`. Pieces are unique, but for empty ones, which no text produces.
+    types: One per id: "normal", "unknown", "control", "user", "unused" or "byte".
+    merges: Pairs "left right", best first ("bpe" only).
+    scores: One per id, higher merges first ("spm" only).
+    pre: The name of the pre-tokenizer (GGUF's `tokenizer.ggml.pre`), "bpe" only.
+    bos_id, eos_id, unknown_id: Ids, or None where the vocabulary has none.
+    stop_ids: Every id that ends a generation (eos, end of turn, ...).
+    add_bos, add_eos: What `encode(..., add_special=True)` adds by itself.
+    add_space_prefix: Whether text gets a space in front at the start and after a special token
+      ("spm" only); decoding takes the first one away again.
+    strip_after_ids: Special tokens that swallow the white space after them in parsed text.
+    chat_template: Jinja source, or None.
+
+  Raises: ValueError: lengths differ, an id is out of range, or a value is not one of the above.
+  """
+
+  kind: Literal["bpe", "spm"]
+  tokens: tuple[str, ...]
+  types: tuple[str, ...]
+  merges: tuple[str, ...] = ()
+  scores: tuple[float, ...] = ()
+  pre: str | None = None
+  bos_id: int | None = None
+  eos_id: int | None = None
+  unknown_id: int | None = None
+  stop_ids: frozenset[int] = frozenset()
+  add_bos: bool = False
+  add_eos: bool = False
+  add_space_prefix: bool = False
+  strip_after_ids: frozenset[int] = frozenset()
+  chat_template: str | None = None
+
+  def __post_init__(self):
+    size = len(self.tokens)
+    if self.kind not in ("bpe", "spm"):
+      raise ValueError(f"kind is {self.kind!r}; it must be 'bpe' or 'spm'")
+    if not size:
+      raise ValueError("tokens is empty; a vocabulary needs at least one token")
+    if len(self.types) != size:
+      raise ValueError(f"types has {len(self.types)} entries for {size} tokens; give one for each")
+    if unknown := set(self.types) - set(TOKEN_TYPES):
+      raise ValueError(f"types holds {sorted(map(str, unknown))}; use only {TOKEN_TYPES}")
+    if self.kind == "spm":
+      if len(self.scores) != size:
+        raise ValueError(
+          f"scores has {len(self.scores)} entries for {size} tokens; 'spm' needs one for each"
+        )
+      if any(math.isnan(score) for score in self.scores):
+        raise ValueError("scores holds NaN, which has no order; the file is damaged")
+    elif self.pre is None:
+      raise ValueError("pre is None; 'bpe' needs the name of its pre-tokenizer")
+    ids = [("bos_id", self.bos_id), ("eos_id", self.eos_id), ("unknown_id", self.unknown_id)]
+    ids += [("stop_ids", i) for i in self.stop_ids]
+    ids += [("strip_after_ids", i) for i in self.strip_after_ids]
+    for name, value in ids:
+      if value is not None and not 0 <= value < size:
+        raise ValueError(f"{name} is {value}, outside the vocabulary of {size}; correct or omit it")
+    if self.add_bos and self.bos_id is None:
+      raise ValueError("add_bos is set but bos_id is None; name the token or clear add_bos")
+    if self.add_eos and self.eos_id is None:
+      raise ValueError("add_eos is set but eos_id is None; name the token or clear add_eos")

@@ -1,0 +1,350 @@
+"""Text to token ids and back."""
+
+import codecs
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterable
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from neurojax.tokenizer.merge import Merger
+from neurojax.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
+from neurojax.tokenizer.spec import TokenizerSpec
+
+_SPACE = "\u2581"
+# A noncharacter, which no text carries: it keeps apart what must not become a special token.
+_GUARD = "\ufdd0"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ASCII_SPACE = " \t\n\v\f\r"
+# Types whose spelling in a text never becomes the token by merging.
+_UNSPELLED = frozenset({"control", "unknown", "byte"})
+
+
+class Tokenizer:
+  """Encodes and decodes as llama.cpp does for the same vocabulary; safe to share among threads.
+
+  Where it differs on purpose: no merge ever spells a control, unknown or byte token, so that plain
+  text never injects one; unused tokens are rendered as their text; decoding keeps every space of
+  "bpe" text.
+
+  Raises: ValueError: the spec contradicts itself. NotImplementedError: unknown pre-tokenizer.
+  """
+
+  def __init__(self, spec: TokenizerSpec):
+    self.spec = spec
+    if spec.kind == "spm":
+      self._encode_text = _scored(spec)
+    else:
+      rules = pre_tokenizer(spec.pre)
+      self._encode_text = _byte_level(spec, rules) if rules.byte_level else _raw_text(spec, rules)
+    self._pieces = tuple(_pieces(spec))
+    self._hidden = tuple(kind in ("control", "unknown") for kind in spec.types)
+    specials = [
+      (len(token.encode("utf-8", "surrogatepass")), token, i, spec.types[i] == "user")
+      for i, token in enumerate(spec.tokens)
+      if token and spec.types[i] in ("control", "unknown", "user")
+    ]
+    specials.sort(key=lambda special: (-special[0], special[2]))
+    self._specials = [(token, i, user) for _, token, i, user in specials]
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.spec.tokens)
+
+  @property
+  def bos_id(self) -> int | None:
+    return self.spec.bos_id
+
+  @property
+  def eos_id(self) -> int | None:
+    return self.spec.eos_id
+
+  @property
+  def stop_ids(self) -> frozenset[int]:
+    return self.spec.stop_ids
+
+  def encode(
+    self,
+    text: str,
+    *,
+    parse_special: bool = False,
+    add_special: bool = False,
+    guarded: bool = False,
+  ) -> list[int]:
+    """The ids of a text.
+
+    Args:
+      parse_special: Whether control tokens spelled in the text are recognised; leave it off for
+        text that a user wrote. User-defined tokens are always recognised.
+      add_special: Whether BOS and EOS are added where the vocabulary says so, even if the text
+        already spells them.
+      guarded: Whether parts of the text went through `guard`, whose marks are then removed.
+    Raises: ValueError: text is not a string, holds a lone surrogate, or has a character that the
+      vocabulary cannot spell.
+    """
+    _check_text(text)
+    ids: list[int] = []
+    if add_special and self.spec.add_bos:
+      ids.append(self.spec.bos_id)
+    prefix = self.spec.kind == "spm" and self.spec.add_space_prefix
+    after_special = True
+    for part in self._partition(text, parse_special):
+      if isinstance(part, int):
+        ids.append(part)
+        after_special = True
+        continue
+      if guarded:
+        part = part.replace(_GUARD, "")
+      if part:
+        ids.extend(self._encode_text(" " + part if prefix and after_special else part))
+        after_special = False
+    if add_special and self.spec.add_eos:
+      ids.append(self.spec.eos_id)
+    return ids
+
+  def guard(self, text: str) -> str:
+    """Marks text from a user that goes into a chat template, so that its spelling stays text.
+
+    `encode(rendered, parse_special=True, guarded=True)` then recognises the template's control
+    tokens only. The marks sit inside the spelled tokens; other text comes back as it was.
+    """
+    _check_text(text)
+    text = text.replace(_GUARD, "")
+    for token, _, user in self._specials:
+      if not user and len(token) > 1 and token in text:
+        text = text.replace(token, token[0] + _GUARD + token[1:])
+    return text
+
+  def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str:
+    """The text of ids; bytes that are not UTF-8 become U+FFFD.
+
+    Args:
+      special: Whether control and unknown tokens are rendered as their text, or left out.
+      continues: Whether other text comes before these ids. If not, the space that encoding puts in
+        front of the first text token is taken away ("spm" with `add_space_prefix`).
+    Raises: ValueError: an id is outside the vocabulary.
+    """
+    stream = self.stream(special=special, continues=continues)
+    parts = [stream.push(token_id) for token_id in ids]
+    parts.append(stream.finish())
+    return "".join(parts)
+
+  def piece(self, token_id: int) -> bytes:
+    """The bytes of one token: possibly part of a character; control tokens as their text.
+
+    Raises: ValueError: the id is outside the vocabulary.
+    """
+    return self._pieces[self._checked(token_id)]
+
+  def stream(self, *, special: bool = False, continues: bool = False) -> "Detokenizer":
+    """A decoder that takes one id at a time; arguments as in `decode`."""
+    return Detokenizer(self, special=special, continues=continues)
+
+  def _checked(self, token_id: int) -> int:
+    try:
+      index = operator.index(token_id)
+    except TypeError:
+      raise ValueError(f"token id {token_id!r} is not an integer") from None
+    if not 0 <= index < len(self._pieces):
+      raise ValueError(f"token id {index} is outside the vocabulary of {len(self._pieces)}")
+    return index
+
+  def _partition(self, text: str, parse_special: bool) -> list[str | int]:
+    """Cuts out the special tokens, the longest first wherever it occurs."""
+    parts: list[str | int] = [text]
+    pairs = set(map(operator.add, text, text[1:])) | set(text)
+    for token, token_id, user in self._specials:
+      # Asking for the first two characters first keeps thousands of tokens cheap.
+      if (not user and not parse_special) or token[:2] not in pairs or token not in text:
+        continue
+      strips = token_id in self.spec.strip_after_ids
+      cut: list[str | int] = []
+      for part in parts:
+        if isinstance(part, int):
+          cut.append(part)
+          continue
+        for i, rest in enumerate(part.split(token)):
+          if i:
+            cut.append(token_id)
+            rest = rest.lstrip(_ASCII_SPACE) if strips else rest
+          if rest:
+            cut.append(rest)
+      parts = cut
+    return [part for part in parts if part != ""]
+
+
+class Detokenizer:
+  """Ids to text as they come: the strings returned, in order, are what `Tokenizer.decode` gives.
+
+  A character is returned whole, once its last byte is known.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, *, special: bool = False, continues: bool = False):
+    self._tokenizer = tokenizer
+    self._special = special
+    spec = tokenizer.spec
+    self._strip = spec.kind == "spm" and spec.add_space_prefix and not continues
+    self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+  def push(self, token_id: int) -> str:
+    """The text that this id completes, often "". Raises ValueError: id outside the vocabulary."""
+    token_id = self._tokenizer._checked(token_id)
+    piece = self._tokenizer._pieces[token_id]
+    if self._tokenizer._hidden[token_id]:
+      return self._utf8.decode(piece) if self._special else ""
+    if self._strip:
+      self._strip = False
+      if self._tokenizer.spec.types[token_id] != "user":
+        piece = piece.removeprefix(b" ")
+    return self._utf8.decode(piece)
+
+  def finish(self) -> str:
+    """What is left: U+FFFD for a character that was never completed, or ""."""
+    return self._utf8.decode(b"", final=True)
+
+
+def _check_text(text: str):
+  if not isinstance(text, str):
+    raise ValueError(f"text is {type(text).__name__}; decode it to str first")
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"text holds a lone surrogate {text[error.start]!r} at {error.start}; it is not Unicode text"
+    ) from None
+
+
+def _byte_alphabet() -> dict[str, int]:
+  """GPT-2's printable character for each byte: itself where it shows, else from U+0100 on."""
+  shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  hidden = [byte for byte in range(256) if byte not in shown]
+  return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _pieces(spec: TokenizerSpec) -> Iterable[bytes]:
+  byte_level = spec.kind == "bpe" and pre_tokenizer(spec.pre).byte_level
+  alphabet = _byte_alphabet()
+  for token, kind in zip(spec.tokens, spec.types, strict=True):
+    if kind == "byte" and (match := _BYTE_TOKEN.fullmatch(token)):
+      yield bytes([int(match[1], 16)])
+    elif kind in ("normal", "unused", "byte"):
+      if not byte_level:
+        yield token.replace(_SPACE, " ").encode("utf-8", "replace")
+      elif all(char in alphabet for char in token):
+        yield bytes(map(alphabet.__getitem__, token))
+      else:
+        yield token.encode("utf-8", "replace")
+    else:
+      yield token.encode("utf-8", "replace")
+
+
+def _spelled(spec: TokenizerSpec) -> dict[str, int]:
+  """The id of each piece that text may become."""
+  ids: dict[str, int] = {}
+  for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True)):
+    if not token or kind in _UNSPELLED:
+      continue
+    if token in ids:
+      raise ValueError(f"tokens {ids[token]} and {i} are both {token!r}; pieces must be unique")
+    ids[token] = i
+  return ids
+
+
+def _merges(spec: TokenizerSpec, ids: dict[str, int]) -> dict[tuple[str, str], int]:
+  """The rank of each merge, without those that would spell a control, unknown or byte token."""
+  known = set(spec.tokens)
+  ranks: dict[tuple[str, str], int] = {}
+  for rank, line in enumerate(spec.merges):
+    # A piece may itself begin with a space.
+    cut = line.find(" ", 1)
+    left, right = line[:cut], line[cut + 1 :]
+    if cut < 0 or not right:
+      raise ValueError(f"merge {rank} is {line!r}; it must be two pieces with a space between")
+    for piece in (left, right, left + right):
+      if piece not in known:
+        raise ValueError(f"merge {rank} is {line!r}, but {piece!r} is not in the vocabulary")
+    if left in ids and right in ids and left + right in ids:
+      ranks.setdefault((left, right), rank)
+  return ranks
+
+
+def _byte_level(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[int]]:
+  ids = _spelled(spec)
+  model = models.BPE(vocab=ids, merges=list(_merges(spec, ids)), ignore_merges=rules.whole_words)
+  fast = tokenizers.Tokenizer(model)
+  fast.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      *(pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in rules.patterns),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  return lambda text: fast.encode(text, add_special_tokens=False).ids
+
+
+def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], list[int]]:
+  """Pieces to ids, with a piece that has none spelled byte by byte."""
+  byte_ids = {
+    int(match[1], 16): i
+    for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True))
+    if kind == "byte" and (match := _BYTE_TOKEN.fullmatch(token))
+  }
+
+  def missing(piece: str) -> list[int]:
+    found = [byte_ids.get(byte) for byte in piece.encode("utf-8")]
+    if None not in found:
+      return found
+    if spec.unknown_id is None:
+      raise ValueError(
+        f"the vocabulary cannot spell {piece!r}: it has neither byte tokens for it nor an unknown"
+        " token; leave the character out"
+      )
+    return [spec.unknown_id]
+
+  def spell(pieces: list[str]) -> list[int]:
+    out: list[int] = []
+    for piece in pieces:
+      token_id = ids.get(piece)
+      if token_id is None:
+        out.extend(missing(piece))
+      else:
+        out.append(token_id)
+    return out
+
+  return spell
+
+
+def _raw_text(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[int]]:
+  """BPE on text itself (Gemma 4): merges by rank, and runs of newlines taken whole."""
+  ids = _spelled(spec)
+  ranks = _merges(spec, ids)
+  merger = Merger(lambda a, b: ranks.get((a, b)), {a[-1] + b[0] for a, b in ranks})
+  spell = _speller(spec, ids)
+  if rules.patterns != (r"[^\n]+|[\n]+",) or rules.whole_words:
+    raise NotImplementedError(f"pre-tokenizer {spec.pre!r} has no implementation on raw text")
+  lines = re.compile(rules.patterns[0])
+
+  def encode(text: str) -> list[int]:
+    out: list[int] = []
+    for line in lines.findall(text.replace(" ", _SPACE)):
+      out.extend(spell([line] if line[0] == "\n" and line in ids else merger.pieces(line)))
+    return out
+
+  return encode
+
+
+def _scored(spec: TokenizerSpec) -> Callable[[str], list[int]]:
+  """SentencePiece BPE: any two neighbours whose text is a piece join, best score first.
+
+  Source: Kudo and Richardson, arXiv:1808.06226; llama.cpp orders equal scores from the left.
+  """
+  ids = _spelled(spec)
+  if not any(_SPACE in token for token in ids):
+    # llama2.c spells its pieces with plain spaces.
+    ids = {token.replace(" ", _SPACE): i for token, i in ids.items()}
+  rank = {token: -spec.scores[i] for token, i in ids.items()}
+  joints = {a + b for token in ids for a, b in itertools.pairwise(token)}
+  merger = Merger(lambda a, b: rank.get(a + b), joints)
+  spell = _speller(spec, ids)
+  return lambda text: spell(merger.pieces(text.replace(" ", _SPACE)))
