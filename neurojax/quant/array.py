@@ -1,0 +1,261 @@
+"""A weight as int8 codes and float32 channel scales, which XLA:CPU multiplies at memory speed."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Float32, Int
+
+# Weight rows and activation rows that one loop multiplies: 4 * 4 sums fit the vector registers.
+_LANES = 4
+_ROWS = 4
+# Weight rows that a float32 dot takes at once.
+_BLOCK_ROWS = 4096
+# From 17 rows on, a float32 dot on dequantised weights is the faster one: see bench.py.
+MAX_INTEGER_ROWS = 16
+_CODE_MAX = 127
+# Below 2**23, where float32 still rounds to the nearest integer.
+_LEVELS_MAX = 2.0**22
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Array:
+  """A weight matrix: int8, symmetric, one scale per output channel. A pytree of three arrays.
+
+  The weight has K contracted elements (its leading axes; for a tied head its trailing ones) and
+  N output channels (the other axes). Channel n is stored as row `n % R` of lane `n // R`, with
+  `R = ceil(N / 4)`; channels from N on are zeros.
+
+  Further leading axes on every array (layers) are allowed: `jax.tree.map` with `jnp.stack` adds
+  one, `lax.scan` or an index takes it off. Only then can `contract` and `take` be called.
+
+  Attributes:
+    codes: int8 [..., 4, R, K], in [-127, 127].
+    scales: float32 [..., 4, R], the channel's absmax / 127.
+    levels: float32 [...], the largest integer that an activation may become, so that no
+      channel's sum of products leaves int32.
+    weight_shape: the weight's own shape, without further leading axes.
+    contracted_axes: c > 0 when the first c axes are contracted, c < 0 when the last -c are.
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  codes: Any
+  scales: Any
+  levels: Any
+  weight_shape: tuple[int, ...] = field(metadata={"static": True})
+  contracted_axes: int = field(metadata={"static": True})
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "weight_shape", tuple(self.weight_shape))
+
+  @classmethod
+  def quantize(cls, w: Float32[np.ndarray | Array, "..."], contracted_axes: int) -> "Int8Array":
+    """Round a weight to int8, on the host.
+
+    Absmax rounding, as LLM.int8() does per channel (arXiv:2208.07339, section 2.1):
+    `scale = absmax / 127`, so an element is off by at most `scale / 2`.
+
+    Args:
+      w: float32, finite, of the weight's own shape.
+      contracted_axes: c > 0: `contract` sums over the first c axes, c < 0: over the last -c.
+    Raises: ValueError: no axis would be contracted or none would stay, or w is not finite.
+    """
+    w = np.asarray(w)
+    if not 0 < abs(contracted_axes) < w.ndim:
+      raise ValueError(
+        f"contracted_axes={contracted_axes} of shape {w.shape}: at least one axis"
+        " must be contracted and at least one must stay"
+      )
+    if contracted_axes > 0:
+      w_NxK = w.reshape(math.prod(w.shape[:contracted_axes]), -1).T
+    else:
+      w_NxK = w.reshape(math.prod(w.shape[:contracted_axes]), -1)
+    n, k = w_NxK.shape
+    absmax_N = np.maximum(w_NxK.max(1), -w_NxK.min(1))
+    if not np.isfinite(absmax_N).all():
+      raise ValueError(f"weight of shape {w.shape} has an element that is not finite")
+    inverse_N = np.divide(_CODE_MAX, absmax_N, out=np.zeros_like(absmax_N), where=absmax_N > 0)
+    # An absmax below 2**-121 or so has no finite float32 inverse: such a channel is zero.
+    inverse_N = np.where(np.isfinite(inverse_N), inverse_N, np.float32(0))
+    r = -(-n // _LANES)
+    codes = np.zeros((_LANES * r, k), np.int8)
+    codes[:n] = np.rint(w_NxK * inverse_N[:, None])
+    scales = np.zeros(_LANES * r, np.float32)
+    scales[:n] = np.where(inverse_N > 0, absmax_N / np.float32(_CODE_MAX), 0)
+    largest_sum = max(1, int(np.abs(codes).sum(1, dtype=np.int64).max()))
+    # The margin of 2**-16 covers the float32 rounding of x * levels / absmax.
+    levels = math.floor(min(_LEVELS_MAX, 2.0**31 * (1 - 2.0**-16) / largest_sum - 1))
+    if levels < 1:
+      raise ValueError(
+        f"{k} contracted elements: their int8 products cannot be summed in int32;"
+        " cut the weight along its contracted axes"
+      )
+    return cls(
+      codes=jnp.asarray(codes.reshape(_LANES, r, k)),
+      scales=jnp.asarray(scales.reshape(_LANES, r)),
+      levels=jnp.float32(levels),
+      weight_shape=w.shape,
+      contracted_axes=contracted_axes,
+    )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The weight's shape behind the further leading axes, if there are any."""
+    return (*self.codes.shape[:-3], *self.weight_shape)
+
+  @property
+  def nbytes(self) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.codes, self.scales, self.levels))
+
+  @property
+  def _kept_shape(self) -> tuple[int, ...]:
+    c = self.contracted_axes
+    return self.weight_shape[c:] if c > 0 else self.weight_shape[:c]
+
+  @property
+  def _contracted_shape(self) -> tuple[int, ...]:
+    c = self.contracted_axes
+    return self.weight_shape[:c] if c > 0 else self.weight_shape[c:]
+
+  def dequantize(self) -> Float32[Array, "..."]:
+    """The weight that `contract` multiplies by, float32 of `shape`."""
+    lead, k = self.codes.shape[:-3], self.codes.shape[-1]
+    n = math.prod(self._kept_shape)
+    w_NxK = (self.codes.astype(jnp.float32) * self.scales[..., None]).reshape(*lead, -1, k)
+    w_NxK = w_NxK[..., :n, :]
+    return (w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)).reshape(self.shape)
+
+  def contract(self, spec: str, x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum(spec, x, self.dequantize())` for a spec whose weight has no batch axis.
+
+    Up to MAX_INTEGER_ROWS rows (products of x's batch axes), each row of x is rounded to
+    integers in [-levels, levels] by its own absmax, and products are summed exactly in int32: a
+    row's result does not depend on how many other rows there are or what they hold. The error
+    is at most `absmax(x) / levels / 2 * sum_k |w|`, and some float32 roundings. More rows are
+    multiplied in float32 by the dequantised weight.
+
+    A row that holds a NaN or an infinity becomes NaN in the integer path.
+
+    Args:
+      spec: like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing axes are
+        contracted. x's last axes are the contracted ones, in the weight's order.
+      x: float32 or bfloat16.
+    Returns: x's dtype, computed in float32.
+    Raises: ValueError: the spec is of another form, or does not fit the shapes.
+    """
+    batch = self._batch_shape(spec, x.shape)
+    k = self.codes.shape[-1]
+    n = math.prod(self._kept_shape)
+    x_TxK = jnp.asarray(x, jnp.float32).reshape(-1, k)
+    y_TxN = (_integer if x_TxK.shape[0] <= MAX_INTEGER_ROWS else _dequantised)(self, x_TxK)
+    return y_TxN[:, :n].reshape(*batch, *self._kept_shape).astype(x.dtype)
+
+  def take(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
+    """Rows of the dequantised weight: the embedding of each id, out-of-range ids clamped.
+
+    Raises: ValueError: the weight is not `[V, D]` with the trailing axis contracted.
+    """
+    self._check_single()
+    if self.contracted_axes != -1 or len(self.weight_shape) != 2:
+      raise ValueError(
+        f"take needs a weight [V, D] with contracted_axes=-1, not one of shape"
+        f" {self.weight_shape} with contracted_axes={self.contracted_axes}"
+      )
+    vocab, k = self.weight_shape
+    ids = jnp.clip(ids, 0, vocab - 1)
+    codes = self.codes.reshape(-1, k)[ids].astype(jnp.float32)
+    return codes * self.scales.reshape(-1)[ids][..., None]
+
+  def _check_single(self) -> None:
+    if self.codes.ndim != 3:
+      raise ValueError(
+        f"{self.shape} has {self.codes.ndim - 3} axes in front of the weight's"
+        f" {self.weight_shape}: index them or scan over them first"
+      )
+
+  def _batch_shape(self, spec: str, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+    self._check_single()
+    operands, arrow, out = spec.replace(" ", "").partition("->")
+    left, comma, right = operands.partition(",")
+    c = self.contracted_axes
+    contracted, kept = (right[:c], right[c:]) if c > 0 else (right[c:], right[:c])
+    batch = left.removesuffix(contracted)
+    letters = batch + contracted + kept
+    if not (
+      arrow
+      and comma
+      and letters.isalpha()
+      and len(set(letters)) == len(letters)
+      and len(right) == len(self.weight_shape)
+      and left == batch + contracted
+      and out == batch + kept
+    ):
+      where = f"first {c}" if c > 0 else f"last {-c}"
+      raise ValueError(
+        f"spec {spec!r} does not fit a weight of shape {self.weight_shape} with its"
+        f" {where} axes contracted: write 'BTD,DF->BTF', batch letters, then the"
+        " contracted ones in x; batch letters, then the other ones in the result"
+      )
+    if len(x_shape) != len(left) or x_shape[len(batch) :] != self._contracted_shape:
+      raise ValueError(
+        f"spec {spec!r}: x has shape {x_shape}, the weight contracts {self._contracted_shape}"
+      )
+    return x_shape[: len(batch)]
+
+
+def _integer(w: Int8Array, x_TxK: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+  absmax_Tx1 = jnp.max(jnp.abs(x_TxK), axis=1, keepdims=True)
+  levels_Tx1 = jnp.broadcast_to(w.levels, absmax_Tx1.shape)
+  # Divided before the broadcast: XLA would do so for some T only, and round otherwise.
+  steps_Tx1 = absmax_Tx1 * jnp.broadcast_to(1 / w.levels, absmax_Tx1.shape)
+  # A conditional is the one barrier that XLA:CPU keeps: without it the rounding is fused into
+  # the product and repeated for every weight row. NaN != 0, so NaN is not taken for zeros.
+  q_TxK = lax.cond(
+    jnp.any(absmax_Tx1 != 0),
+    lambda x, absmax, levels: jnp.round(x * jnp.where(absmax == 0, 0.0, levels / absmax)).astype(
+      jnp.int32
+    ),
+    lambda x, absmax, levels: jnp.zeros(x.shape, jnp.int32),
+    x_TxK,
+    absmax_Tx1,
+    levels_Tx1,
+  )
+  codes_LxRxK = [w.codes[lane].astype(jnp.int32) for lane in range(_LANES)]
+  sums = []
+  for start in range(0, q_TxK.shape[0], _ROWS):
+    rows = range(start, min(start + _ROWS, q_TxK.shape[0]))
+    # A reduction of several operands is the form that XLA:CPU neither cuts into windows of 32
+    # (which writes every product to memory) nor hands to a library: LLVM vectorises it whole.
+    sums += _sum_minor([codes * q_TxK[row][None, :] for row in rows for codes in codes_LxRxK])
+  y_TxN = jnp.concatenate(sums).reshape(q_TxK.shape[0], -1).astype(jnp.float32)
+  return y_TxN * (steps_Tx1 * w.scales.reshape(1, -1))
+
+
+def _sum_minor(products: list[Array]) -> list[Array]:
+  zeros = (jnp.int32(0),) * len(products)
+
+  def add(a, b):
+    return tuple(u + v for u, v in zip(a, b, strict=True))
+
+  return list(lax.reduce(tuple(products), zeros, add, (1,)))
+
+
+def _dequantised(w: Int8Array, x_TxK: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+  # A block at a time: a whole float32 table would leave the caches and come back.
+  _, r, k = w.codes.shape
+  blocks = _LANES
+  while _LANES * r // blocks > _BLOCK_ROWS and _LANES * r % (2 * blocks) == 0:
+    blocks *= 2
+
+  def product(block: tuple[Array, Array]) -> Array:
+    codes_RxK, scales_R = block
+    w_RxK = codes_RxK.astype(jnp.float32) * scales_R[:, None]
+    return lax.dot_general(x_TxK, w_RxK, (((1,), (1,)), ((), ())))
+
+  y_BxTxR = lax.map(product, (w.codes.reshape(blocks, -1, k), w.scales.reshape(blocks, -1)))
+  return jnp.swapaxes(y_BxTxR, 0, 1).reshape(x_TxK.shape[0], -1)
