@@ -1,0 +1,80 @@
+"""Grouped-query attention (arXiv:2305.13245), over a whole sequence or over the cache."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from neurojax.model.cache import KVCache
+from neurojax.scaling.count import KEY_BLOCK
+
+_MASKED = -1e30
+"""Below any score, yet finite: a row of masked keys gives no NaN."""
+
+
+def attend(
+  q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+  """Causal attention within one sequence: query t sees keys 0..t. Differentiable.
+
+  Softmax in float32. Query head n uses key-value head n // G.
+  """
+  num_kv_heads = k_BTKH.shape[2]
+  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads)
+  score_BKGTS = _dot("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH)
+  position_T = jnp.arange(q_BTNH.shape[1])
+  causal_TS = position_T[:, None] >= position_T[None, :]
+  score_BKGTS = jnp.where(causal_TS[None, None, None], score_BKGTS, _MASKED)
+  weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BTKH.dtype)
+  out_BTKGH = _dot("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BTKH)
+  return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def attend_cache(
+  q_BTNH: Float[Array, "B T N H"], cache: KVCache, layer: Int[Array, ""], start_B: Int[Array, "B"]
+) -> Float[Array, "B T N H"]:
+  """Attention of T new queries over the cache: query t of row b sees keys 0..start_B[b]+t.
+
+  Keys are visited in blocks with a running maximum and sum, so that work and memory follow the
+  positions in use, not the capacity of the cache.
+  Source: online softmax, arXiv:1805.02867; blocks as in arXiv:2205.14135.
+  """
+  batch, length, num_heads, head_dim = q_BTNH.shape
+  num_kv_heads = cache.k_LBKSH.shape[2]
+  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads)
+  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+  last_BT = start_B[:, None] + jnp.arange(length, dtype=start_B.dtype)[None]
+
+  def block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+    top_BKGT, total_BKGT, sum_BKGTH = state
+    at = (layer, 0, 0, i * KEY_BLOCK, 0)
+    size = (1, batch, num_kv_heads, KEY_BLOCK, head_dim)
+    k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
+    v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
+    score_BKGTS = _dot("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    key_S = i * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=start_B.dtype)
+    seen_BTS = key_S[None, None, :] <= last_BT[:, :, None]
+    score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, _MASKED)
+    new_top_BKGT = jnp.maximum(top_BKGT, score_BKGTS.max(axis=-1))
+    weight_BKGTS = jnp.exp(score_BKGTS - new_top_BKGT[..., None])
+    shrink_BKGT = jnp.exp(top_BKGT - new_top_BKGT)
+    total_BKGT = total_BKGT * shrink_BKGT + weight_BKGTS.sum(axis=-1)
+    new_BKGTH = _dot("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+    return new_top_BKGT, total_BKGT, sum_BKGTH * shrink_BKGT[..., None] + new_BKGTH
+
+  shape = (batch, num_kv_heads, num_heads // num_kv_heads, length)
+  blocks = (start_B.max() + length + KEY_BLOCK - 1) // KEY_BLOCK
+  state = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+  _, total_BKGT, sum_BKGTH = lax.fori_loop(0, blocks, block, state)
+  out_BKGTH = sum_BKGTH / total_BKGT[..., None]
+  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _scaled_groups(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+  batch, length, num_heads, head_dim = q_BTNH.shape
+  q_BTNH = q_BTNH * jnp.asarray(head_dim**-0.5, q_BTNH.dtype)
+  return q_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -1,0 +1,82 @@
+"""The key-value cache: what attention remembers of each sequence."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from neurojax.scaling.count import KEY_BLOCK
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of a range of layers, already rotated.
+
+  Position s of row b is valid once a token was written there; attention looks at no position
+  beyond its query's own, so what lies past the end of a sequence is never read.
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  k_LBKSH: Any
+  v_LBKSH: Any
+
+  @classmethod
+  def zeros(
+    cls,
+    *,
+    num_layers: int,
+    batch: int,
+    num_kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: DTypeLike,
+  ) -> "KVCache":
+    if capacity % KEY_BLOCK:
+      raise ValueError(f"capacity = {capacity}: it must be a multiple of {KEY_BLOCK}")
+    shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
+    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+  @property
+  def capacity(self) -> int:
+    """Positions per sequence (S)."""
+    return self.k_LBKSH.shape[3]
+
+  def write(
+    self,
+    layer: Int[Array, ""],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    start_B: Int[Array, "B"],
+  ) -> "KVCache":
+    """Store T positions of one layer, row b from `start_B[b]` on.
+
+    Raises: ValueError: the positions do not fit. Under `jit` the start is unknown and a write past
+      the end would be moved back by XLA, so whoever compiles must check first: `check_room`.
+    """
+    if not isinstance(start_B, jax.core.Tracer):
+      check_room(int(start_B.max()), k_BTKH.shape[1], self.capacity)
+
+    def put(cache_LBKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+      new_BKTH = new_BTKH.astype(cache_LBKSH.dtype).swapaxes(1, 2)
+      for b in range(new_BKTH.shape[0]):
+        update = new_BKTH[None, b : b + 1]
+        cache_LBKSH = lax.dynamic_update_slice(cache_LBKSH, update, (layer, b, 0, start_B[b], 0))
+      return cache_LBKSH
+
+    return dataclasses.replace(
+      self, k_LBKSH=put(self.k_LBKSH, k_BTKH), v_LBKSH=put(self.v_LBKSH, v_BTKH)
+    )
+
+
+def check_room(start: int, length: int, capacity: int) -> None:
+  """Raises: ValueError: positions start .. start+length-1 do not lie within the cache."""
+  if start < 0 or start + length > capacity:
+    raise ValueError(
+      f"positions {start}..{start + length - 1} do not fit a cache of {capacity} positions: "
+      "ask for a longer context or a shorter sequence"
+    )

@@ -1,0 +1,199 @@
+"""A span of layers compiled ahead of time: prefill at a few lengths, decode at length 1."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from neurojax.config import Sampling
+from neurojax.model import sample as sampling
+from neurojax.model.cache import KVCache, check_room
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.model.sample import SamplerState
+from neurojax.scaling.count import capacity_for
+
+BUCKETS = (1, 16, 64, 256)
+"""Input lengths that are compiled; a shorter input is padded to the next, a longer one is split."""
+
+
+def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
+  """Keep compiled programs in `folder` between runs, unless JAX_COMPILATION_CACHE_DIR names one.
+
+  The folder must belong to this user alone: whoever can write there can run code here.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class CompiledStage:
+  """The executables of one span, for one sequence at a time.
+
+  Args:
+    context_length: Positions that a sequence may use; the cache holds at least as many.
+    buckets: Input lengths to compile, ascending, starting with 1.
+  """
+
+  def __init__(self, model: NeuroLLM, *, context_length: int, buckets: Sequence[int] = BUCKETS):
+    if context_length < 1:
+      raise ValueError(f"context_length = {context_length}: it must be at least 1")
+    if not buckets or buckets[0] != 1 or list(buckets) != sorted(set(buckets)):
+      raise ValueError(f"buckets = {tuple(buckets)}: they must ascend and start with 1")
+    self.config, self.span, self.dtype = model.config, model.span, model.dtype
+    self.context_length = context_length
+    self.capacity = capacity_for(context_length)
+    self.buckets = tuple(b for b in buckets if b <= self.capacity)
+    graph, params = nnx.split(model)
+    self._leaves, tree = jax.tree.flatten(params)
+    self._rebuild: Callable[[list[jax.Array]], NeuroLLM] = lambda leaves: nnx.merge(
+      graph, jax.tree.unflatten(tree, leaves)
+    )
+    cache = jax.eval_shape(self._empty_cache)
+    jobs: dict[tuple[str, int], Any] = {}
+    for length in self.buckets:
+      jobs["forward", length] = self._lower_forward(length, cache)
+      if self.span.is_last:
+        jobs["observe", length] = self._lower_observe(length)
+        jobs["pick", length] = self._lower_pick(length)
+    if self.span.is_last:
+      jobs["sample", 1] = self._lower_sample()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      compiled = pool.map(lambda job: job.compile(), jobs.values())
+      self._run = dict(zip(jobs, compiled, strict=True))
+    self._new_cache = jax.jit(self._empty_cache)
+
+  def new_cache(self) -> KVCache:
+    """A cache for one sequence."""
+    return self._new_cache()
+
+  def new_sampler(self, request: Sampling) -> SamplerState:
+    """The sampler of one sequence."""
+    return SamplerState.new([request], self.config.vocab_size)
+
+  def bucket(self, length: int, start: int) -> int:
+    """The compiled length that takes most of `length` inputs from position `start` on.
+
+    Raises: ValueError: not even one position is left.
+    """
+    check_room(start, 1, self.capacity)
+    fitting = [b for b in self.buckets if start + b <= self.capacity]
+    return next((b for b in fitting if b >= length), fitting[-1])
+
+  def forward(self, inputs: np.ndarray, cache: KVCache, start: int) -> tuple[jax.Array, KVCache]:
+    """Run up to one bucket of inputs; `cache` is consumed.
+
+    Args:
+      inputs: int32 ids [n] if the span is the first, else activations [n, D], n at most a bucket.
+    Returns: activations [1, bucket, D], of which the first n rows mean something, and the cache.
+    """
+    length = self.bucket(len(inputs), start)
+    if len(inputs) > length:
+      raise ValueError(f"{len(inputs)} inputs at position {start}: at most {length} fit one call")
+    padded = np.zeros((1, length, *inputs.shape[1:]), self._input_dtype)
+    padded[0, : len(inputs)] = inputs
+    return self._run["forward", length](self._leaves, padded, cache, np.full(1, start, np.int32))
+
+  def observe(self, sampler: SamplerState, tokens: np.ndarray) -> SamplerState:
+    """Tell the sampler of up to one bucket of prompt tokens; `sampler` is consumed."""
+    length = next(b for b in self.buckets if b >= len(tokens))
+    padded = np.zeros((1, length), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return self._run["observe", length](sampler, padded, np.int32(len(tokens)))
+
+  def sample(
+    self, x_BTD: jax.Array, row: int, sampler: SamplerState
+  ) -> tuple[int, float, SamplerState]:
+    """Draw the token after row `row` of the activations `forward` gave; `sampler` is consumed.
+
+    Returns: the token's id, its log-probability, the sampler after it.
+    """
+    if x_BTD.shape[1] > 1:
+      x_BTD = self._run["pick", x_BTD.shape[1]](x_BTD, np.int32(row))
+    token_B, logprob_B, sampler = self._run["sample", 1](self._leaves, x_BTD, sampler)
+    # Through numpy: indexing a jax.Array would dispatch a program for it.
+    return int(np.asarray(token_B)[0]), float(np.asarray(logprob_B)[0]), sampler
+
+  def score(self, x_BTD: jax.Array, targets: np.ndarray) -> np.ndarray:
+    """Log-probability of `targets[i]` after row i of the activations; float32 [n]."""
+    length = x_BTD.shape[1]
+    if ("score", length) not in self._run:
+      self._run["score", length] = self._lower_score(length).compile()
+    padded = np.zeros((1, length), np.int32)
+    padded[0, : len(targets)] = targets
+    return np.asarray(self._run["score", length](self._leaves, x_BTD, padded))[0, : len(targets)]
+
+  @property
+  def weight_bytes(self) -> int:
+    return sum(leaf.nbytes for leaf in self._leaves)
+
+  @property
+  def cache_bytes(self) -> int:
+    """Bytes of one sequence's cache."""
+    return sum(
+      leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(self._empty_cache))
+    )
+
+  @property
+  def _input_dtype(self) -> np.dtype:
+    return np.dtype(np.int32) if self.span.is_first else np.dtype(self.dtype)
+
+  def _empty_cache(self) -> KVCache:
+    return KVCache.zeros(
+      num_layers=len(self.span),
+      batch=1,
+      num_kv_heads=self.config.num_kv_heads,
+      capacity=self.capacity,
+      head_dim=self.config.head_dim,
+      dtype=self.dtype,
+    )
+
+  def _lower_forward(self, length: int, cache: KVCache) -> Any:
+    def forward(leaves: list[jax.Array], inputs: jax.Array, cache: KVCache, start_B: jax.Array):
+      model = self._rebuild(leaves)
+      x_BTD = model.embed(inputs) if self.span.is_first else inputs
+      return model.run_layers(x_BTD, cache=cache, start_B=start_B)
+
+    shape = (1, length) if self.span.is_first else (1, length, self.config.model_dim)
+    inputs = jax.ShapeDtypeStruct(shape, self._input_dtype)
+    start_B = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.jit(forward, donate_argnums=2).lower(self._leaves, inputs, cache, start_B)
+
+  def _lower_sample(self) -> Any:
+    def draw(leaves: list[jax.Array], x_BTD: jax.Array, sampler: SamplerState):
+      return sampling.sample(self._rebuild(leaves).logits(x_BTD)[:, 0], sampler)
+
+    return jax.jit(draw, donate_argnums=2).lower(
+      self._leaves, self._activations(1), self._sampler()
+    )
+
+  def _lower_pick(self, length: int) -> Any:
+    def pick(x_BTD: jax.Array, row: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(x_BTD, row, 1, axis=1)
+
+    row = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(pick).lower(self._activations(length), row)
+
+  def _lower_observe(self, length: int) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(sampling.observe, donate_argnums=0).lower(self._sampler(), tokens, count)
+
+  def _lower_score(self, length: int) -> Any:
+    def score(leaves: list[jax.Array], x_BTD: jax.Array, targets: jax.Array):
+      return sampling.score(self._rebuild(leaves).logits(x_BTD), targets)
+
+    targets = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return jax.jit(score).lower(self._leaves, self._activations(length), targets)
+
+  def _activations(self, length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, length, self.config.model_dim), self.dtype)
+
+  def _sampler(self) -> SamplerState:
+    return jax.eval_shape(lambda: self.new_sampler(Sampling()))

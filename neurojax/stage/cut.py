@@ -1,0 +1,29 @@
+"""A stage is a slice: the layers of a span, cut out of a whole model that is already in memory."""
+
+import jax
+from flax import nnx
+
+from neurojax.config import Span
+from neurojax.model import params
+from neurojax.model.neurollm import NeuroLLM
+
+
+def cut(model: NeuroLLM, span: Span) -> NeuroLLM:
+  """The part of `model` that a stage holding `span` needs. Arrays are sliced, not computed anew.
+
+  To load a stage from a file without reading the rest, see `files.load.load_span`.
+  Raises: ValueError: the span belongs to another number of layers or the model is itself a part.
+  """
+  if len(model.span) != model.config.num_layers:
+    raise ValueError(f"the model to cut holds only layers {model.span}: cut the whole model")
+  part = NeuroLLM.abstract(model.config, span=span, dtype=model.dtype)
+  graph, state = nnx.split(part)
+  whole = nnx.to_pure_dict(nnx.state(model))
+  pure = {}
+  layers = slice(span.first_layer, span.last_layer + 1)
+  for path in params.LAYER.values():
+    params.put(pure, path, jax.tree.map(lambda leaf: leaf[layers], params.get(whole, path)))
+  for _, path in params.outer_names(model.config, span):
+    params.put(pure, path, params.get(whole, path))
+  nnx.replace_by_pure_dict(state, pure)
+  return nnx.merge(graph, state)
