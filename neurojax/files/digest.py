@@ -1,0 +1,77 @@
+"""SHA-256 of whole files, remembered between runs."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import platformdirs
+
+# A file system may stamp two writes within one tick with the same time: a younger file is hashed
+# anew each time rather than remembered (Git's "racy" rule).
+_SETTLED_NS = 2_000_000_000
+
+
+def cache_dir() -> Path:
+  """The folder for what can be computed again: NEUROJAX_CACHE_DIR, else the user's cache folder."""
+  override = os.environ.get("NEUROJAX_CACHE_DIR")
+  return Path(override) if override else Path(platformdirs.user_cache_dir("neurojax"))
+
+
+def sha256_of(path: str | Path) -> str:
+  """The SHA-256 of a file in hex, from the cache while path, size, time and inode are unchanged.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: the file changed while it was read.
+  """
+  path = Path(path).resolve(strict=True)
+  key = _key(path)
+  entry = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+  known = _load(entry)
+  if known is not None and {name: known.get(name) for name in key} == key:
+    return str(known["sha256"])
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  if _key(path) != key:
+    raise ValueError(f"{path}: it changed while it was read: wait until it is complete")
+  if time.time_ns() - int(key["mtime_ns"]) > _SETTLED_NS:
+    _store(entry, {**key, "sha256": digest})
+  return digest
+
+
+def _key(path: Path) -> dict[str, str | int]:
+  stat = path.stat()
+  return {
+    "path": str(path), "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+    "inode": stat.st_ino,
+  }  # fmt: skip
+
+
+def _load(entry: Path) -> dict[str, object] | None:
+  """The entry, or None when it is absent or damaged: it can be computed again."""
+  try:
+    table = json.loads(entry.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return None
+  if not isinstance(table, dict) or not re.fullmatch("[0-9a-f]{64}", str(table.get("sha256"))):
+    return None
+  return table
+
+
+def _store(entry: Path, table: dict[str, str | int]) -> None:
+  # A cache that cannot be written costs time, nothing else.
+  with contextlib.suppress(OSError):
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=entry.parent, prefix=".digest-")
+    try:
+      with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(table, file)
+      os.replace(temporary, entry)
+    except BaseException:
+      Path(temporary).unlink(missing_ok=True)
+      raise

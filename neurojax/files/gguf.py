@@ -1,0 +1,482 @@
+"""GGUF, versions 2 and 3, little-endian: a reader that believes nothing the file says.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length and offset
+is checked against the size of the file before it is used, so a damaged file costs an error and
+never memory.
+"""
+
+import contextlib
+import functools
+import math
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from neurojax.config import ModelConfig
+from neurojax.files import digest, names
+from neurojax.files.source import TensorInfo
+from neurojax.tokenizer.spec import TokenizerSpec
+
+_AGAIN = "download it again"
+_MAX_NAME_BYTES = 65_535
+_MAX_DIMS = 4
+_MAX_DEPTH = 4
+_MAX_ELEMENTS = 2**62
+_SCALARS = {
+  0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8",
+  12: "<f8",
+}  # fmt: skip
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_SMALLEST_BYTES = {_BOOL: 1, _STRING: 8, _ARRAY: 12} | {
+  kind: int(dtype[2]) for kind, dtype in _SCALARS.items()
+}
+# Types of forks and of newer versions that the gguf package has no name for.
+_LATER_TYPES = {36: "I2_S", 42: "Q2_0", 142: "PQ2_0", 143: "PTQ1_0"}
+# Elements decoded at a time: the decoders make several temporaries of this many float32.
+_CHUNK_ELEMENTS = 1 << 20
+
+_u32 = struct.Struct("<I").unpack_from
+_u64 = struct.Struct("<Q").unpack_from
+
+
+class GgufFile:
+  """An open GGUF file (a `source.ModelFile`). The header is checked on opening; tensors are mapped
+  and decoded one by one.
+
+  Raises:
+    ValueError: truncated, damaged or contradictory.
+    NotImplementedError: a version or byte order that is not read.
+  """
+
+  format = "gguf"
+
+  def __init__(self, path: str | Path) -> None:
+    self.path = Path(path)
+    with contextlib.ExitStack() as undo:
+      self._file = undo.enter_context(self.path.open("rb"))
+      self._size_bytes = os.fstat(self._file.fileno()).st_size
+      if self._size_bytes == 0:
+        raise ValueError(f"{self.path}: this file is empty: {_AGAIN}")
+      self._map = mmap.mmap(self._file.fileno(), self._size_bytes, access=mmap.ACCESS_READ)
+      undo.callback(self.close)
+      header = _Header(self.path, self._map, self._size_bytes)
+      self.version = header.version
+      self.metadata: Mapping[str, object] = header.metadata
+      self.tensors: Mapping[str, TensorInfo] = header.tensors
+      self.interpretation = names.interpret(self.metadata, self.tensors)
+      undo.pop_all()
+
+  @property
+  def config(self) -> ModelConfig:
+    return self.interpretation.model_config(str(self.path))
+
+  @functools.cached_property
+  def _spec(self) -> TokenizerSpec | None:
+    # "none" and "no_vocab" are what converters write for models fed with embeddings.
+    if self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+      return None
+    from neurojax.tokenizer.from_gguf import spec_from_gguf
+
+    return spec_from_gguf(self.metadata)
+
+  @property
+  def tokenizer(self) -> TokenizerSpec | None:
+    try:
+      return self._spec
+    except NotImplementedError as error:
+      raise NotImplementedError(f"{self.path}: tokenizer: {error}") from error
+    except ValueError as error:
+      raise ValueError(f"{self.path}: tokenizer: {error}") from error
+
+  def info(self, name: str, layer: int | None = None) -> TensorInfo:
+    return self.tensors[self._locate(name, layer).name]
+
+  def read(self, name: str, layer: int | None = None) -> np.ndarray:
+    stored = self._locate(name, layer)
+    info = self.tensors[stored.name]
+    if not _can_decode(info.type):
+      raise NotImplementedError(f"{self.path}: {_undecodable(info)}")
+    with self._bytes(info) as raw:
+      values = _decode(raw, info)
+    return names.to_canonical(values, name, stored.axes, self.config)
+
+  def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
+    info = self.info(name, layer)
+    self._check_size()
+    return np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+
+  def problems(self) -> list[str]:
+    found = [*self.interpretation.demands, *self.interpretation.faults]
+    undecodable = [info for info in self.tensors.values() if not _can_decode(info.type)]
+    for kind in sorted({info.type for info in undecodable}):
+      infos = [info for info in undecodable if info.type == kind]
+      more = f" (and {len(infos) - 1} more tensors)" if len(infos) > 1 else ""
+      found.append(_undecodable(infos[0]) + more)
+    try:
+      spec = self.tokenizer
+    except (ValueError, NotImplementedError) as error:
+      found.append(str(error).removeprefix(f"{self.path}: "))
+    else:
+      config = self.interpretation.config
+      if spec is not None and config is not None and len(spec.tokens) > config.vocab_size:
+        found.append(
+          f"the tokenizer has {len(spec.tokens)} tokens, the embedding {config.vocab_size} rows"
+        )
+    return found
+
+  def check(self) -> None:
+    # Each raises with the kind of its own reasons.
+    self.config  # noqa: B018
+    self.tokenizer  # noqa: B018
+    if found := self.problems():
+      raise NotImplementedError(f"{self.path}: not supported: {'; '.join(found)}")
+
+  def sha256(self) -> str:
+    return digest.sha256_of(self.path)
+
+  def close(self) -> None:
+    """Views that `stored_bytes` gave out stay valid; the map goes with the last of them."""
+    self._file.close()
+    with contextlib.suppress(BufferError):
+      self._map.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self.close()
+
+  def _locate(self, name: str, layer: int | None) -> names.Stored:
+    config = self.config
+    try:
+      return names.locate(self.interpretation.tensors, name, layer, config)
+    except ValueError as error:
+      raise ValueError(f"{self.path}: {error}") from error
+
+  def _check_size(self) -> None:
+    # Touching a mapped page behind the end of a shortened file kills the process (SIGBUS).
+    if self._file.closed:
+      raise ValueError(f"{self.path}: the file is closed")
+    size_bytes = os.fstat(self._file.fileno()).st_size
+    if size_bytes != self._size_bytes:
+      raise ValueError(
+        f"{self.path}: it had {self._size_bytes} bytes when it was opened and has {size_bytes} "
+        "now: do not write to a file in use; open it again"
+      )
+
+  @contextlib.contextmanager
+  def _bytes(self, info: TensorInfo) -> Iterator[np.ndarray]:
+    """The bytes of one tensor; their pages leave the process afterwards."""
+    self._check_size()
+    yield np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
+    if sys.platform == "linux":
+      start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+      self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
+
+class _Metadata(Mapping[str, object]):
+  """Values by key. Arrays of strings are decoded when first asked for: a stage that holds only
+  layers never needs the vocabulary."""
+
+  def __init__(self, values: dict[str, object]) -> None:
+    self._values = values
+
+  def __getitem__(self, key: str) -> object:
+    value = self._values[key]
+    if isinstance(value, _Strings):
+      value = self._values[key] = value.decode()
+    return value
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._values)
+
+  def __len__(self) -> int:
+    return len(self._values)
+
+  def __contains__(self, key: object) -> bool:
+    return key in self._values
+
+
+class _Strings:
+  """An array of strings whose bounds are checked and whose text is not decoded yet."""
+
+  def __init__(self, raw: bytes, count: int, fail: Callable[[int, str], ValueError]) -> None:
+    self._raw, self._count, self._fail = raw, count, fail
+
+  def decode(self) -> list[str]:
+    raw, unpack, end = self._raw, _u64, 0
+    texts = []
+    try:
+      for _ in range(self._count):
+        start = end + 8
+        end = start + unpack(raw, end)[0]
+        texts.append(str(raw[start:end], "utf-8"))
+    except UnicodeDecodeError as error:
+      raise self._fail(start, f"string {len(texts)} of the array is not UTF-8: {error}") from error
+    return texts
+
+
+class _Header:
+  """The parsed header: `version`, `metadata`, `tensors`."""
+
+  def __init__(self, path: Path, data: mmap.mmap, size_bytes: int) -> None:
+    self._path, self._data, self._size = path, data, size_bytes
+    self._at = 0
+    self._expect(24, "the header")
+    if data[:4] != b"GGUF":
+      raise self._fail(0, f"magic {data[:4]!r}: this is no GGUF file")
+    self._at = 4
+    self.version = self._integer("the version")
+    if self.version & 0xFFFF == 0 and self.version:
+      raise NotImplementedError(
+        f"{path}: this is big-endian GGUF: convert it with gguf-py's gguf_convert_endian.py"
+      )
+    if self.version not in (2, 3):
+      raise NotImplementedError(
+        f"{path}: GGUF version {self.version}: versions 2 and 3 are read; convert it again"
+      )
+    num_tensors = self._count("tensors", smallest_bytes=24)
+    num_keys = self._count("metadata keys", smallest_bytes=13)
+
+    values: dict[str, object] = {}
+    kinds: dict[str, int] = {}
+    for _ in range(num_keys):
+      at = self._at
+      key = self._name("a metadata key")
+      if key in values:
+        raise self._fail(at, f"metadata key {key!r} appears twice")
+      kinds[key] = self._integer(f"the type of {key!r}")
+      values[key] = self._value(kinds[key], key, 0)
+    self.metadata = _Metadata(values)
+    alignment = values.get("general.alignment", 32)
+    if kinds.get("general.alignment", _UINT32) != _UINT32:
+      raise self._fail(self._at, "general.alignment must be of type uint32")
+    assert isinstance(alignment, int)
+    if alignment < 1 or alignment & (alignment - 1):
+      raise self._fail(self._at, f"general.alignment = {alignment}: it must be a power of two")
+    self.tensors = self._tensors(num_tensors, alignment)
+
+  def _fail(self, at: int, what: str) -> ValueError:
+    return ValueError(f"{self._path}: byte {at}: {what}")
+
+  def _expect(self, nbytes: int, what: str) -> None:
+    missing = self._at + nbytes - self._size
+    if missing > 0:
+      raise self._fail(
+        self._at,
+        f"the file ends within {what}: at least {missing} bytes are missing of {self._size}: "
+        f"{_AGAIN}",
+      )
+
+  def _integer(self, what: str) -> int:
+    self._expect(4, what)
+    self._at += 4
+    return _u32(self._data, self._at - 4)[0]
+
+  def _long(self, what: str) -> int:
+    self._expect(8, what)
+    self._at += 8
+    return _u64(self._data, self._at - 8)[0]
+
+  def _count(self, what: str, smallest_bytes: int) -> int:
+    at = self._at
+    count = self._long(f"the number of {what}")
+    if count * smallest_bytes > self._size - self._at:
+      raise self._fail(
+        at,
+        f"{count} {what} do not fit into the {self._size - self._at} bytes that follow: the file "
+        f"is damaged or truncated: {_AGAIN}",
+      )
+    return count
+
+  def _name(self, what: str) -> str:
+    at = self._at
+    nbytes = self._long(f"the length of {what}")
+    if nbytes > _MAX_NAME_BYTES:
+      raise self._fail(at, f"{what} of {nbytes} bytes; at most {_MAX_NAME_BYTES}: {_AGAIN}")
+    return self._text(nbytes, what)
+
+  def _text(self, nbytes: int, what: str) -> str:
+    self._expect(nbytes, what)
+    at = self._at
+    self._at += nbytes
+    try:
+      return str(self._data[at : self._at], "utf-8")
+    except UnicodeDecodeError as error:
+      raise self._fail(at, f"{what} is not UTF-8: {error}") from error
+
+  def _value(self, kind: int, key: str, depth: int) -> object:
+    if kind in _SCALARS:
+      return self._numbers(kind, 1, key)[0]
+    if kind == _BOOL:
+      return self._booleans(1, key)[0]
+    if kind == _STRING:
+      return self._text(self._long(f"the length of {key!r}"), f"the value of {key!r}")
+    if kind == _ARRAY:
+      return self._array(key, depth)
+    raise self._fail(self._at, f"{key!r} has the value type {kind}; GGUF has 0 to 12: {_AGAIN}")
+
+  def _array(self, key: str, depth: int) -> object:
+    at = self._at
+    if depth == _MAX_DEPTH:
+      raise self._fail(at, f"{key!r} nests arrays deeper than {_MAX_DEPTH}")
+    kind = self._integer(f"the element type of {key!r}")
+    if kind not in _SMALLEST_BYTES:
+      raise self._fail(at, f"{key!r} has the element type {kind}; GGUF has 0 to 12: {_AGAIN}")
+    count = self._count(f"elements of {key!r}", _SMALLEST_BYTES[kind])
+    if kind in _SCALARS:
+      return self._numbers(kind, count, key)
+    if kind == _BOOL:
+      return self._booleans(count, key)
+    if kind == _ARRAY:
+      return [self._array(key, depth + 1) for _ in range(count)]
+    start = self._at
+    self._skip_strings(count, key)
+    raw = self._data[start : self._at]
+    strings = _Strings(raw, count, lambda at, what: self._fail(start + at, f"{key!r}: {what}"))
+    return strings.decode() if depth else strings
+
+  def _skip_strings(self, count: int, key: str) -> None:
+    # The one hot loop: a vocabulary and its merges are half a million strings and more.
+    data, unpack, at, last = self._data, _u64, self._at, self._size - 8
+    for _ in range(count):
+      if at > last:
+        break
+      at += 8 + unpack(data, at)[0]
+    else:
+      if at <= self._size:
+        self._at = at
+        return
+    missing = max(at, last + 1) - self._size
+    raise self._fail(
+      self._at,
+      f"the file ends within the strings of {key!r} (at least {max(missing, 1)} bytes are missing) "
+      f"or a length among them is damaged: {_AGAIN}",
+    )
+
+  def _numbers(self, kind: int, count: int, key: str) -> list[object]:
+    dtype = np.dtype(_SCALARS[kind])
+    self._expect(count * dtype.itemsize, f"the value of {key!r}")
+    values = np.frombuffer(self._data, dtype, count, self._at).tolist() if count else []
+    self._at += count * dtype.itemsize
+    return values
+
+  def _booleans(self, count: int, key: str) -> list[bool]:
+    self._expect(count, f"the value of {key!r}")
+    raw = self._data[self._at : self._at + count]
+    if raw.translate(None, b"\0\1"):
+      raise self._fail(self._at, f"{key!r} holds a boolean that is neither 0 nor 1: {_AGAIN}")
+    self._at += count
+    return [bool(byte) for byte in raw]
+
+  def _tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
+    listed: dict[str, tuple[str, tuple[int, ...], int, int | None]] = {}
+    for _ in range(count):
+      at = self._at
+      name = self._name("a tensor name")
+      if name in listed:
+        raise self._fail(at, f"tensor {name!r} appears twice")
+      num_dims = self._integer(f"the dimensions of {name!r}")
+      if num_dims > _MAX_DIMS:
+        raise self._fail(at, f"tensor {name!r} has {num_dims} dimensions; at most {_MAX_DIMS}")
+      shape = tuple(self._long(f"the shape of {name!r}") for _ in range(num_dims))[::-1]
+      if 0 in shape or math.prod(shape) > _MAX_ELEMENTS:
+        raise self._fail(at, f"tensor {name!r} has the impossible shape {shape}: {_AGAIN}")
+      kind_id = self._integer(f"the type of {name!r}")
+      offset = self._long(f"the offset of {name!r}")
+      if offset % alignment:
+        raise self._fail(
+          at, f"tensor {name!r} has the offset {offset}: no multiple of the alignment {alignment}"
+        )
+      kind, nbytes = _storage(kind_id, shape)
+      if nbytes == -1:
+        raise self._fail(
+          at, f"tensor {name!r} of shape {shape}: its rows are no whole {kind} blocks"
+        )
+      listed[name] = (kind, shape, offset, nbytes)
+
+    start = -(-self._at // alignment) * alignment
+    return self._placed(listed, start)
+
+  def _placed(
+    self, listed: dict[str, tuple[str, tuple[int, ...], int, int | None]], start: int
+  ) -> dict[str, TensorInfo]:
+    """Give every tensor its place in the file, none outside it and no two in the same."""
+    end = max((start + offset + (n or 1) for _, _, offset, n in listed.values()), default=0)
+    if end > self._size:
+      raise self._fail(
+        self._size,
+        f"the file is truncated: its tensors reach to byte {end}, {end - self._size} bytes are "
+        f"missing: {_AGAIN}",
+      )
+    if not listed:
+      return {}
+    order = sorted(listed, key=lambda name: listed[name][2])
+    following = [start + listed[name][2] for name in order[1:]] + [self._size]
+    placed = {}
+    for name, limit in zip(order, following, strict=True):
+      kind, shape, offset, nbytes = listed[name]
+      span = limit - start - offset
+      if (nbytes or 1) > span:
+        raise self._fail(start + offset, f"tensor {name!r} overlaps the tensor behind it: {_AGAIN}")
+      placed[name] = TensorInfo(
+        name, kind, shape, start + offset, span if nbytes is None else nbytes
+      )
+    return {name: placed[name] for name in listed}
+
+
+def _storage(kind_id: int, shape: tuple[int, ...]) -> tuple[str, int | None]:
+  """Type name and bytes of a tensor: None for an unknown type, -1 for rows of broken blocks."""
+  try:
+    kind = GGMLQuantizationType(kind_id)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+  except (ValueError, KeyError):
+    return _LATER_TYPES.get(kind_id, f"unknown({kind_id})"), None
+  if (shape[-1] if shape else 1) % block:
+    return kind.name, -1
+  return kind.name, math.prod(shape) // block * block_bytes
+
+
+@functools.cache
+def _can_decode(kind: str) -> bool:
+  if kind not in GGMLQuantizationType.__members__:
+    return False
+  qtype = GGMLQuantizationType[kind]
+  try:
+    dequantize(np.zeros((1, GGML_QUANT_SIZES[qtype][1]), np.uint8), qtype)
+  except NotImplementedError:
+    return False
+  return True
+
+
+def _undecodable(info: TensorInfo) -> str:
+  return f"tensor {info.name!r} has the type {info.type}, for which there is no decoder"
+
+
+def _decode(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
+  """Float32 values, a few rows at a time: the decoders' temporaries stay small."""
+  qtype = GGMLQuantizationType[info.type]
+  block, block_bytes = GGML_QUANT_SIZES[qtype]
+  width = info.shape[-1] if info.shape else 1
+  rows = raw.reshape(-1, width // block * block_bytes)
+  values = np.empty((len(rows), width), np.float32)
+  step = max(1, _CHUNK_ELEMENTS // width)
+  # A damaged scale may be infinite: the values say so, a warning helps nobody.
+  with np.errstate(all="ignore"):
+    for first in range(0, len(rows), step):
+      values[first : first + step] = dequantize(rows[first : first + step], qtype)
+  return values.reshape(info.shape)

@@ -1,0 +1,145 @@
+"""Tiny model files: real ones by the gguf package, and hostile ones byte by byte."""
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from neurojax.config import ModelConfig
+from neurojax.files import names
+
+CONFIG = ModelConfig(
+  vocab_size=24, model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48,
+  context_length=64, rope_base=20_000.0, rope_style="interleaved", norm_eps=2.0**-17,
+)  # fmt: skip
+# Every row a multiple of 256, the largest block.
+WIDE = ModelConfig(
+  vocab_size=8, model_dim=256, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, ffn_dim=256,
+  rope_style="interleaved", norm_eps=2.0**-17,
+)  # fmt: skip
+
+
+def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random float32 arrays under "name" or "name/layer", axes as the canonical name spells them."""
+  generator = np.random.default_rng(seed)
+  sizes = config.sizes()
+  wanted = [name for name in names.WHOLE_MODEL if name != "head_DV" or not config.tied_embedding]
+  wanted += [f"{name}/{layer}" for layer in range(config.num_layers) for name in names.PER_LAYER]
+  return {
+    name: generator.standard_normal(
+      [sizes[letter] for letter in name.split("/")[0].rpartition("_")[2]], np.float32
+    )
+    for name in wanted
+  }
+
+
+def as_stored(values: np.ndarray, name: str) -> np.ndarray:
+  """Canonical values as a llama GGUF file keeps them, written down by hand per name."""
+  match name.split("/")[0]:
+    case "embedding_VD" | "final_norm_D" | "attn_norm_D" | "ffn_norm_D":
+      return values
+    case "head_DV" | "gate_DF" | "up_DF" | "down_FD":
+      return values.T.copy()
+    case "q_DNH" | "k_DKH" | "v_DKH":
+      # Row n*H + h of the file gives element h of head n.
+      _, heads, width = values.shape
+      return np.stack([values[:, n, h] for n in range(heads) for h in range(width)])
+    case "o_NHD":
+      heads, width, _ = values.shape
+      return np.stack([values[n, h] for n in range(heads) for h in range(width)], axis=1)
+  raise AssertionError(name)
+
+
+FILE_NAMES = {
+  "embedding_VD": "token_embd", "final_norm_D": "output_norm", "head_DV": "output",
+  "attn_norm_D": "attn_norm", "q_DNH": "attn_q", "k_DKH": "attn_k", "v_DKH": "attn_v",
+  "o_NHD": "attn_output", "ffn_norm_D": "ffn_norm", "gate_DF": "ffn_gate", "up_DF": "ffn_up",
+  "down_FD": "ffn_down",
+}  # fmt: skip
+
+
+def file_name(name: str) -> str:
+  canonical, _, layer = name.partition("/")
+  return (f"blk.{layer}." if layer else "") + FILE_NAMES[canonical] + ".weight"
+
+
+def write_gguf(
+  path: Path,
+  config: ModelConfig,
+  values: Mapping[str, np.ndarray],
+  *,
+  kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+  raw: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
+) -> Path:
+  """A llama model by the gguf package. `kind` holds for matrices; `raw` replaces tensors by
+  encoded bytes."""
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_name("tiny")
+  writer.add_embedding_length(config.model_dim)
+  writer.add_block_count(config.num_layers)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_feed_forward_length(config.ffn_dim)
+  writer.add_context_length(config.context_length)
+  writer.add_rope_freq_base(config.rope_base)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  writer.add_rope_dimension_count(config.head_dim)
+  writer.add_vocab_size(config.vocab_size)
+  for name, value in values.items():
+    stored = as_stored(value, name)
+    if raw and name in raw:
+      data, raw_kind = raw[name]
+      writer.add_tensor(file_name(name), data, raw_dtype=raw_kind)
+    elif stored.ndim == 2 and kind != GGMLQuantizationType.F32:
+      writer.add_tensor(file_name(name), gguf.quantize(stored, kind), raw_dtype=kind)
+    else:
+      writer.add_tensor(file_name(name), stored)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def text(value: str | bytes) -> bytes:
+  raw = value.encode() if isinstance(value, str) else value
+  return struct.pack("<Q", len(raw)) + raw
+
+
+def key(name: str | bytes, kind: int, value: bytes) -> bytes:
+  return text(name) + struct.pack("<I", kind) + value
+
+
+def array(kind: int, count: int, value: bytes = b"") -> bytes:
+  return struct.pack("<IQ", kind, count) + value
+
+
+def tensor(name: str | bytes, shape: Sequence[int], kind: int, offset: int) -> bytes:
+  """A tensor's entry; `shape` is row-major here and reversed in the file."""
+  dims = struct.pack(f"<{len(shape)}Q", *reversed(shape))
+  return text(name) + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", kind, offset)
+
+
+def header(
+  keys: Sequence[bytes] = (),
+  tensors: Sequence[bytes] = (),
+  *,
+  version: bytes = struct.pack("<I", 3),
+  num_keys: int | None = None,
+  num_tensors: int | None = None,
+) -> bytes:
+  return b"".join([
+    b"GGUF",
+    version,
+    struct.pack("<Q", len(tensors) if num_tensors is None else num_tensors),
+    struct.pack("<Q", len(keys) if num_keys is None else num_keys),
+    *keys,
+    *tensors,
+  ])  # fmt: skip
+
+
+def with_data(head: bytes, nbytes: int, alignment: int = 32) -> bytes:
+  return head + bytes(-len(head) % alignment) + bytes(nbytes)
