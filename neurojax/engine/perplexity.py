@@ -1,0 +1,88 @@
+"""Perplexity of a text under any engine."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from neurojax.engine.api import Engine
+from neurojax.tokenizer.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityResult:
+  """perplexity = exp(nll); nll is the mean negative natural log-likelihood of `tokens` tokens;
+  stderr is that of the perplexity, from the spread of single tokens."""
+
+  perplexity: float
+  nll: float
+  stderr: float
+  tokens: int
+  windows: int
+
+
+async def perplexity(
+  engine: Engine,
+  tokenizer: Tokenizer,
+  text: str,
+  *,
+  ctx: int,
+  stride: int | None = None,
+  chunks: int | None = None,
+  progress: Callable[[int, int, float], None] | None = None,
+) -> PerplexityResult:
+  """Score `text` in windows of `ctx` tokens.
+
+  Args:
+    stride: None is llama.cpp's method (see `windows`); else windows start every `stride` tokens and
+      score what those before did not.
+    chunks: Only the first so many windows.
+    progress: Called with windows done, windows in all, and the perplexity so far.
+  Raises: ValueError: the text is too short, or ctx, stride or chunks make no sense.
+  """
+  if ctx < 4:
+    raise ValueError(f"ctx = {ctx}: at least 4")
+  if ctx > engine.context_length:
+    raise ValueError(f"ctx = {ctx}: the engine's context is {engine.context_length}")
+  if stride is not None and not 1 <= stride <= ctx:
+    raise ValueError(f"stride = {stride}: between 1 and ctx = {ctx}")
+  if chunks is not None and chunks < 1:
+    raise ValueError(f"chunks = {chunks}: at least 1")
+  ids = tokenizer.encode(text, parse_special=False, add_special=True)
+  plan = list(windows(len(ids), ctx=ctx, stride=stride))[:chunks]
+  if not plan:
+    raise ValueError(f"the text has {len(ids)} tokens: at least {ctx} are needed")
+  losses: list[np.ndarray] = []
+  for done, (start, end, first) in enumerate(plan, start=1):
+    window = ids[start:end]
+    if stride is None and tokenizer.spec.add_bos and tokenizer.bos_id is not None:
+      window = [tokenizer.bos_id, *window[1:]]
+    losses.append(-(await engine.score(window, first=first)).astype(np.float64))
+    if progress:
+      progress(done, len(plan), math.exp(np.concatenate(losses).mean()))
+  loss = np.concatenate(losses)
+  nll = float(loss.mean())
+  spread = float(loss.std(ddof=1) / math.sqrt(len(loss))) if len(loss) > 1 else math.nan
+  return PerplexityResult(math.exp(nll), nll, math.exp(nll) * spread, len(loss), len(plan))
+
+
+def windows(length: int, *, ctx: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
+  """(start, end, first): tokens start..end-1 are one window, scored from index `first` within it.
+
+  llama.cpp's method: windows of exactly ctx tokens side by side, a rest is dropped; index ctx/2 is
+  the last that is context only, so ctx - ctx/2 - 1 tokens are scored in each.
+  Source: llama.cpp, tools/perplexity.
+  """
+  if stride is None:
+    for start in range(0, length - ctx + 1, ctx):
+      yield start, start + ctx, ctx // 2 + 1
+    return
+  scored = 1  # The first token of the text has no context.
+  for start in range(0, length, stride):
+    end = min(start + ctx, length)
+    if end > scored:
+      yield start, end, max(scored - start, 1)
+      scored = end
+    if end == length:
+      return

@@ -1,0 +1,104 @@
+"""Stage servers as child processes of this one, on loopback. They end when it ends, however it ends."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from neurojax.engine.api import EngineError
+from neurojax.scaling.fleet import Fleet, Host
+
+_START_S = 60.0
+_END_S = 5.0
+
+
+class LocalStages:
+  """`async with LocalStages(model, 2) as stages: ... stages.fleet`.
+
+  Args:
+    arguments: Further arguments of `neurojax stage` for every server.
+  """
+
+  def __init__(self, model: Path, number: int, *, arguments: Sequence[str] = ()):
+    if number < 1:
+      raise ValueError(f"{number} stages: at least 1")
+    self._model, self._number, self._arguments = model, number, tuple(arguments)
+    self.processes: list[asyncio.subprocess.Process] = []
+    self.fleet: Fleet | None = None
+    self._drains: list[asyncio.Task[None]] = []
+
+  async def __aenter__(self) -> Self:
+    try:
+      for index in range(self._number):
+        self.processes.append(await self._start(f"stage-{index}"))
+      addresses = await asyncio.gather(*(self._address(process) for process in self.processes))
+    except BaseException:
+      await self._end()
+      raise
+    self.fleet = Fleet(
+      hosts=tuple(Host(name=f"stage-{i}", address=address) for i, address in enumerate(addresses))
+    )
+    return self
+
+  async def __aexit__(self, *_: object) -> None:
+    await self._end()
+
+  async def _start(self, name: str) -> asyncio.subprocess.Process:
+    # The child leaves its stdin open and ends when it closes, which the kernel does if we are killed.
+    # A process group of its own keeps the terminal's Ctrl-C from it: we end it in order.
+    return await asyncio.create_subprocess_exec(
+      sys.executable,
+      "-m",
+      "neurojax",
+      "stage",
+      "--model",
+      os.fspath(self._model),
+      "--listen",
+      "127.0.0.1:0",
+      "--name",
+      name,
+      "--json",
+      "--end-with-stdin",
+      *self._arguments,
+      stdin=asyncio.subprocess.PIPE,
+      stdout=asyncio.subprocess.PIPE,
+      start_new_session=True,
+    )
+
+  async def _address(self, process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    try:
+      line = await asyncio.wait_for(process.stdout.readline(), _START_S)
+    except TimeoutError as error:
+      raise EngineError(
+        f"a stage server (process {process.pid}) did not start within {_START_S:g} s"
+      ) from error
+    if not line:
+      raise EngineError(f"a stage server ended at its start with exit code {await process.wait()}")
+    self._drains.append(asyncio.create_task(_drain(process.stdout)))
+    return json.loads(line)["listening"]
+
+  async def _end(self) -> None:
+    for process in self.processes:
+      if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+          process.send_signal(signal.SIGTERM)
+    for process in self.processes:
+      try:
+        await asyncio.wait_for(process.wait(), _END_S)
+      except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+          process.kill()
+        await process.wait()
+    for drain in self._drains:
+      drain.cancel()
+
+
+async def _drain(stream: asyncio.StreamReader) -> None:
+  while await stream.read(1 << 16):
+    pass
