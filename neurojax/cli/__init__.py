@@ -1,0 +1,67 @@
+"""The command line: one file and one dataclass per verb."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Protocol
+
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
+
+from neurojax.cli.bench import Bench
+from neurojax.cli.chat import Chat
+from neurojax.cli.demo import Demo
+from neurojax.cli.evaluate import Eval
+from neurojax.cli.generate import Generate
+from neurojax.cli.inspect import Inspect
+from neurojax.cli.stage import Stage
+
+FAILED, USAGE, ENGINE, INTERRUPTED = 1, 2, 3, 130
+
+
+class Verb(Protocol):
+  def run(self) -> int: ...
+
+
+Verbs = (
+  Annotated[Demo, subcommand("demo")]
+  | Annotated[Inspect, subcommand("inspect")]
+  | Annotated[Generate, subcommand("generate")]
+  | Annotated[Chat, subcommand("chat")]
+  | Annotated[Stage, subcommand("stage")]
+  | Annotated[Eval, subcommand("eval")]
+  | Annotated[Bench, subcommand("bench")]
+)
+
+DESCRIPTION = """Ternary language models, sized, packed, cut into stages and run across unlike machines.
+
+Exit codes: 0 done; 1 a check failed; 2 wrong use or a bad file; 3 a stage or engine failed; 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Run a command line; returns the exit code."""
+  logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+  verb: Verb = tyro.cli(
+    Verbs,  # pyrefly: ignore
+    prog="neurojax",
+    description=DESCRIPTION,
+    args=None if argv is None else list(argv),
+    config=(OmitArgPrefixes, OmitSubcommandPrefixes),
+  )
+  from neurojax.engine.api import EngineError
+
+  try:
+    return verb.run()
+  except KeyboardInterrupt:
+    return INTERRUPTED
+  except BrokenPipeError:
+    # Whoever read our output (head, say) has seen enough.
+    sys.stderr.close()
+    return 0
+  except EngineError as error:
+    print(f"neurojax: {error}", file=sys.stderr)
+    return ENGINE
+  except (ValueError, NotImplementedError, OSError) as error:
+    print(f"neurojax: {error}", file=sys.stderr)
+    return USAGE

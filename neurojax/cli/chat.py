@@ -1,0 +1,74 @@
+"""`neurojax chat`: talk with a model."""
+
+import asyncio
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from neurojax.cli.options import (
+  EngineOptions,
+  ModelOptions,
+  SamplingOptions,
+  open_engine,
+  open_tokenizer,
+  stderr,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(ModelOptions, EngineOptions, SamplingOptions):
+  """Talk with a model through its own chat template. An empty line or Ctrl-D ends the talk.
+
+  Lines come from standard input, so that a script can talk too.
+
+  Example: neurojax chat --model smollm2 --stages 2
+  Example: echo "Why is the sky blue?" | neurojax chat --model smollm2
+  """
+
+  system: str | None = None
+  """A system message to begin with."""
+  max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 256
+  """Of each answer."""
+
+  def run(self) -> int:
+    return asyncio.run(self._chat())
+
+  async def _chat(self) -> int:
+    from neurojax.engine.api import Request
+    from neurojax.engine.text import stream_text
+    from neurojax.tokenizer.conversation import encode_chat
+
+    with self.open() as file:
+      tokenizer = open_tokenizer(file)
+      messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+      async with open_engine(file, self) as engine:
+        while line := await asyncio.to_thread(_ask):
+          messages.append({"role": "user", "content": line})
+          prompt = encode_chat(tokenizer, messages)
+          room = engine.context_length - len(prompt)
+          if room < 1:
+            raise ValueError(
+              f"the talk has grown to {len(prompt)} tokens and the context is {engine.context_length}: "
+              "start with a longer --context"
+            )
+          request = Request(
+            prompt=prompt,
+            max_tokens=min(self.max_tokens, room),
+            sampling=self.sampling(),
+            stop_ids=tokenizer.stop_ids,
+          )
+          answer = []
+          async for piece in stream_text(engine, tokenizer, request):
+            print(piece.text, end="", flush=True)
+            answer.append(piece.text)
+          print(flush=True)
+          messages.append({"role": "assistant", "content": "".join(answer)})
+    return 0
+
+
+def _ask() -> str:
+  if sys.stdin.isatty():
+    stderr.print("[bold]>[/] ", end="")
+  return sys.stdin.readline().strip()

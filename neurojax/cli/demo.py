@@ -1,0 +1,141 @@
+"""`neurojax demo`: a real model across two stage servers, checked against one process."""
+
+import asyncio
+import dataclasses
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from neurojax.cli.options import (
+  EngineOptions,
+  ModelOptions,
+  SamplingOptions,
+  model_path,
+  open_engine,
+  open_tokenizer,
+  stderr,
+)
+
+if TYPE_CHECKING:
+  from neurojax.engine.api import Request, StageReport, Token
+  from neurojax.engine.drive import DrivenEngine
+  from neurojax.files.source import ModelFile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(ModelOptions, SamplingOptions):
+  """Cut a language model into stages, run them as server processes, stream an answer, and compare.
+
+  The same request is then computed by this process alone, and the tokens are compared.
+
+  Example: neurojax demo --question "Name three rivers." --stages 3
+  """
+
+  model: Annotated[str, tyro.conf.arg(metavar="FILE")] = "smollm2"
+  """A model file, or "smollm2" for the one in the installed extra."""
+  question: str = "What is the capital of France, and what is it known for?"
+  stages: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+  max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
+
+  def run(self) -> int:
+    return asyncio.run(self._demo(time.perf_counter()))
+
+  async def _demo(self, began_s: float) -> int:
+    from neurojax.engine.api import Request
+    from neurojax.tokenizer.conversation import encode_chat
+
+    out = Console(highlight=False)
+    with self.open() as file:
+      tokenizer = open_tokenizer(file)
+      request = Request(
+        prompt=encode_chat(tokenizer, [{"role": "user", "content": self.question}]),
+        max_tokens=self.max_tokens,
+        sampling=self.sampling(),
+        stop_ids=tokenizer.stop_ids,
+      )
+      out.print(
+        f"[bold]{model_path(self.model).name}[/], {file.config.num_layers} layers, on {self.stages} stage servers\n"
+      )
+      options = EngineOptions(stages=self.stages)
+      async with open_engine(file, options) as engine:
+        out.print(f"[bold cyan]user[/]       {self.question}\n[bold cyan]assistant[/]  ", end="")
+        tokens, times_s = await self._stream(engine, file, request)
+        ready_s = times_s[0] - began_s
+        out.print("\n")
+        out.print(_table(await engine.reports(), getattr(engine, "return_s", None)))
+      decode_s = times_s[-1] - times_s[0]
+      rate = f"{(len(tokens) - 1) / decode_s:.1f}" if decode_s > 0 else "-"
+      out.print(
+        f"first token {ready_s:.1f} s after the command, "
+        f"{times_s[0] - times_s.began_s:.2f} s after the request; "
+        f"{rate} tokens/s after it, {len(tokens)} tokens\n"
+      )
+      with stderr.status("computing the same request in this process alone"):
+        async with open_engine(file, EngineOptions()) as alone:
+          single = [token async for token in alone.generate(request)]
+    return self._verdict(out, tokens, single)
+
+  async def _stream(
+    self, engine: "DrivenEngine", file: "ModelFile", request: "Request"
+  ) -> "tuple[list[Token], Times]":
+    from neurojax.engine.text import stream_text
+
+    tokens, times_s = [], Times(time.perf_counter())
+    async for piece in stream_text(engine, open_tokenizer(file), request):
+      times_s.append(time.perf_counter())
+      tokens.append(piece.token)
+      sys.stdout.write(piece.text)
+      sys.stdout.flush()
+    return tokens, times_s
+
+  def _verdict(self, out: Console, tokens: "list[Token]", single: "list[Token]") -> int:
+    ids, alone = [token.id for token in tokens], [token.id for token in single]
+    apart = max(
+      (abs(a.logprob - b.logprob) for a, b in zip(tokens, single, strict=False)), default=0.0
+    )
+    if ids == alone:
+      out.print(
+        f"[bold green]same tokens[/]: one process alone gives the same {len(alone)} tokens; "
+        f"log-probabilities differ by at most {apart:.1e}"
+      )
+      return 0
+    first = next(
+      (i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b),
+      min(len(ids), len(alone)),
+    )
+    out.print(f"[bold red]different tokens[/]: one process alone differs from token {first} on")
+    return 1
+
+
+class Times(list[float]):
+  """When each token came, and when the request was made (`began_s`); seconds of one clock."""
+
+  def __init__(self, began_s: float):
+    super().__init__()
+    self.began_s = began_s
+
+
+def _table(reports: "tuple[StageReport, ...]", return_s: float | None) -> Table:
+  table = Table(title="one decode step, mean", title_justify="left")
+  for name in ("host", "layers", "weights", "cache of a sequence", "step", "wire"):
+    table.add_column(name, justify="left" if name in ("host", "layers") else "right")
+  for report in reports:
+    table.add_row(
+      f"{report.host}  {report.address}",
+      f"{report.first_layer}..{report.last_layer}",
+      f"{report.weight_bytes / 1e6:.1f} MB",
+      f"{report.cache_bytes / 1e6:.1f} MB",
+      _ms(report.step_s),
+      _ms(report.wire_s),
+    )
+  if return_s is not None:
+    table.add_row("back to the coordinator", "", "", "", "", _ms(return_s))
+  return table
+
+
+def _ms(seconds: float | None) -> str:
+  return "-" if seconds is None else f"{seconds * 1e3:.2f} ms"

