@@ -1,0 +1,19 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tinymodel
+from tests.pipeline.servers import Cluster, cluster
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return tinymodel.write(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def three(tiny_path: Path) -> Iterator[Cluster]:
+  """Three real servers, shared by the tests of a module: what one test leaves must serve the next."""
+  with cluster(tiny_path, 3) as servers:
+    yield servers

@@ -1,0 +1,534 @@
+"""What goes wrong ends in an error that names the stage, in time; and the next request is served."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from neurojax.config import Sampling, Span
+from neurojax.engine.api import EngineError
+from neurojax.files.source import open_model
+from neurojax.pipeline import pipeline_pb2 as pb
+from neurojax.pipeline import pipeline_pb2_grpc as rpc
+from neurojax.pipeline import wire
+from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
+from neurojax.pipeline.errors import HandshakeError, StageFailed, StageLost, StageTimeout
+from neurojax.pipeline.worker import SERVICE
+from neurojax.scaling.fleet import Fleet, Host
+from neurojax.stage.step import StepInput
+from tests import tinymodel
+from tests.pipeline.servers import PROMPT, Cluster, Server, cluster, collect, request, run
+
+
+async def serves(three: Cluster, *indices: int) -> None:
+  """A fresh coordinator gets a whole answer, and nothing of it stays behind."""
+  engine = await three.connect(*indices)
+  assert len(await collect(engine, request(max_tokens=4))) == 4
+  for index in indices or range(3):
+    assert await open_sequences(three.addresses[index]) == 0
+  await engine.close()
+
+
+async def open_sequences(address: str) -> int:
+  async with grpc.aio.insecure_channel(address) as channel:
+    for _ in range(50):
+      description = await rpc.StageStub(channel).Describe(pb.DescribeRequest(), timeout=5)
+      if description.open_sequences == 0:
+        break
+      await asyncio.sleep(0.1)
+  return description.open_sequences
+
+
+async def break_off(engine: PipelineEngine, at: int, what) -> tuple[int, Exception, float]:
+  """Generate, do `what` after token `at`, and say how many tokens came, the error, and its seconds."""
+  tokens, began_s = 0, time.monotonic()
+  try:
+    async for _ in engine.generate(request(max_tokens=200)):
+      tokens += 1
+      if tokens == at:
+        began_s = time.monotonic()
+        what()
+  except EngineError as error:
+    return tokens, error, time.monotonic() - began_s
+  raise AssertionError(f"{tokens} tokens came and no error")
+
+
+# ---- stages that die or hang
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_stage_is_named_and_a_new_one_in_its_place_serves(three: Cluster, victim: int):
+  async def work():
+    engine = await three.connect()
+    tokens, error, seconds = await break_off(
+      engine, 5, lambda: three.servers[victim].signal(signal.SIGKILL)
+    )
+    assert isinstance(error, StageLost), error
+    assert f"stage-{victim}" in str(error) and "layers" in str(error), error
+    assert 5 <= tokens < 200 and seconds < 10
+    with pytest.raises(EngineError, match=f"stage-{victim}"):
+      await collect(engine, request())
+    survivors = [index for index in range(3) if index != victim]
+    await serves(three, *survivors)
+    await asyncio.to_thread(three.replace, victim)
+    await serves(three)
+    # The first coordinator finds its way back too: the survivors hold other layers now, and are
+    # linked for others, so that it has to be set up anew only if something is in its way.
+    await engine.close()
+
+  run(work())
+
+
+def test_the_same_coordinator_meets_a_restarted_stage_again(three: Cluster):
+  async def work():
+    engine = await three.connect()
+    whole = await collect(engine, request())
+    _, error, _ = await break_off(engine, 3, lambda: three.servers[1].signal(signal.SIGKILL))
+    assert "stage-1" in str(error)
+    await asyncio.to_thread(three.replace, 1)
+    assert await collect(engine, request()) == whole
+    await engine.close()
+
+  run(work())
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_stage_that_hangs_is_named_within_the_deadline_and_serves_again_later(
+  three: Cluster, victim: int
+):
+  async def work():
+    engine = await three.connect(step_s=2.0)
+    whole = await collect(engine, request())
+    tokens, error, seconds = await break_off(
+      engine, 4, lambda: three.servers[victim].signal(signal.SIGSTOP)
+    )
+    assert isinstance(error, StageTimeout), error
+    assert f"stage-{victim}" in str(error) and tokens < 200
+    assert seconds < 8, "the deadline of 2 s, and a health check of 2 s"
+    three.servers[victim].signal(signal.SIGCONT)
+    assert await collect(engine, request()) == whole
+    await engine.close()
+
+  try:
+    run(work())
+  finally:
+    three.servers[victim].signal(signal.SIGCONT)
+
+
+def test_a_stage_that_cannot_be_reached_is_named():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+
+  async def work():
+    fleet = Fleet(hosts=(Host(address=address, name="nobody"),))
+    with pytest.raises(StageLost, match=f"nobody at {address}.*cannot be reached"):
+      await PipelineEngine.connect(tinymodel.CONFIG, "0" * 64, fleet, PipelineOptions(context_length=64))
+
+  run(work())
+
+
+# ---- bytes that no client sends
+
+
+def test_garbage_bytes_on_the_socket(three: Cluster):
+  rng = np.random.default_rng(0)
+  for size in (1, 100, 100_000):
+    with socket.create_connection(_pair(three.addresses[1]), timeout=5) as raw:
+      with contextlib.suppress(ConnectionError, TimeoutError):
+        raw.sendall(rng.bytes(size))
+        raw.settimeout(2)
+        while raw.recv(4096):
+          pass
+  run(serves(three))
+
+
+def test_a_length_prefix_of_one_gib_is_refused_without_memory_for_it(three: Cluster):
+  server = three.servers[1]
+  before = server.resident_bytes()
+  with socket.create_connection(_pair(three.addresses[1]), timeout=10) as raw:
+    raw.sendall(_http2_call(f"/{SERVICE}/Link") + _http2_data(b"\0" + struct.pack(">I", 1 << 30)))
+    raw.settimeout(10)
+    received = b""
+    while b"grpc-status" not in received:
+      part = raw.recv(65536)
+      assert part, f"closed without a status: {received!r}"
+      received += part
+  assert b"larger than max" in received
+  assert server.resident_bytes() - before < 1 << 27
+  run(serves(three))
+
+
+@pytest.mark.parametrize("junk", [b"\xff" * 64, b"", b"\x0a\xff\xff\xff\xff\x0f", bytes(range(256))], ids=len)
+def test_messages_that_are_no_frames(three: Cluster, junk: bytes):
+  async def work():
+    async with grpc.aio.insecure_channel(three.addresses[0]) as channel:
+      call = channel.stream_stream(f"/{SERVICE}/Link")(timeout=10)
+      await call.write(junk)
+      with pytest.raises(grpc.aio.AioRpcError) as caught:
+        assert await call.read() is not grpc.aio.EOF
+        await call.read()
+        raise AssertionError("it was taken")
+      assert caught.value.code() in (
+        grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INVALID_ARGUMENT,
+      )  # fmt: skip
+      load = channel.unary_unary(f"/{SERVICE}/Load")
+      with pytest.raises(grpc.aio.AioRpcError):
+        await load(junk, timeout=10)
+    await serves(three)
+
+  run(work())
+
+
+# ---- peers that do not fit
+
+
+def _hello(engine: PipelineEngine, index: int, **changes: object) -> pb.Hello:
+  span = engine.placements[index].span
+  hello = pb.Hello(
+    identity=engine._identity, name="test", your_first_layer=span.first_layer, your_last_layer=span.last_layer
+  )
+  for name, value in changes.items():
+    setattr(hello.identity if hasattr(hello.identity, name) else hello, name, value)
+  return hello
+
+
+async def _link(address: str, hello: pb.Hello) -> tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]:
+  channel = grpc.aio.insecure_channel(address)
+  call = rpc.StageStub(channel).Link(timeout=30)
+  await call.write(pb.Frame(hello=hello))
+  return channel, call
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"protocol": 99}, "protocol is 1 here and 99 there"),
+    ({"package": "0.0.0"}, f"package is {wire.PACKAGE} here and 0.0.0 there"),
+    ({"model_sha256": "f" * 64}, "model sha256 is .* here and ffffffffffff there"),
+    ({"dtype": "bfloat16"}, "dtype is float32 here and bfloat16 there"),
+    ({"context_length": 7}, "context length is 256 here and 7 there"),
+    ({"your_first_layer": 1}, r"layers are 2\.\.3 here, the sender expects 1\.\.3"),
+    ({"has_layers": True, "last_layer": 4}, "do not follow"),
+  ],
+  ids=lambda value: str(value)[:24],
+)
+def test_a_hello_that_does_not_fit_is_refused_with_both_sides_named(
+  three: Cluster, changes: dict, named: str
+):
+  async def work():
+    engine = await three.connect()
+    channel, call = await _link(three.addresses[1], _hello(engine, 1, **changes))
+    with pytest.raises(grpc.aio.AioRpcError, match=named) as caught:
+      await call.read()
+      await call.read()
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "stage-1 refuses test" in (caught.value.details() or "")
+    await channel.close()
+    await engine.close()
+    await serves(three)
+
+  run(work())
+
+
+def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
+  class Old(rpc.StageServicer):
+    async def Describe(self, request, context):
+      identity = pb.Identity(protocol=1, package="0.0.9", model_sha256="a" * 64, num_layers=6)
+      return pb.Description(name="old", identity=identity, memory_bytes=1 << 30, clock_s=time.time())
+
+  async def work():
+    server = grpc.aio.server()
+    rpc.add_StageServicer_to_server(Old(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
+    with pytest.raises(HandshakeError, match=rf"old.*package is {wire.PACKAGE} here and 0\.0\.9 there"):
+      await PipelineEngine.connect(tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(context_length=64))
+    await server.stop(0)
+
+  run(work())
+
+
+def test_stages_with_another_model_file_are_refused(three: Cluster, tmp_path: Path):
+  other = tinymodel.write(tmp_path / "other.gguf", seed=5)
+
+  async def work():
+    with pytest.raises(HandshakeError, match="model sha256 is"):
+      await three.connect(model=other)
+    await serves(three)
+
+  run(work())
+
+
+# ---- steps that do not fit
+
+
+def _step(sequence: str, given: StepInput, index: int = 0, **changes: object) -> pb.Frame:
+  message = wire.step(sequence, index, given)
+  for name, value in changes.items():
+    if "__" in name:
+      outer, inner = name.split("__")
+      target = getattr(message, outer)
+      if inner == "shape":
+        del target.shape[:]
+        target.shape.extend(value)
+      else:
+        setattr(target, inner, value)
+    else:
+      setattr(message, name, value)
+  return pb.Frame(step=message)
+
+
+TOKENS = np.array(PROMPT[:3], np.int32)
+HIDDEN = np.ones((3, 32), np.float32)
+BAD_STEPS = {
+  "nan": (StepInput(start=0, tokens=TOKENS, hidden=np.full_like(HIDDEN, np.nan)), {}, "NaN or infinite"),
+  "infinite": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN * np.float32(np.inf)), {}, "NaN or infinite"),
+  "wrong width": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN[:, :31]), {}, r"expected float32\[3, 32\]"),
+  "wrong rows": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN[:2]), {}, "expected float32"),
+  "wrong dtype": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN.astype(np.float16)), {}, "expected float32"),
+  "no activations": (StepInput(start=0, tokens=TOKENS), {}, "no activations"),
+  "wrong start": (StepInput(start=5, tokens=TOKENS, hidden=HIDDEN), {}, "stands at position 0"),
+  "wrong index": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN), {"index": 3}, "step 3 came where step 0"),
+  "foreign token": (StepInput(start=0, tokens=TOKENS + 9999, hidden=HIDDEN), {}, "outside the vocabulary"),
+  "negative token": (StepInput(start=0, tokens=-TOKENS, hidden=HIDDEN), {}, "outside the vocabulary"),
+  "shape lies": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN), {"hidden__shape": [1 << 31, 1 << 31]}, "takes"),
+  "dtype lies": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN), {"hidden__dtype": "object"}, "unknown dtype"),
+  "flipped bit": (StepInput(start=0, tokens=TOKENS, hidden=HIDDEN), {"hidden__crc32": 1}, "checksum"),
+  "empty": (StepInput(start=0, tokens=TOKENS[:0], hidden=HIDDEN[:0]), {}, r"n > 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_a_bad_step_fails_its_sequence_and_nothing_else(three: Cluster, case: str):
+  """A stage before that lies: the last stage tells the owner of the sequence, by name."""
+  given, changes, named = BAD_STEPS[case]
+
+  async def work():
+    engine = await three.connect()
+    owner_channel, owner = await _link(three.addresses[2], _hello(engine, 2))
+    assert (await owner.read()).WhichOneof("body") == "hello"
+    await owner.write(pb.Frame(open=pb.Open(sequence="s", sampling=wire.sampling(Sampling()))))
+    assert (await owner.read()).opened.sequence == "s"
+    liar_hello = _hello(engine, 2, has_layers=True, first_layer=2, last_layer=3)
+    liar_channel, liar = await _link(three.addresses[2], liar_hello)
+    assert (await liar.read()).WhichOneof("body") == "hello"
+    await liar.write(_step("s", given, **changes))
+    failure = (await asyncio.wait_for(owner.read(), 10)).failure
+    assert failure.sequence == "s" and failure.stage == "stage-2"
+    assert failure.kind in ("invalid", "numeric")
+    import re
+
+    assert re.search(named, failure.message), failure.message
+    # A step for a sequence that is gone is refused on the link that brought it.
+    await liar.write(_step("s", given))
+    assert "not open" in (await asyncio.wait_for(liar.read(), 10)).failure.message
+    await liar_channel.close()
+    await owner_channel.close()
+    await engine.close()
+    await serves(three)
+
+  run(work())
+
+
+def test_a_stage_that_computes_nan_says_so(tmp_path: Path):
+  bad = tinymodel.write(tmp_path / "bad.gguf", blow_up=4)
+
+  async def work(servers: Cluster):
+    engine = await servers.connect()
+    with pytest.raises(StageFailed, match="stage-1.*NaN or infinite") as caught:
+      await collect(engine, request())
+    assert "layers 3..5" in str(caught.value)
+    await engine.close()
+
+  with cluster(bad, 2) as servers:
+    run(work(servers))
+
+
+def test_no_more_sequences_than_places(three: Cluster):
+  async def work():
+    engine = await three.connect(0, 1, max_sequences=2)
+    first, second = (engine.generate(request(max_tokens=100)) for _ in range(2))
+    await anext(first)
+    await anext(second)
+    with pytest.raises(StageFailed, match="all 2 sequence places are taken"):
+      await collect(engine, request())
+    await first.aclose()
+    assert len(await collect(engine, request(max_tokens=3))) == 3
+    await second.aclose()
+    await engine.close()
+
+  run(work())
+
+
+def test_a_coordinator_that_vanishes_leaves_nothing_behind(three: Cluster):
+  async def work():
+    engine = await three.connect()
+    stream = engine.generate(request(max_tokens=100))
+    await anext(stream)
+    for stage in engine._stages:
+      await stage.channel.close()
+    for address in three.addresses:
+      assert await open_sequences(address) == 0
+    with pytest.raises(EngineError):
+      await anext(stream)
+    await serves(three)
+
+  run(work())
+
+
+# ---- loading, planning, health
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"first_layer": 4, "last_layer": 2}, "no range"),
+    ({"last_layer": 6}, "no range"),
+    ({"weights": "int3"}, "choose dense or int8"),
+    ({"max_sequences": 0}, "max_sequences"),
+    ({"dtype": "float8"}, "choose one of float32"),
+    ({"context_length": 0}, "context length"),
+    ({"context_length": 1 << 24, "max_sequences": 4096}, "are free"),
+    ({"model_sha256": "0" * 64}, "model sha256"),
+    ({"num_layers": 7}, "num layers is 6 here and 7 there"),
+  ],
+  ids=str,
+)
+def test_loads_that_cannot_be_are_refused(three: Cluster, tiny_path: Path, changes: dict, named: str):
+  async def work():
+    with open_model(tiny_path) as file:
+      identity = wire.identity(file.config, sha256=file.sha256(), dtype="float32", context_length=64)
+    load = pb.LoadRequest(identity=identity, first_layer=0, last_layer=2, weights="dense", max_sequences=1)
+    for name, value in changes.items():
+      setattr(load.identity if hasattr(load.identity, name) else load, name, value)
+    async with grpc.aio.insecure_channel(three.addresses[0]) as channel:
+      with pytest.raises(grpc.aio.AioRpcError, match=named) as caught:
+        await rpc.StageStub(channel).Load(load, timeout=30)
+    assert caught.value.details().startswith("stage-0: ")
+    await serves(three)
+
+  run(work())
+
+
+def test_layers_are_not_replaced_under_an_open_sequence(three: Cluster):
+  async def work():
+    engine = await three.connect()
+    stream = engine.generate(request(max_tokens=100))
+    await anext(stream)
+    with pytest.raises(HandshakeError, match="1 sequences are open"):
+      await three.connect(0, 1)
+    await anext(stream)
+    await stream.aclose()
+    await engine.close()
+    await serves(three, 0, 1)
+
+  run(work())
+
+
+def test_a_fleet_that_is_too_small_says_by_how_much(three: Cluster):
+  async def work():
+    hosts = tuple(Host(address=a, memory_bytes=100_000) for a in three.addresses[:2])
+    with open_model(three.model) as file:
+      options = PipelineOptions(context_length=256)
+      with pytest.raises(ValueError, match=r"too small.*about [\d,]+ bytes are missing"):
+        await PipelineEngine.connect(file.config, file.sha256(), Fleet(hosts=hosts), options)
+    await serves(three)
+
+  run(work())
+
+
+def test_health_tells_the_truth(tiny_path: Path):
+  async def status(address: str, service: str) -> str:
+    async with grpc.aio.insecure_channel(address) as channel:
+      stub = health_pb2_grpc.HealthStub(channel)
+      answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+      return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+  async def work(servers: Cluster):
+    address = servers.addresses[0]
+    await asyncio.sleep(0.6)
+    assert await status(address, "") == "SERVING"
+    assert await status(address, SERVICE) == "NOT_SERVING", "no layers yet"
+    engine = await servers.connect()
+    await asyncio.sleep(0.6)
+    assert await status(address, SERVICE) == "SERVING"
+    await engine.close()
+
+  with cluster(tiny_path, 1) as servers:
+    run(work(servers))
+
+
+# ---- processes
+
+
+def test_a_server_ends_with_the_process_that_started_it(tiny_path: Path):
+  server = Server(tiny_path, "child")
+  try:
+    server.address()
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+    assert server.process.wait(15) == 0
+  finally:
+    server.end()
+
+
+def test_an_address_that_is_taken_is_said(three: Cluster):
+  command = [sys.executable, "-m", "neurojax", "stage", "--model", three.model]
+  done = subprocess.run(
+    [*command, "--listen", three.addresses[0]], capture_output=True, text=True, timeout=60, check=False
+  )
+  assert done.returncode == 2
+  assert f"cannot listen on {three.addresses[0]}" in done.stderr
+
+
+def test_spans_are_whole_numbers_of_layers_for_any_fleet(three: Cluster):
+  async def work():
+    engine = await three.connect()
+    spans = [placement.span for placement in engine.placements]
+    await engine.close()
+    assert spans[0].is_first and spans[-1].is_last
+    assert all(b.first_layer == a.last_layer + 1 for a, b in zip(spans, spans[1:], strict=False))
+    assert isinstance(spans[0], Span)
+
+  run(work())
+
+
+# ---- HTTP/2 by hand
+
+
+def _pair(address: str) -> tuple[str, int]:
+  host, port = address.rsplit(":", 1)
+  return host, int(port)
+
+
+def _http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+  return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def _http2_call(path: str) -> bytes:
+  """Preface, empty SETTINGS, and the HEADERS of a gRPC call; literal header fields, RFC 7541 6.2.2."""
+  fields = {
+    ":method": "POST", ":scheme": "http", ":path": path, ":authority": "test", "te": "trailers",
+    "content-type": "application/grpc",
+  }  # fmt: skip
+  block = b"".join(
+    b"\0" + bytes([len(k)]) + k.encode() + bytes([len(v)]) + v.encode() for k, v in fields.items()
+  )
+  preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+  return preface + _http2_frame(4, 0, 0, b"") + _http2_frame(1, 4, 1, block)
+
+
+def _http2_data(payload: bytes) -> bytes:
+  return _http2_frame(0, 0, 1, payload)

@@ -1,0 +1,159 @@
+"""The same tokens: local or distributed, streamed or collected, alone or beside others, whole or chunked."""
+
+import asyncio
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.config import Sampling
+from neurojax.engine.api import Request, Token
+from neurojax.engine.local import LocalEngine
+from neurojax.files.load import load_span
+from neurojax.files.source import open_model
+from neurojax.stage.compile import CompiledStage
+from tests.pipeline.servers import PROMPT, Cluster, collect, request, run
+
+REQUESTS = {
+  "greedy": request(),
+  "sampled": request(sampling=Sampling(temperature=1.0, seed=11)),
+  "filtered": request(sampling=Sampling(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, seed=2**40)),
+  "penalized": request(
+    sampling=Sampling(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.2)
+  ),
+  "long": request(prompt=(PROMPT * 12)[:150], sampling=Sampling(temperature=1.0, seed=3)),
+}
+
+
+def local(path: Path, weights: str = "dense", dtype: str = "float32") -> LocalEngine:
+  with open_model(path) as file:
+    model = load_span(file, weights=weights, dtype=jnp.dtype(dtype))
+  return LocalEngine(CompiledStage(model, context_length=256))
+
+
+def answers(path: Path, **form: str) -> dict[str, list[Token]]:
+  async def work() -> dict[str, list[Token]]:
+    engine = local(path, **form)
+    return {name: await collect(engine, wanted) for name, wanted in REQUESTS.items()}
+
+  return run(work())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_path: Path) -> dict[str, list[Token]]:
+  """What one process gives."""
+  found = answers(tiny_path)
+  assert len({tuple(t.id for t in tokens) for tokens in found.values()}) == len(found), "all differ"
+  return found
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_any_number_of_stages_gives_the_local_tokens(three: Cluster, alone, stages: int):
+  async def work():
+    engine = await three.connect(*range(stages))
+    assert [len(p.span) for p in engine.placements] == [6 // stages] * stages
+    found = {name: await collect(engine, wanted) for name, wanted in REQUESTS.items()}
+    await engine.close()
+    return found
+
+  # Equal as dataclasses: ids, indices, reasons, and log-probabilities to the last bit.
+  assert run(work()) == alone
+
+
+@pytest.mark.parametrize("form", [{"weights": "int8"}, {"dtype": "bfloat16"}], ids=str)
+def test_so_do_other_forms_of_weights_and_activations(three: Cluster, tiny_path: Path, form: dict):
+  async def work():
+    engine = await three.connect(**form)
+    found = {name: await collect(engine, wanted) for name, wanted in REQUESTS.items()}
+    await engine.close()
+    return found
+
+  assert run(work()) == answers(tiny_path, **form)
+
+
+def test_concurrent_requests_do_not_touch_each_other(three: Cluster, tiny_path: Path, alone):
+  names = ["greedy", "sampled", "penalized", "long"]
+
+  async def work():
+    engine = await three.connect(0, 1)
+    beside = await asyncio.gather(*(collect(engine, REQUESTS[name]) for name in names))
+    await engine.close()
+    own = local(tiny_path)
+    local_beside = await asyncio.gather(*(collect(own, REQUESTS[name]) for name in names))
+    return beside, local_beside
+
+  beside, local_beside = run(work())
+  assert beside == [alone[name] for name in names]
+  assert local_beside == [alone[name] for name in names]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100, 1000])
+def test_chunked_prefill_gives_the_same_tokens(three: Cluster, alone, chunk: int):
+  async def work():
+    engine = await three.connect(0, 1)
+    long = REQUESTS["long"]
+    changed = Request(
+      prompt=long.prompt, max_tokens=long.max_tokens, sampling=long.sampling, prefill_chunk=chunk
+    )
+    found = await collect(engine, changed)
+    await engine.close()
+    return found
+
+  found = run(work())
+  assert [t.id for t in found] == [t.id for t in alone["long"]]
+  np.testing.assert_allclose(
+    [t.logprob for t in found], [t.logprob for t in alone["long"]], atol=2e-5
+  )
+
+
+def test_scores_equal_the_local_ones_and_the_answers_own_logprobs(three: Cluster, tiny_path: Path, alone):
+  tokens = [*REQUESTS["long"].prompt, *(t.id for t in alone["long"])]
+  first = len(REQUESTS["long"].prompt)
+
+  async def work():
+    engine = await three.connect()
+    far = await engine.score(tokens, first=first)
+    every = await engine.score(tokens)
+    await engine.close()
+    near = await local(tiny_path).score(tokens, first=first)
+    return far, every, near
+
+  far, every, near = run(work())
+  assert (far == near).all() and (every[first - 1 :] == far).all()
+  assert len(every) == len(tokens) - 1
+  np.testing.assert_allclose(far, [t.logprob for t in alone["long"]], atol=2e-5)
+
+
+def test_stop_ids_and_lengths(three: Cluster, alone):
+  greedy = alone["greedy"]
+  stop = greedy[5].id
+  first = next(i for i, token in enumerate(greedy) if token.id == stop)
+
+  async def work():
+    engine = await three.connect(0, 1)
+    stopped = await collect(engine, request(stop_ids=frozenset([stop])))
+    one = await collect(engine, request(max_tokens=1))
+    await engine.close()
+    return stopped, one
+
+  stopped, one = run(work())
+  assert [t.id for t in stopped] == [t.id for t in greedy[: first + 1]]
+  assert stopped[-1].finish_reason == "stop" and {t.finish_reason for t in stopped[:-1]} <= {None}
+  assert [(t.id, t.finish_reason) for t in one] == [(greedy[0].id, "length")]
+
+
+def test_reports_name_every_stage(three: Cluster):
+  async def work():
+    engine = await three.connect()
+    await collect(engine, request())
+    reports = await engine.reports()
+    back_s = engine.return_s
+    await engine.close()
+    return reports, back_s
+
+  reports, back_s = run(work())
+  assert [(r.first_layer, r.last_layer) for r in reports] == [(0, 1), (2, 3), (4, 5)]
+  assert [r.host for r in reports] == ["stage-0", "stage-1", "stage-2"]
+  assert all(r.decode_steps == 23 and r.step_s > 0 and r.wire_s is not None for r in reports)
+  assert back_s is not None and all(r.weight_bytes > 0 and r.cache_bytes > 0 for r in reports)
