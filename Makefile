@@ -15,7 +15,7 @@ demo: setup
 	@$(BIN)/neurojax demo --model $(MODEL)
 
 test: setup $(STAMP)-dev
-	@$(BIN)/python -m pytest -n auto --dist worksteal
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

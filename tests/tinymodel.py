@@ -28,7 +28,9 @@ TEMPLATE = (
 )
 
 
-def write(path: Path, *, seed: int = 0, config: ModelConfig = CONFIG, blow_up: int | None = None) -> Path:
+def write(
+  path: Path, *, seed: int = 0, config: ModelConfig = CONFIG, blow_up: int | None = None
+) -> Path:
   """blow_up: this layer's down projection is so large that its activations overflow float32."""
   values = tiny.parameters(config, seed)
   scaled = {name: value * np.float32(0.2) for name, value in values.items()}

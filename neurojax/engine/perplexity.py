@@ -45,8 +45,8 @@ async def perplexity(
     raise ValueError(f"ctx = {ctx}: at least 4")
   if ctx > engine.context_length:
     raise ValueError(f"ctx = {ctx}: the engine's context is {engine.context_length}")
-  if stride is not None and not 1 <= stride <= ctx:
-    raise ValueError(f"stride = {stride}: between 1 and ctx = {ctx}")
+  if stride is not None and not 1 <= stride < ctx:
+    raise ValueError(f"stride = {stride}: between 1 and {ctx - 1}, so that windows overlap")
   if chunks is not None and chunks < 1:
     raise ValueError(f"chunks = {chunks}: at least 1")
   ids = tokenizer.encode(text, parse_special=False, add_special=True)

@@ -25,7 +25,18 @@ class Server:
   def __init__(self, model: Path, name: str, *arguments: str, listen: str = "127.0.0.1:0"):
     self.name = name
     self.process = subprocess.Popen(
-      [sys.executable, "-m", "neurojax", "stage", "--model", model, "--listen", listen, "--name", name]
+      [
+        sys.executable,
+        "-m",
+        "neurojax",
+        "stage",
+        "--model",
+        model,
+        "--listen",
+        listen,
+        "--name",
+        name,
+      ]
       + ["--json", "--end-with-stdin", *arguments],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -65,7 +76,9 @@ class Cluster:
     chosen = indices or range(len(self.servers))
     return Fleet(hosts=tuple(Host(name=f"stage-{i}", address=self.addresses[i]) for i in chosen))
 
-  async def connect(self, *indices: int, model: Path | None = None, **options: object) -> PipelineEngine:
+  async def connect(
+    self, *indices: int, model: Path | None = None, **options: object
+  ) -> PipelineEngine:
     with open_model(model or self.model) as file:
       setup = PipelineOptions(**{"context_length": 256, **options})
       return await PipelineEngine.connect(file.config, file.sha256(), self.fleet(*indices), setup)

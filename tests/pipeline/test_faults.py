@@ -133,7 +133,9 @@ def test_a_stage_that_cannot_be_reached_is_named():
   async def work():
     fleet = Fleet(hosts=(Host(address=address, name="nobody"),))
     with pytest.raises(StageLost, match=f"nobody at {address}.*cannot be reached"):
-      await PipelineEngine.connect(tinymodel.CONFIG, "0" * 64, fleet, PipelineOptions(context_length=64))
+      await PipelineEngine.connect(
+        tinymodel.CONFIG, "0" * 64, fleet, PipelineOptions(context_length=64)
+      )
 
   run(work())
 
@@ -169,7 +171,9 @@ def test_a_length_prefix_of_one_gib_is_refused_without_memory_for_it(three: Clus
   run(serves(three))
 
 
-@pytest.mark.parametrize("junk", [b"\xff" * 64, b"", b"\x0a\xff\xff\xff\xff\x0f", bytes(range(256))], ids=len)
+@pytest.mark.parametrize(
+  "junk", [b"\xff" * 64, b"", b"\x0a\xff\xff\xff\xff\x0f", bytes(range(256))], ids=len
+)
 def test_messages_that_are_no_frames(three: Cluster, junk: bytes):
   async def work():
     async with grpc.aio.insecure_channel(three.addresses[0]) as channel:
@@ -196,14 +200,19 @@ def test_messages_that_are_no_frames(three: Cluster, junk: bytes):
 def _hello(engine: PipelineEngine, index: int, **changes: object) -> pb.Hello:
   span = engine.placements[index].span
   hello = pb.Hello(
-    identity=engine._identity, name="test", your_first_layer=span.first_layer, your_last_layer=span.last_layer
+    identity=engine._identity,
+    name="test",
+    your_first_layer=span.first_layer,
+    your_last_layer=span.last_layer,
   )
   for name, value in changes.items():
     setattr(hello.identity if hasattr(hello.identity, name) else hello, name, value)
   return hello
 
 
-async def _link(address: str, hello: pb.Hello) -> tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]:
+async def _link(
+  address: str, hello: pb.Hello
+) -> tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]:
   channel = grpc.aio.insecure_channel(address)
   call = rpc.StageStub(channel).Link(timeout=30)
   await call.write(pb.Frame(hello=hello))
@@ -245,7 +254,9 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
   class Old(rpc.StageServicer):
     async def Describe(self, request, context):
       identity = pb.Identity(protocol=1, package="0.0.9", model_sha256="a" * 64, num_layers=6)
-      return pb.Description(name="old", identity=identity, memory_bytes=1 << 30, clock_s=time.time())
+      return pb.Description(
+        name="old", identity=identity, memory_bytes=1 << 30, clock_s=time.time()
+      )
 
   async def work():
     server = grpc.aio.server()
@@ -253,8 +264,12 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
-    with pytest.raises(HandshakeError, match=rf"old.*package is {wire.PACKAGE} here and 0\.0\.9 there"):
-      await PipelineEngine.connect(tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(context_length=64))
+    with pytest.raises(
+      HandshakeError, match=rf"old.*package is {wire.PACKAGE} here and 0\.0\.9 there"
+    ):
+      await PipelineEngine.connect(
+        tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(context_length=64)
+      )
     await server.stop(0)
 
   run(work())
@@ -406,11 +421,17 @@ def test_a_coordinator_that_vanishes_leaves_nothing_behind(three: Cluster):
   ],
   ids=str,
 )
-def test_loads_that_cannot_be_are_refused(three: Cluster, tiny_path: Path, changes: dict, named: str):
+def test_loads_that_cannot_be_are_refused(
+  three: Cluster, tiny_path: Path, changes: dict, named: str
+):
   async def work():
     with open_model(tiny_path) as file:
-      identity = wire.identity(file.config, sha256=file.sha256(), dtype="float32", context_length=64)
-    load = pb.LoadRequest(identity=identity, first_layer=0, last_layer=2, weights="dense", max_sequences=1)
+      identity = wire.identity(
+        file.config, sha256=file.sha256(), dtype="float32", context_length=64
+      )
+    load = pb.LoadRequest(
+      identity=identity, first_layer=0, last_layer=2, weights="dense", max_sequences=1
+    )
     for name, value in changes.items():
       setattr(load.identity if hasattr(load.identity, name) else load, name, value)
     async with grpc.aio.insecure_channel(three.addresses[0]) as channel:
@@ -487,7 +508,11 @@ def test_a_server_ends_with_the_process_that_started_it(tiny_path: Path):
 def test_an_address_that_is_taken_is_said(three: Cluster):
   command = [sys.executable, "-m", "neurojax", "stage", "--model", three.model]
   done = subprocess.run(
-    [*command, "--listen", three.addresses[0]], capture_output=True, text=True, timeout=60, check=False
+    [*command, "--listen", three.addresses[0]],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
   )
   assert done.returncode == 2
   assert f"cannot listen on {three.addresses[0]}" in done.stderr
@@ -514,7 +539,9 @@ def _pair(address: str) -> tuple[str, int]:
 
 
 def _http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-  return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+  return (
+    struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+  )
 
 
 def _http2_call(path: str) -> bytes:

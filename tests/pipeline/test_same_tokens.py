@@ -18,7 +18,9 @@ from tests.pipeline.servers import PROMPT, Cluster, collect, request, run
 REQUESTS = {
   "greedy": request(),
   "sampled": request(sampling=Sampling(temperature=1.0, seed=11)),
-  "filtered": request(sampling=Sampling(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, seed=2**40)),
+  "filtered": request(
+    sampling=Sampling(temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, seed=2**40)
+  ),
   "penalized": request(
     sampling=Sampling(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.2)
   ),
@@ -107,7 +109,9 @@ def test_chunked_prefill_gives_the_same_tokens(three: Cluster, alone, chunk: int
   )
 
 
-def test_scores_equal_the_local_ones_and_the_answers_own_logprobs(three: Cluster, tiny_path: Path, alone):
+def test_scores_equal_the_local_ones_and_the_answers_own_logprobs(
+  three: Cluster, tiny_path: Path, alone
+):
   tokens = [*REQUESTS["long"].prompt, *(t.id for t in alone["long"])]
   first = len(REQUESTS["long"].prompt)
 

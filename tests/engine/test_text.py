@@ -1,0 +1,109 @@
+"""Text over the fake engine, whose every token is known beforehand."""
+
+import asyncio
+
+import pytest
+
+from neurojax.engine.api import EngineError, Request
+from neurojax.engine.fake import FakeEngine
+from neurojax.engine.text import stream_text
+from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer import Tokenizer
+from tests.tinymodel import VOCAB
+
+# Ids 3..258 are the bytes 0..255, so that the fake engine counts through the bytes.
+SPEC = TokenizerSpec(
+  kind="spm",
+  tokens=tuple(VOCAB),
+  types=("unknown", "control", "control", *["byte"] * 256, *["normal"] * (len(VOCAB) - 259)),
+  scores=(0.0,) * len(VOCAB),
+  bos_id=1,
+  eos_id=2,
+  unknown_id=0,
+  stop_ids=frozenset([2]),
+  add_bos=True,
+  add_space_prefix=True,
+)
+TOKENIZER = Tokenizer(SPEC)
+
+
+def collect(engine: FakeEngine, request: Request, stops=()) -> list:
+  async def work():
+    return [piece async for piece in stream_text(engine, TOKENIZER, request, stops=stops)]
+
+  return asyncio.run(work())
+
+
+def letters(first: str, number: int, **changes) -> Request:
+  """A request whose answer is `number` bytes from `first` on."""
+  return Request(prompt=[ord(first) + 3], max_tokens=number, **changes)
+
+
+def engine(**changes) -> FakeEngine:
+  return FakeEngine(vocab_size=len(VOCAB), **changes)
+
+
+def test_the_fake_engine_counts():
+  pieces = collect(engine(), letters("a", 5))
+  assert "".join(p.text for p in pieces) == "abcde"
+  assert [p.token.id for p in pieces] == [ord(c) + 3 for c in "abcde"]
+  assert pieces[-1].finish_reason == "length" and {p.finish_reason for p in pieces[:-1]} == {None}
+
+
+def test_a_stop_string_ends_the_answer_before_it_even_across_tokens():
+  pieces = collect(engine(), letters("a", 20), stops=["ef", "xyz"])
+  assert "".join(p.text for p in pieces) == "abcd"
+  assert pieces[-1].finish_reason == "stop" and len(pieces) == 6
+  # What only might have been a stop comes out in the end.
+  pieces = collect(engine(), letters("a", 5), stops=["efg"])
+  assert "".join(p.text for p in pieces) == "abcde" and pieces[-1].finish_reason == "length"
+
+
+def test_a_stop_id_is_not_rendered():
+  pieces = collect(engine(), letters("a", 9, stop_ids=frozenset([ord("d") + 3])))
+  assert "".join(p.text for p in pieces) == "abc"
+  assert pieces[-1].finish_reason == "stop" and pieces[-1].token.id == ord("d") + 3
+
+
+def test_no_character_is_split_and_a_broken_one_is_shown_as_such():
+  # Bytes C3 C4: the first begins a character that the second does not continue.
+  pieces = collect(engine(), Request(prompt=[0xC3 + 3], max_tokens=2))
+  assert "".join(p.text for p in pieces) == "��"
+  assert all("�" not in p.text for p in pieces[:1])
+
+
+def test_a_failure_passes_through_and_ends_the_text():
+  async def work():
+    seen = []
+    with pytest.raises(EngineError, match="fails at token 3"):
+      async for piece in stream_text(engine(fail_at=3), TOKENIZER, letters("a", 9)):
+        seen.append(piece.text)
+    return seen
+
+  assert asyncio.run(work()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+  ("request_", "named"),
+  [
+    (Request(prompt=[], max_tokens=1), "empty"),
+    (Request(prompt=[1], max_tokens=0), "max_tokens = 0"),
+    (Request(prompt=[-1], max_tokens=1), "token -1"),
+    (Request(prompt=[99999], max_tokens=1), "token 99999"),
+    (Request(prompt=[1] * 60, max_tokens=5), "need 65 positions, the context is 64"),
+    (Request(prompt=[1], max_tokens=1, prefill_chunk=0), "prefill_chunk = 0"),
+  ],
+)
+def test_requests_that_cannot_be_served_are_refused_at_the_door(request_: Request, named: str):
+  with pytest.raises(ValueError, match=named):
+    collect(engine(), request_)
+
+
+def test_scores():
+  async def work():
+    found = await engine().score([1, 2, 3], first=2)
+    with pytest.raises(ValueError, match="first = 3"):
+      await engine().score([1, 2, 3], first=3)
+    return found
+
+  assert asyncio.run(work()).shape == (1,)
