@@ -2,12 +2,15 @@
 
 import asyncio
 import dataclasses
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from neurojax.cli.options import (
@@ -42,13 +45,13 @@ class Demo(ModelOptions, SamplingOptions):
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
 
   def run(self) -> int:
-    return asyncio.run(self._demo(time.perf_counter()))
+    return asyncio.run(self._demo(time.perf_counter() - _age_s()))
 
   async def _demo(self, began_s: float) -> int:
     from neurojax.engine.api import Request
     from neurojax.tokenizer.conversation import encode_chat
 
-    out = Console(highlight=False)
+    out = Console(highlight=False, soft_wrap=True)
     with self.open() as file:
       tokenizer = open_tokenizer(file)
       request = Request(
@@ -62,7 +65,9 @@ class Demo(ModelOptions, SamplingOptions):
       )
       options = EngineOptions(stages=self.stages)
       async with open_engine(file, options) as engine:
-        out.print(f"[bold cyan]user[/]       {self.question}\n[bold cyan]assistant[/]  ", end="")
+        out.print(
+          f"[bold cyan]user[/]       {escape(self.question)}\n[bold cyan]assistant[/]  ", end=""
+        )
         tokens, times_s = await self._stream(engine, file, request)
         ready_s = times_s[0] - began_s
         out.print("\n")
@@ -120,12 +125,15 @@ class Times(list[float]):
 
 
 def _table(reports: "tuple[StageReport, ...]", return_s: float | None) -> Table:
-  table = Table(title="one decode step, mean", title_justify="left")
-  for name in ("host", "layers", "weights", "cache of a sequence", "step", "wire"):
-    table.add_column(name, justify="left" if name in ("host", "layers") else "right")
+  table = Table(title="one decode step, mean", title_justify="left", box=box.SIMPLE_HEAD)
+  for name in ("host", "address", "layers", "weights", "cache/seq", "step", "wire"):
+    table.add_column(
+      name, justify="left" if name in ("host", "address", "layers") else "right", no_wrap=True
+    )
   for report in reports:
     table.add_row(
-      f"{report.host}  {report.address}",
+      report.host,
+      report.address,
       f"{report.first_layer}..{report.last_layer}",
       f"{report.weight_bytes / 1e6:.1f} MB",
       f"{report.cache_bytes / 1e6:.1f} MB",
@@ -133,8 +141,15 @@ def _table(reports: "tuple[StageReport, ...]", return_s: float | None) -> Table:
       _ms(report.wire_s),
     )
   if return_s is not None:
-    table.add_row("back to the coordinator", "", "", "", "", _ms(return_s))
+    table.add_row("", "back to coordinator", "", "", "", "", _ms(return_s))
   return table
+
+
+def _age_s() -> float:
+  """Seconds since this process was started, imports of Python and packages included."""
+  with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
+    started_ticks = int(stat.read().rpartition(")")[2].split()[19])
+  return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _ms(seconds: float | None) -> str:

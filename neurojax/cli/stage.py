@@ -51,7 +51,8 @@ class Stage(ModelOptions):
       from neurojax.stage.compile import use_compilation_cache
 
       use_compilation_cache(cache_dir() / "xla")
-      logging.getLogger("neurojax").setLevel(logging.INFO)
+      if not self.json:
+        logging.getLogger("neurojax").setLevel(logging.INFO)
 
       async def serve() -> None:
         stop = asyncio.Event()

@@ -205,6 +205,8 @@ class PipelineEngine(DrivenEngine):
         # Cristian's algorithm: the shortest round trip bounds the error of the clock's offset best.
         if trip_s < best_s:
           best_s, ahead_s = trip_s, description.clock_s - (sent_s + trip_s / 2)
+      # Within half a trip it cannot be told from no offset at all, which hosts in step have.
+      ahead_s = 0.0 if abs(ahead_s) <= best_s / 2 else ahead_s
     except grpc.aio.AioRpcError as error:
       await channel.close()
       raise _from_rpc(label, error) from error

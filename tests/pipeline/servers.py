@@ -25,7 +25,21 @@ class Server:
   def __init__(self, model: Path, name: str, *arguments: str, listen: str = "127.0.0.1:0"):
     self.name = name
     self.process = subprocess.Popen(
-      [sys.executable, "-m", "neurojax", "stage", "--model", model, "--listen", listen, "--name", name, "--json", "--end-with-stdin", *arguments],
+      [
+        sys.executable,
+        "-m",
+        "neurojax",
+        "stage",
+        "--model",
+        model,
+        "--listen",
+        listen,
+        "--name",
+        name,
+        "--json",
+        "--end-with-stdin",
+        *arguments,
+      ],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
     )
