@@ -2,21 +2,28 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
-from neurojax.cli.options import ModelOptions
+from neurojax.cli.options import model_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspect(ModelOptions):
+class Inspect:
   """Print a model file's architecture, sizes, types, tokenizer and chat template.
 
   Works on files that cannot be run too, and says why they cannot.
 
-  Example: neurojax inspect --model model.gguf
+  Example: neurojax inspect model.gguf
   """
 
+  file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+  """A model file (GGUF, or llama2.c's .bin), or "smollm2" for the one in the installed extra."""
+  tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """The tokenizer, for formats that keep it apart (llama2.c)."""
   json: bool = False
   """Print one JSON object."""
   sha256: bool = False
@@ -24,8 +31,9 @@ class Inspect(ModelOptions):
 
   def run(self) -> int:
     from neurojax.files.inspect import describe, render
+    from neurojax.files.source import open_model
 
-    with self.open() as file:
+    with open_model(model_path(self.file), self.tokenizer) as file:
       description = describe(file, sha256=self.sha256)
     if self.json:
       print(json.dumps(description, ensure_ascii=False, indent=1))

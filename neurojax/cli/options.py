@@ -135,13 +135,14 @@ async def open_engine(
     step_s=options.step_timeout,
   )
   async with contextlib.AsyncExitStack() as stack:
-    if options.hosts is not None:
-      fleet = read_fleet(options.hosts)
-    else:
-      stages = await stack.enter_async_context(LocalStages(file.path, options.stages))
-      assert stages.fleet is not None
-      fleet = stages.fleet
-    engine = await PipelineEngine.connect(file.config, file.sha256(), fleet, setup)
+    with stderr.status("waiting for stage servers to start, read their layers and compile"):
+      if options.hosts is not None:
+        fleet = read_fleet(options.hosts)
+      else:
+        stages = await stack.enter_async_context(LocalStages(file.path, options.stages))
+        assert stages.fleet is not None
+        fleet = stages.fleet
+      engine = await PipelineEngine.connect(file.config, file.sha256(), fleet, setup)
     stack.push_async_callback(engine.close)
     yield engine
 

@@ -78,10 +78,10 @@ def test_control_tokens_in_a_prompt_need_leave(capsys, model: str):
 
 
 def test_inspect(capsys, model: str):
-  code, out, _ = run(capsys, "inspect", "--model", model, "--json")
+  code, out, _ = run(capsys, "inspect", model, "--json")
   description = json.loads(out)
   assert code == 0 and description["unsupported"] == []
-  code, out, _ = run(capsys, "inspect", "--model", model)
+  code, out, _ = run(capsys, "inspect", model)
   assert code == 0 and "tiny" in out
 
 
