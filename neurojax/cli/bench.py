@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import subcommand
@@ -63,25 +64,17 @@ class Decode(ModelOptions, EngineOptions):
     if self.json:
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
       return 0
-    table = Table(
-      title=f"{rows[0].device}, jax {rows[0].jax}, {rows[0].date}", title_justify="left"
-    )
-    for name in (
-      "what",
-      "tokens/s",
-      "min..max",
-      "llama.cpp",
-      "ratio",
-      "GB/s of weights and cache",
-      "bound",
-      "of the bound",
-    ):
-      table.add_column(name)
+    title = f"{rows[0].device}, jax {rows[0].jax}, {rows[0].date}; GB/s are of weights and cache"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what")
+    for name in ("tok/s", "min", "max", "llama.cpp", "ratio", "GB/s", "bound", "of it"):
+      table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
       table.add_row(
         f"{row.what} {row.length}",
         f"{row.tokens_per_s:.1f}",
-        f"{row.slowest:.1f}..{row.fastest:.1f}",
+        f"{row.slowest:.1f}",
+        f"{row.fastest:.1f}",
         "-" if row.llama_tokens_per_s is None else f"{row.llama_tokens_per_s:.1f}",
         "-" if row.ratio is None else f"{row.ratio:.2f}x",
         "-" if row.bytes_per_s is None else f"{row.bytes_per_s / 1e9:.1f}",

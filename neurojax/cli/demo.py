@@ -125,7 +125,7 @@ class Times(list[float]):
 
 
 def _table(reports: "tuple[StageReport, ...]", return_s: float | None) -> Table:
-  table = Table(title="one decode step, mean", title_justify="left", box=box.SIMPLE_HEAD)
+  table = Table(title="one decode step, mean", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
   for name in ("host", "address", "layers", "weights", "cache/seq", "step", "wire"):
     table.add_column(
       name, justify="left" if name in ("host", "address", "layers") else "right", no_wrap=True
@@ -141,7 +141,7 @@ def _table(reports: "tuple[StageReport, ...]", return_s: float | None) -> Table:
       _ms(report.wire_s),
     )
   if return_s is not None:
-    table.add_row("", "back to coordinator", "", "", "", "", _ms(return_s))
+    table.add_row("", "coordinator", "", "", "", "", _ms(return_s))
   return table
 
 

@@ -8,80 +8,25 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-import grpc
 import numpy as np
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from neurojax.config import ModelConfig, Sampling, Span
+from neurojax.config import ModelConfig, Sampling
 from neurojax.engine.api import EngineError, StageReport
-from neurojax.engine.drive import PREFILL_CHUNK, DrivenEngine
+from neurojax.engine.drive import DrivenEngine
 from neurojax.pipeline import pipeline_pb2 as pb
-from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline import wire
+from neurojax.pipeline.contact import Contact, PipelineOptions, Timing
 from neurojax.pipeline.errors import (
-  HandshakeError,
   PipelineError,
   StageFailed,
   StageLost,
   StageTimeout,
 )
 from neurojax.scaling import count, plan
-from neurojax.scaling.count import Weights
-from neurojax.scaling.fleet import Fleet, Host
+from neurojax.scaling.fleet import Fleet
 from neurojax.stage.step import StepInput, StepOutput
 
 log = logging.getLogger(__name__)
-
-NAME = "coordinator"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PipelineOptions:
-  """How a pipeline is set up and how patient it is.
-
-  Attributes:
-    connect_s: For each answer to a first contact.
-    load_s: For a stage to read and compile its layers.
-    step_s: Longest time in which no stage finishes any step of a sequence that waits.
-  """
-
-  dtype: str = "float32"
-  weights: Weights = "dense"
-  context_length: int = 2048
-  max_sequences: int = 4
-  connect_s: float = 10.0
-  load_s: float = 600.0
-  step_s: float = 60.0
-
-
-@dataclasses.dataclass
-class _Timing:
-  steps: int = 0
-  compute_s: float = 0.0
-  wire_s: float = 0.0
-
-
-@dataclasses.dataclass
-class _Stage:
-  """One stage server as the coordinator sees it."""
-
-  host: Host
-  stub: rpc.StageStub
-  channel: grpc.aio.Channel
-  description: pb.Description
-  clock_ahead_s: float
-  span: Span
-  call: grpc.aio.StreamStreamCall | None = None
-  reader: asyncio.Task[None] | None = None
-  lost: str | None = None
-  lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
-  timing: _Timing = dataclasses.field(default_factory=_Timing)
-
-  @property
-  def label(self) -> str:
-    name = self.host.name or self.description.name
-    where = "" if name == self.host.address else f" at {self.host.address}"
-    return f"{name}{where} (layers {self.span})"
 
 
 @dataclasses.dataclass
@@ -114,10 +59,10 @@ class PipelineEngine(DrivenEngine):
 
   def __init__(self, config: ModelConfig, identity: pb.Identity, options: PipelineOptions):
     self._config, self._identity, self._options = config, identity, options
-    self._stages: list[_Stage] = []
+    self._stages: list[Contact] = []
     self._flights: dict[str, _Flight] = {}
     self._attaching = asyncio.Lock()
-    self._return = _Timing()
+    self._return = Timing()
     self.placements: tuple[plan.Placement, ...] = ()
 
   @classmethod
@@ -144,10 +89,9 @@ class PipelineEngine(DrivenEngine):
     )
     self = cls(config, identity, options)
     try:
-      met = await asyncio.gather(*(self._meet(host) for host in fleet.hosts))
-      await self._place(met)
-      await asyncio.gather(*(self._load(stage) for stage in self._stages))
-      await asyncio.gather(*(self._link(stage) for stage in self._stages))
+      await self._place(await self._meet_all(fleet))
+      await asyncio.gather(*(stage.load() for stage in self._stages))
+      await asyncio.gather(*(stage.link(self._on_frame, self._on_lost) for stage in self._stages))
     except BaseException:
       await self.close()
       raise
@@ -164,15 +108,15 @@ class PipelineEngine(DrivenEngine):
   async def reports(self) -> tuple[StageReport, ...]:
     return tuple(
       StageReport(
-        host=stage.host.name or stage.description.name,
+        host=stage.name,
         address=stage.host.address,
         first_layer=stage.span.first_layer,
         last_layer=stage.span.last_layer,
         weight_bytes=stage.description.weight_bytes,
         cache_bytes=stage.description.cache_bytes,
         decode_steps=stage.timing.steps,
-        step_s=stage.timing.compute_s / stage.timing.steps if stage.timing.steps else None,
-        wire_s=stage.timing.wire_s / stage.timing.steps if stage.timing.steps else None,
+        step_s=stage.timing.mean(stage.timing.compute_s),
+        wire_s=stage.timing.mean(stage.timing.wire_s),
       )
       for stage in self._stages
     )
@@ -180,49 +124,29 @@ class PipelineEngine(DrivenEngine):
   @property
   def return_s(self) -> float | None:
     """Mean time of a token from the last stage back to here."""
-    return self._return.wire_s / self._return.steps if self._return.steps else None
+    return self._return.mean(self._return.wire_s)
 
   async def close(self) -> None:
     for stage in self._stages:
-      if stage.reader:
-        stage.reader.cancel()
-      await stage.channel.close()
+      await stage.close()
     self._stages.clear()
 
   # ---- setting up
 
-  async def _meet(self, host: Host) -> _Stage:
-    limit = wire.message_limit(self._config, PREFILL_CHUNK)
-    channel = grpc.aio.insecure_channel(host.address, options=wire.channel_options(limit))
-    stub = rpc.StageStub(channel)
-    label = f"{host.name} at {host.address}" if host.name else host.address
-    best_s, ahead_s = float("inf"), 0.0
-    try:
-      for _ in range(4):
-        sent_s = time.time()
-        description = await stub.Describe(pb.DescribeRequest(), timeout=self._options.connect_s)
-        trip_s = time.time() - sent_s
-        # Cristian's algorithm: the shortest round trip bounds the error of the clock's offset best.
-        if trip_s < best_s:
-          best_s, ahead_s = trip_s, description.clock_s - (sent_s + trip_s / 2)
-      # Within half a trip it cannot be told from no offset at all, which hosts in step have.
-      ahead_s = 0.0 if abs(ahead_s) <= best_s / 2 else ahead_s
-    except grpc.aio.AioRpcError as error:
-      await channel.close()
-      raise _from_rpc(label, error) from error
-    if difference := wire.disagreement(
-      self._identity, description.identity, fields=wire.SAME_MODEL
-    ):
-      await channel.close()
-      raise HandshakeError(
-        label,
-        f"{NAME} and {description.name} do not agree: {difference} "
-        "(here is the coordinator, there the stage)",
-      )
-    whole = Span.whole(self._config)
-    return _Stage(host, stub, channel, description, ahead_s, whole)
+  async def _meet_all(self, fleet: Fleet) -> list[Contact]:
+    meetings = (
+      Contact.meet(host, self._config, self._identity, self._options) for host in fleet.hosts
+    )
+    met = await asyncio.gather(*meetings, return_exceptions=True)
+    contacts = [contact for contact in met if isinstance(contact, Contact)]
+    failed = [error for error in met if isinstance(error, BaseException)]
+    if failed:
+      for contact in contacts:
+        await contact.close()
+      raise failed[0]
+    return contacts
 
-  async def _place(self, met: Sequence[_Stage]) -> None:
+  async def _place(self, met: Sequence[Contact]) -> None:
     free = {
       stage.host.address: min(stage.host.memory_bytes or 1 << 62, stage.description.memory_bytes)
       for stage in met
@@ -237,7 +161,7 @@ class PipelineEngine(DrivenEngine):
       self.placements = plan.proportional(self._config, list(free.items()), load)
     except ValueError:
       for stage in met:
-        await stage.channel.close()
+        await stage.close()
       raise
     spans = {placement.host: placement.span for placement in self.placements}
     for stage in met:
@@ -246,42 +170,7 @@ class PipelineEngine(DrivenEngine):
         self._stages.append(stage)
       else:
         log.warning("%s is left out: the plan gives it no layer", stage.host.address)
-        await stage.channel.close()
-
-  async def _load(self, stage: _Stage) -> None:
-    request = pb.LoadRequest(
-      identity=self._identity,
-      first_layer=stage.span.first_layer,
-      last_layer=stage.span.last_layer,
-      weights=self._options.weights,
-      max_sequences=self._options.max_sequences,
-    )
-    try:
-      stage.description = await stage.stub.Load(request, timeout=self._options.load_s)
-    except grpc.aio.AioRpcError as error:
-      raise _from_rpc(stage.label, error) from error
-
-  async def _link(self, stage: _Stage) -> None:
-    call = stage.stub.Link()
-    hello = pb.Hello(
-      identity=self._identity,
-      name=NAME,
-      your_first_layer=stage.span.first_layer,
-      your_last_layer=stage.span.last_layer,
-    )
-    try:
-      await asyncio.wait_for(call.write(pb.Frame(hello=hello)), self._options.connect_s)
-      answer = await asyncio.wait_for(call.read(), self._options.connect_s)
-    except grpc.aio.AioRpcError as error:
-      raise _from_rpc(stage.label, error) from error
-    except TimeoutError as error:
-      raise StageTimeout(stage.label, f"no Hello within {self._options.connect_s:g} s") from error
-    except asyncio.InvalidStateError:
-      answer = grpc.aio.EOF
-    if answer is grpc.aio.EOF:
-      raise HandshakeError(stage.label, f"it refused the link: {await call.details()}")
-    stage.call, stage.lost = call, None
-    stage.reader = asyncio.create_task(self._read(stage, call))
+        await stage.close()
 
   async def _relink(self) -> None:
     """Meet again whatever was lost since; a server that was started anew is loaded again."""
@@ -289,12 +178,12 @@ class PipelineEngine(DrivenEngine):
       for index, stage in enumerate(self._stages):
         if stage.lost is None:
           continue
-        await stage.channel.close()
-        fresh = await self._meet(stage.host)
-        fresh.span, fresh.timing, fresh.lost = stage.span, stage.timing, stage.lost
+        await stage.close()
+        fresh = await Contact.meet(stage.host, self._config, self._identity, self._options)
+        fresh.span, fresh.timing = stage.span, stage.timing
         self._stages[index] = fresh
-        await self._load(fresh)
-        await self._link(fresh)
+        await fresh.load()
+        await fresh.link(self._on_frame, self._on_lost)
 
   # ---- sequences
 
@@ -315,7 +204,7 @@ class PipelineEngine(DrivenEngine):
           after.span.first_layer,
           after.span.last_layer,
         )
-      await self._send(stage, pb.Frame(open=message))
+      await stage.send(pb.Frame(open=message))
     await self._wait(flight)
 
   async def _step(self, sequence: str, given: StepInput) -> StepOutput | None:
@@ -329,7 +218,7 @@ class PipelineEngine(DrivenEngine):
     wants = given.sample or given.targets is not None
     if wants:
       flight.waiting_for, flight.outcome = index, asyncio.get_running_loop().create_future()
-    await self._send(self._stages[0], pb.Frame(step=wire.step(sequence, index, given)))
+    await self._stages[0].send(pb.Frame(step=wire.step(sequence, index, given)))
     if not wants:
       return None
     outcome = await self._wait(flight)
@@ -366,19 +255,7 @@ class PipelineEngine(DrivenEngine):
     frame = pb.Frame(close=pb.Close(sequence=sequence))
     for stage in self._stages:
       with contextlib.suppress(PipelineError):
-        await self._send(stage, frame)
-
-  async def _send(self, stage: _Stage, frame: pb.Frame) -> None:
-    if stage.lost or stage.call is None:
-      raise StageLost(stage.label, stage.lost or "not linked")
-    try:
-      async with stage.lock:
-        await asyncio.wait_for(stage.call.write(frame), self._options.step_s)
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-      self._lose(stage, _brief(error))
-      raise StageLost(stage.label, stage.lost or "") from error
-    except TimeoutError as error:
-      raise StageTimeout(stage.label, f"took no frame within {self._options.step_s:g} s") from error
+        await stage.send(frame)
 
   async def _wait(self, flight: _Flight) -> pb.Outcome | None:
     """Wait as long as some stage gets on with the sequence within `step_s`."""
@@ -403,41 +280,28 @@ class PipelineEngine(DrivenEngine):
       for index in range(len(self._stages))
       if (index not in flight.opened if opening else flight.done[index] < flight.steps)
     ]
-    healthy = await asyncio.gather(*(self._is_responsive(self._stages[index]) for index in behind))
+    healthy = await asyncio.gather(*(self._stages[index].is_responsive() for index in behind))
     silent = [index for index, ok in zip(behind, healthy, strict=True) if not ok]
     culprit = self._stages[(silent or behind)[0]]
     what = "open the sequence" if opening else f"finish step {flight.done[(silent or behind)[0]]}"
     return StageTimeout(culprit.label, f"did not {what} within {self._options.step_s:g} s")
 
-  async def _is_responsive(self, stage: _Stage) -> bool:
-    stub = health_pb2_grpc.HealthStub(stage.channel)
-    try:
-      answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
-    except grpc.aio.AioRpcError:
-      return False
-    return answer.status == health_pb2.HealthCheckResponse.SERVING
-
   # ---- what comes back
 
-  async def _read(self, stage: _Stage, call: grpc.aio.StreamStreamCall) -> None:
-    reason = "it ended the link"
-    try:
-      while (frame := await call.read()) is not grpc.aio.EOF:
-        kind = frame.WhichOneof("body")
-        if kind == "outcome":
-          self._on_outcome(stage, frame.outcome)
-        elif kind == "opened":
-          self._on_opened(stage, frame.opened.sequence)
-        elif kind == "failure":
-          self._on_failure(stage, frame.failure)
-      reason = f"it ended the link: {await call.details() or (await call.code()).name}"
-    except grpc.aio.AioRpcError as error:
-      reason = _brief(error)
-    except asyncio.CancelledError:
-      return
-    self._lose(stage, reason)
+  def _on_frame(self, stage: Contact, frame: pb.Frame) -> None:
+    kind = frame.WhichOneof("body")
+    if kind == "outcome":
+      self._on_outcome(stage, frame.outcome)
+    elif kind == "opened":
+      self._on_opened(stage, frame.opened.sequence)
+    elif kind == "failure":
+      self._on_failure(stage, frame.failure)
 
-  def _on_opened(self, stage: _Stage, sequence: str) -> None:
+  def _on_lost(self, stage: Contact) -> None:
+    for flight in self._flights.values():
+      self._fail(flight, StageLost(stage.label, stage.lost or ""))
+
+  def _on_opened(self, stage: Contact, sequence: str) -> None:
     flight = self._flights.get(sequence)
     if flight is None:
       return
@@ -446,7 +310,7 @@ class PipelineEngine(DrivenEngine):
     if len(flight.opened) == len(self._stages) and flight.outcome and not flight.outcome.done():
       flight.outcome.set_result(None)
 
-  def _on_outcome(self, stage: _Stage, outcome: pb.Outcome) -> None:
+  def _on_outcome(self, stage: Contact, outcome: pb.Outcome) -> None:
     flight = self._flights.get(outcome.sequence)
     if flight is None:
       return
@@ -480,35 +344,19 @@ class PipelineEngine(DrivenEngine):
     self._return.steps += 1
     self._return.wire_s += mark.back_s - before_s
 
-  def _on_failure(self, stage: _Stage, failure: pb.Failure) -> None:
+  def _on_failure(self, stage: Contact, failure: pb.Failure) -> None:
     flight = self._flights.get(failure.sequence)
     if flight is None:
       return
-    make = StageLost if failure.kind == "lost" else StageFailed
-    self._fail(flight, make(stage.label, failure.message))
-
-  def _lose(self, stage: _Stage, reason: str) -> None:
-    if stage.lost is None:
-      stage.lost = f"connection lost ({reason})"
-      for flight in self._flights.values():
-        self._fail(flight, StageLost(stage.label, stage.lost))
+    index = self._stages.index(stage)
+    if failure.kind == "lost" and index + 1 < len(self._stages):
+      # A stage that loses the next one may say so before our own link to that one breaks.
+      lost = self._stages[index + 1]
+      self._fail(flight, StageLost(lost.label, f"{failure.message}, says {stage.name}"))
+    else:
+      self._fail(flight, StageFailed(stage.label, failure.message))
 
   def _fail(self, flight: _Flight, error: PipelineError) -> None:
     flight.failure = flight.failure or error
     if flight.outcome and not flight.outcome.done():
       flight.outcome.set_result(None)
-
-
-def _brief(error: BaseException) -> str:
-  if isinstance(error, grpc.aio.AioRpcError):
-    return f"{error.code().name}: {error.details()}"
-  return str(error) or type(error).__name__
-
-
-def _from_rpc(label: str, error: grpc.aio.AioRpcError) -> PipelineError:
-  code = error.code()
-  if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-    return StageTimeout(label, f"no answer in time ({error.details()})")
-  if code == grpc.StatusCode.UNAVAILABLE:
-    return StageLost(label, f"cannot be reached ({error.details()})")
-  return HandshakeError(label, error.details() or code.name)

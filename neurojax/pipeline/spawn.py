@@ -50,6 +50,7 @@ class LocalStages:
 
   async def _start(self, name: str) -> asyncio.subprocess.Process:
     # The child leaves its stdin open and ends when it closes, which the kernel does if we are killed.
+    # Several servers may share one GPU: none may take most of its memory beforehand.
     # A process group of its own keeps the terminal's Ctrl-C from it: we end it in order.
     return await asyncio.create_subprocess_exec(
       sys.executable,
@@ -65,6 +66,7 @@ class LocalStages:
       "--json",
       "--end-with-stdin",
       *self._arguments,
+      env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
       stdin=asyncio.subprocess.PIPE,
       stdout=asyncio.subprocess.PIPE,
       start_new_session=True,

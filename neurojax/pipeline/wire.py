@@ -3,6 +3,7 @@
 import zlib
 from importlib import metadata
 
+import grpc
 import ml_dtypes
 import numpy as np
 
@@ -133,6 +134,13 @@ def disagreement(here: pb.Identity, there: pb.Identity, *, fields: tuple[str, ..
         mine, theirs = mine[:12] or "none", theirs[:12] or "none"
       return f"{name.replace('_', ' ')} is {mine} here and {theirs} there"
   return None
+
+
+def brief(error: BaseException) -> str:
+  """What an error of a call says, in a few words."""
+  if isinstance(error, grpc.aio.AioRpcError):
+    return f"{error.code().name}: {error.details()}"
+  return str(error) or type(error).__name__
 
 
 def message_limit(config: ModelConfig, positions: int) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TypeVar
 
 import grpc
@@ -20,6 +20,7 @@ from neurojax.files.source import ModelFile
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline import wire
+from neurojax.pipeline.onward import HELLO_S, Lost, NextLink, Outlet
 from neurojax.scaling import count, plan
 from neurojax.stage.compile import BUCKETS, CompiledStage
 from neurojax.stage.runtime import StageRuntime
@@ -28,8 +29,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 SERVICE = "neurojax.pipeline.v1.Stage"
-_HELLO_S = 10.0
-_WRITE_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +39,10 @@ class _Loaded:
   span: Span
 
 
-class _Outlet:
-  """The writing half of a link: one frame at a time, each within a deadline."""
-
-  def __init__(self, write: Callable[[pb.Frame], Awaitable[None]]):
-    self._write, self._lock = write, asyncio.Lock()
-
-  async def send(self, frame: pb.Frame) -> None:
-    async with self._lock:
-      await asyncio.wait_for(self._write(frame), _WRITE_S)
-
-
-@dataclasses.dataclass
-class _NextLink:
-  """The link to the stage after this one."""
-
-  address: str
-  outlet: _Outlet
-  channel: grpc.aio.Channel
-  reader: asyncio.Task[None]
-  lost: str | None = None
-
-
 @dataclasses.dataclass
 class _Sequence:
-  owner: _Outlet
-  next: _NextLink | None
+  owner: Outlet
+  next: NextLink | None
   steps: int = 0
 
 
@@ -84,7 +61,9 @@ class StageServer(rpc.StageServicer):
     self._config = file.config
     self._loaded: _Loaded | None = None
     self._sequences: dict[str, _Sequence] = {}
-    self._next_links: dict[str, _NextLink] = {}
+    self._next_links: dict[str, NextLink] = {}
+    # Set, and replaced, when other layers are loaded: what was agreed on every link is void then.
+    self._replaced = asyncio.Event()
     self._loading = asyncio.Lock()
     self._connecting = asyncio.Lock()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-stage")
@@ -243,6 +222,11 @@ class StageServer(rpc.StageServicer):
     )
     # Both references go, so that the memory is free before it is asked for.
     self._loaded = loaded = None
+    self._replaced.set()
+    self._replaced = asyncio.Event()
+    for link in self._next_links.values():
+      await link.close()
+    self._next_links.clear()
     needed = plan.stage_bytes(self._config, span, load)
     free = min(free_memory_bytes(), self._memory_bytes or 1 << 62)
     if needed > free:
@@ -261,14 +245,19 @@ class StageServer(rpc.StageServicer):
   # ---- Link
 
   async def Link(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:
-    outlet = _Outlet(context.write)
+    outlet = Outlet(context.write)
     owned: set[str] = set()
     try:
-      first = await asyncio.wait_for(context.read(), _HELLO_S)
+      first = await asyncio.wait_for(context.read(), HELLO_S)
       if first is grpc.aio.EOF:
         return
+      replaced = self._replaced
       sender = await self._greet(first, outlet, context)
-      while (frame := await context.read()) is not grpc.aio.EOF:
+      while (frame := await _read_unless(replaced, context)) is not grpc.aio.EOF:
+        if frame is None:
+          await context.abort(
+            grpc.StatusCode.FAILED_PRECONDITION, f"{self._name}: other layers were loaded here"
+          )
         received_s = time.time()
         kind = frame.WhichOneof("body")
         if kind == "step":
@@ -285,7 +274,7 @@ class StageServer(rpc.StageServicer):
           )
     except TimeoutError:
       await context.abort(
-        grpc.StatusCode.DEADLINE_EXCEEDED, f"{self._name}: no Hello within {_HELLO_S:g} s"
+        grpc.StatusCode.DEADLINE_EXCEEDED, f"{self._name}: no Hello within {HELLO_S:g} s"
       )
     finally:
       for sequence in owned:
@@ -294,7 +283,7 @@ class StageServer(rpc.StageServicer):
           await asyncio.shield(self._close(sequence))
 
   async def _greet(
-    self, frame: pb.Frame, outlet: _Outlet, context: grpc.aio.ServicerContext
+    self, frame: pb.Frame, outlet: Outlet, context: grpc.aio.ServicerContext
   ) -> pb.Hello:
     if frame.WhichOneof("body") != "hello":
       await context.abort(
@@ -333,7 +322,7 @@ class StageServer(rpc.StageServicer):
     await outlet.send(pb.Frame(hello=answer))
     return hello
 
-  async def _open(self, message: pb.Open, outlet: _Outlet, owned: set[str]) -> None:
+  async def _open(self, message: pb.Open, outlet: Outlet, owned: set[str]) -> None:
     name = message.sequence
     try:
       if not 1 <= len(name) <= 64:
@@ -360,7 +349,7 @@ class StageServer(rpc.StageServicer):
       await outlet.send(self._failure(name, error))
 
   async def _step(
-    self, message: pb.Step, sender: pb.Hello, outlet: _Outlet, received_s: float
+    self, message: pb.Step, sender: pb.Hello, outlet: Outlet, received_s: float
   ) -> None:
     name = message.sequence
     record = self._sequences.get(name)
@@ -379,15 +368,8 @@ class StageServer(rpc.StageServicer):
       output = await self._do(lambda: loaded.runtime.step(name, given))
       finished_s = time.time()
       if record.next:
-        if record.next.lost:
-          raise _Lost(record.next.lost)
         onward = dataclasses.replace(given, hidden=output.hidden)
-        try:
-          await record.next.outlet.send(pb.Frame(step=wire.step(name, message.index, onward)))
-        except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
-          raise _Lost(
-            f"the stage at {record.next.address} takes no more frames ({_brief(error)})"
-          ) from error
+        await record.next.send(pb.Frame(step=wire.step(name, message.index, onward)))
       outcome = pb.Outcome(
         sequence=name,
         index=message.index,
@@ -408,7 +390,7 @@ class StageServer(rpc.StageServicer):
     record = self._sequences.get(name)
     if record is None:
       return
-    if not isinstance(error, ValueError | FloatingPointError | _Lost):
+    if not isinstance(error, ValueError | FloatingPointError | Lost):
       log.exception("step of sequence %s failed", name, exc_info=error)
     await self._close(name)
     with contextlib.suppress(Exception):
@@ -421,7 +403,7 @@ class StageServer(rpc.StageServicer):
       await self._do(lambda: loaded.runtime.close(name))
 
   def _failure(self, name: str, error: Exception) -> pb.Frame:
-    kind = {ValueError: "invalid", FloatingPointError: "numeric", _Lost: "lost"}.get(
+    kind = {ValueError: "invalid", FloatingPointError: "numeric", Lost: "lost"}.get(
       type(error), "internal"
     )
     text = str(error) if kind != "internal" else f"{type(error).__name__}: {error}"
@@ -436,66 +418,49 @@ class StageServer(rpc.StageServicer):
 
   # ---- the link to the next stage
 
-  async def _next_link(self, message: pb.Open, loaded: _Loaded) -> _NextLink:
+  async def _next_link(self, message: pb.Open, loaded: _Loaded) -> NextLink:
     async with self._connecting:
       link = self._next_links.get(message.next_address)
       if link and not link.lost:
         return link
-      link = await self._connect(message, loaded)
+      hello = pb.Hello(
+        identity=loaded.identity,
+        name=self._name,
+        has_layers=True,
+        first_layer=loaded.span.first_layer,
+        last_layer=loaded.span.last_layer,
+        your_first_layer=message.next_first_layer,
+        your_last_layer=message.next_last_layer,
+      )
+      limit = wire.message_limit(self._config, BUCKETS[-1])
+      link = await NextLink.connect(
+        message.next_address, hello, limit=limit, on_lost=self._on_next_lost
+      )
       self._next_links[message.next_address] = link
       return link
 
-  async def _connect(self, message: pb.Open, loaded: _Loaded) -> _NextLink:
-    address = message.next_address
-    options = wire.channel_options(wire.message_limit(self._config, BUCKETS[-1]))
-    channel = grpc.aio.insecure_channel(address, options=options)
-    call = rpc.StageStub(channel).Link()
-    hello = pb.Hello(
-      identity=loaded.identity,
-      name=self._name,
-      has_layers=True,
-      first_layer=loaded.span.first_layer,
-      last_layer=loaded.span.last_layer,
-      your_first_layer=message.next_first_layer,
-      your_last_layer=message.next_last_layer,
-    )
-    try:
-      await asyncio.wait_for(call.write(pb.Frame(hello=hello)), _HELLO_S)
-      answer = await asyncio.wait_for(call.read(), _HELLO_S)
-      if answer is grpc.aio.EOF:
-        raise _Lost(f"the stage at {address} refuses the link: {await call.details()}")
-    except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
-      await channel.close()
-      raise _Lost(f"no link to the stage at {address}: {_brief(error)}") from error
-    except _Lost:
-      await channel.close()
-      raise
-    link = _NextLink(address, _Outlet(call.write), channel, asyncio.create_task(asyncio.sleep(0)))
-    link.reader = asyncio.create_task(self._read_next(link, call))
-    return link
+  async def _on_next_lost(self, link: NextLink) -> None:
+    assert link.lost is not None
+    for name in [name for name, record in self._sequences.items() if record.next is link]:
+      await self._fail(name, Lost(link.lost))
 
-  async def _read_next(self, link: _NextLink, call: grpc.aio.StreamStreamCall) -> None:
-    """The stage after us sends us failures only; the end of the stream is the loss of the stage."""
-    reason = "it ended the link"
-    try:
-      while (frame := await call.read()) is not grpc.aio.EOF:
-        if frame.WhichOneof("body") == "failure":
-          log.debug("next stage: %s", frame.failure.message)
-    except grpc.RpcError as error:
-      reason = _brief(error)
-    finally:
-      link.lost = f"the stage at {link.address} is gone: {reason}"
-      for name in [n for n, record in self._sequences.items() if record.next is link]:
-        await self._fail(name, _Lost(link.lost))
-      await link.channel.close()
+
+async def _read_unless(
+  ended: asyncio.Event, context: grpc.aio.ServicerContext
+) -> "pb.Frame | grpc.aio.EOF | None":
+  """The next frame, EOF, or None once `ended` is set."""
+  reading = asyncio.ensure_future(context.read())
+  ending = asyncio.ensure_future(ended.wait())
+  try:
+    await asyncio.wait((reading, ending), return_when=asyncio.FIRST_COMPLETED)
+    return None if ended.is_set() else await reading
+  finally:
+    reading.cancel()
+    ending.cancel()
 
 
 class _Refused(Exception):
   """A Load that conflicts with what this server is or holds."""
-
-
-class _Lost(Exception):
-  """The next stage cannot be reached."""
 
 
 def free_memory_bytes() -> int:
@@ -506,9 +471,3 @@ def free_memory_bytes() -> int:
   with open("/proc/meminfo", encoding="ascii") as lines:
     fields = dict(line.split(":") for line in lines)
   return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _brief(error: BaseException) -> str:
-  if isinstance(error, grpc.aio.AioRpcError):
-    return f"{error.code().name}: {error.details()}"
-  return str(error) or type(error).__name__

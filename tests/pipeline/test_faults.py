@@ -458,6 +458,22 @@ def test_layers_are_not_replaced_under_an_open_sequence(three: Cluster):
   run(work())
 
 
+def test_coordinators_with_other_plans_take_turns_and_never_get_each_others_layers(three: Cluster):
+  """Each load voids what was agreed on older links: a stale plan must be loaded again, not run."""
+
+  async def work():
+    two, all_three = await three.connect(0, 1), await three.connect()
+    whole = await collect(all_three, request())
+    other_way = await three.connect(1, 0)
+    for _ in range(2):
+      for engine in (two, all_three, other_way):
+        assert await collect(engine, request()) == whole
+    for engine in (two, all_three, other_way):
+      await engine.close()
+
+  run(work())
+
+
 def test_a_fleet_that_is_too_small_says_by_how_much(three: Cluster):
   async def work():
     hosts = tuple(Host(address=a, memory_bytes=100_000) for a in three.addresses[:2])

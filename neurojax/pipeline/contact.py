@@ -1,0 +1,220 @@
+"""One stage server as the coordinator knows it: met, loaded, linked, lost."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from neurojax.config import ModelConfig, Span
+from neurojax.engine.drive import PREFILL_CHUNK
+from neurojax.pipeline import pipeline_pb2 as pb
+from neurojax.pipeline import pipeline_pb2_grpc as rpc
+from neurojax.pipeline import wire
+from neurojax.pipeline.errors import HandshakeError, PipelineError, StageLost, StageTimeout
+from neurojax.scaling.count import Weights
+from neurojax.scaling.fleet import Host
+
+NAME = "coordinator"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+  """How a pipeline is set up and how patient it is.
+
+  Attributes:
+    connect_s: For each answer to a first contact.
+    load_s: For a stage to read and compile its layers.
+    step_s: Longest time in which no stage finishes any step of a sequence that waits.
+  """
+
+  dtype: str = "float32"
+  weights: Weights = "dense"
+  context_length: int = 2048
+  max_sequences: int = 4
+  connect_s: float = 10.0
+  load_s: float = 600.0
+  step_s: float = 60.0
+
+
+@dataclasses.dataclass
+class Timing:
+  """Sums over decode steps, in seconds."""
+
+  steps: int = 0
+  compute_s: float = 0.0
+  wire_s: float = 0.0
+
+  def mean(self, total_s: float) -> float | None:
+    return total_s / self.steps if self.steps else None
+
+
+@dataclasses.dataclass(eq=False)
+class Contact:
+  """Made by `meet`.
+
+  Attributes:
+    clock_ahead_s: How far the server's clock is ahead of ours, to about half a round trip.
+    lost: Why nothing can be sent any more; None while it can.
+  """
+
+  host: Host
+  channel: grpc.aio.Channel
+  stub: rpc.StageStub
+  options: PipelineOptions
+  identity: pb.Identity
+  description: pb.Description
+  clock_ahead_s: float
+  span: Span
+  lost: str | None = "not linked yet"
+  timing: Timing = dataclasses.field(default_factory=Timing)
+  _call: grpc.aio.StreamStreamCall | None = None
+  _reader: asyncio.Task[None] | None = None
+  _sending: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+
+  @classmethod
+  async def meet(
+    cls, host: Host, config: ModelConfig, identity: pb.Identity, options: PipelineOptions
+  ) -> Self:
+    """First contact: who is there, and what time it is there.
+
+    Raises: StageLost, StageTimeout: no answer. HandshakeError: another protocol, package or model.
+    """
+    limit = wire.message_limit(config, PREFILL_CHUNK)
+    channel = grpc.aio.insecure_channel(host.address, options=wire.channel_options(limit))
+    stub = rpc.StageStub(channel)
+    label = f"{host.name} at {host.address}" if host.name else host.address
+    best_s, ahead_s = float("inf"), 0.0
+    try:
+      for _ in range(4):
+        sent_s = time.time()
+        description = await stub.Describe(pb.DescribeRequest(), timeout=options.connect_s)
+        trip_s = time.time() - sent_s
+        # Cristian's algorithm: the shortest round trip bounds the error of the clock's offset best.
+        if trip_s < best_s:
+          best_s, ahead_s = trip_s, description.clock_s - (sent_s + trip_s / 2)
+      # Within half a trip it cannot be told from no offset at all, which hosts in step have.
+      ahead_s = 0.0 if abs(ahead_s) <= best_s / 2 else ahead_s
+      if difference := wire.disagreement(identity, description.identity, fields=wire.SAME_MODEL):
+        raise HandshakeError(
+          label,
+          f"{NAME} and {description.name} do not agree: {difference} "
+          "(here is the coordinator, there the stage)",
+        )
+    except grpc.aio.AioRpcError as error:
+      await channel.close()
+      raise _from_rpc(label, error) from error
+    except BaseException:
+      await channel.close()
+      raise
+    whole = Span.whole(config)
+    return cls(host, channel, stub, options, identity, description, ahead_s, whole)
+
+  @property
+  def name(self) -> str:
+    return self.host.name or self.description.name
+
+  @property
+  def label(self) -> str:
+    """What errors call the stage."""
+    where = "" if self.name == self.host.address else f" at {self.host.address}"
+    return f"{self.name}{where} (layers {self.span})"
+
+  async def load(self) -> None:
+    """Have it load `span`. Raises as `meet` does; HandshakeError also if it refuses."""
+    request = pb.LoadRequest(
+      identity=self.identity,
+      first_layer=self.span.first_layer,
+      last_layer=self.span.last_layer,
+      weights=self.options.weights,
+      max_sequences=self.options.max_sequences,
+    )
+    try:
+      self.description = await self.stub.Load(request, timeout=self.options.load_s)
+    except grpc.aio.AioRpcError as error:
+      raise _from_rpc(self.label, error) from error
+
+  async def link(
+    self, on_frame: Callable[[Self, pb.Frame], None], on_lost: Callable[[Self], None]
+  ) -> None:
+    """Open the stream that sequences go over. Raises as `load` does.
+
+    Args:
+      on_frame: Called with every frame that comes.
+      on_lost: Called once, when the stream has ended; `lost` says why.
+    """
+    call = self.stub.Link()
+    hello = pb.Hello(
+      identity=self.identity,
+      name=NAME,
+      your_first_layer=self.span.first_layer,
+      your_last_layer=self.span.last_layer,
+    )
+    try:
+      await asyncio.wait_for(call.write(pb.Frame(hello=hello)), self.options.connect_s)
+      answer = await asyncio.wait_for(call.read(), self.options.connect_s)
+    except grpc.aio.AioRpcError as error:
+      raise _from_rpc(self.label, error) from error
+    except TimeoutError as error:
+      raise StageTimeout(self.label, f"no Hello within {self.options.connect_s:g} s") from error
+    except asyncio.InvalidStateError:
+      answer = grpc.aio.EOF
+    if answer is grpc.aio.EOF:
+      raise HandshakeError(self.label, f"it refused the link: {await call.details()}")
+    self._call, self.lost = call, None
+    self._reader = asyncio.create_task(self._read(call, on_frame, on_lost))
+
+  async def send(self, frame: pb.Frame) -> None:
+    """Raises: StageLost: the stream has ended. StageTimeout: it takes nothing for `step_s`."""
+    if self.lost is not None or self._call is None:
+      raise StageLost(self.label, self.lost or "not linked")
+    try:
+      async with self._sending:
+        await asyncio.wait_for(self._call.write(frame), self.options.step_s)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+      raise StageLost(self.label, f"connection lost ({wire.brief(error)})") from error
+    except TimeoutError as error:
+      raise StageTimeout(self.label, f"took no frame within {self.options.step_s:g} s") from error
+
+  async def is_responsive(self) -> bool:
+    """Whether its health service answers at once that it serves."""
+    stub = health_pb2_grpc.HealthStub(self.channel)
+    try:
+      answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+    except grpc.aio.AioRpcError:
+      return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+  async def close(self) -> None:
+    if self._reader:
+      self._reader.cancel()
+    self.lost = self.lost or "closed"
+    await self.channel.close()
+
+  async def _read(
+    self,
+    call: grpc.aio.StreamStreamCall,
+    on_frame: Callable[[Self, pb.Frame], None],
+    on_lost: Callable[[Self], None],
+  ) -> None:
+    reason = "it ended the link"
+    try:
+      while (frame := await call.read()) is not grpc.aio.EOF:
+        on_frame(self, frame)
+      reason = f"it ended the link: {await call.details() or (await call.code()).name}"
+    except grpc.aio.AioRpcError as error:
+      reason = wire.brief(error)
+    self.lost = f"connection lost ({reason})"
+    on_lost(self)
+
+
+def _from_rpc(label: str, error: grpc.aio.AioRpcError) -> PipelineError:
+  code = error.code()
+  if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+    return StageTimeout(label, f"no answer in time ({error.details()})")
+  if code == grpc.StatusCode.UNAVAILABLE:
+    return StageLost(label, f"cannot be reached ({error.details()})")
+  return HandshakeError(label, error.details() or code.name)

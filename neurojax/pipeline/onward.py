@@ -1,0 +1,103 @@
+"""The link from a stage to the one after it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Self
+
+import grpc
+
+from neurojax.pipeline import pipeline_pb2 as pb
+from neurojax.pipeline import pipeline_pb2_grpc as rpc
+from neurojax.pipeline import wire
+
+HELLO_S = 10.0
+"""How long either end of a new link waits for the other's Hello."""
+
+_WRITE_S = 600.0
+"""Only a bound: a stage that computes for long takes no frames meanwhile, and the coordinator, which
+knows how long a step may take, gives up first."""
+
+
+class Lost(Exception):
+  """The next stage cannot be reached; the message says which and why."""
+
+
+class Outlet:
+  """The writing half of a link: one frame at a time, each within a deadline."""
+
+  def __init__(self, write: Callable[[pb.Frame], Awaitable[None]]):
+    self._write, self._lock = write, asyncio.Lock()
+
+  async def send(self, frame: pb.Frame) -> None:
+    async with self._lock:
+      await asyncio.wait_for(self._write(frame), _WRITE_S)
+
+
+class NextLink:
+  """Made by `connect`; carries steps to the next stage until it is lost.
+
+  Attributes:
+    lost: Why nothing can be sent any more; None while it can.
+  """
+
+  def __init__(self, address: str, channel: grpc.aio.Channel, call: grpc.aio.StreamStreamCall):
+    self.address, self.lost = address, None
+    self._channel, self._call, self._outlet = channel, call, Outlet(call.write)
+    self._reader: asyncio.Task[None] | None = None
+
+  @classmethod
+  async def connect(
+    cls, address: str, hello: pb.Hello, *, limit: int, on_lost: Callable[[Self], Awaitable[None]]
+  ) -> Self:
+    """Greet the stage at `address`.
+
+    Args:
+      limit: Bytes of the largest frame.
+      on_lost: Awaited once, when the link has ended.
+    Raises: Lost: it cannot be reached, does not answer in time, or refuses.
+    """
+    channel = grpc.aio.insecure_channel(address, options=wire.channel_options(limit))
+    try:
+      call = rpc.StageStub(channel).Link()
+      await asyncio.wait_for(call.write(pb.Frame(hello=hello)), HELLO_S)
+      answer = await asyncio.wait_for(call.read(), HELLO_S)
+      if answer is grpc.aio.EOF:
+        raise Lost(f"the stage at {address} refuses the link: {await call.details()}")
+    except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
+      await channel.close()
+      raise Lost(f"no link to the stage at {address}: {wire.brief(error)}") from error
+    except BaseException:
+      await channel.close()
+      raise
+    link = cls(address, channel, call)
+    link._reader = asyncio.create_task(link._read(on_lost))
+    return link
+
+  async def send(self, frame: pb.Frame) -> None:
+    """Raises: Lost: the link is, or was just now."""
+    if self.lost:
+      raise Lost(self.lost)
+    try:
+      await self._outlet.send(frame)
+    except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
+      reason = wire.brief(error)
+      raise Lost(f"the stage at {self.address} takes no more frames ({reason})") from error
+
+  async def close(self) -> None:
+    if self._reader:
+      self._reader.cancel()
+    self.lost = self.lost or f"the link to the stage at {self.address} was closed here"
+    await self._channel.close()
+
+  async def _read(self, on_lost: Callable[[Self], Awaitable[None]]) -> None:
+    """The next stage sends refusals of single steps, which their owner hears from it directly; what
+    matters here is the end of the stream."""
+    reason = "it ended the link"
+    try:
+      while await self._call.read() is not grpc.aio.EOF:
+        pass
+    except grpc.RpcError as error:
+      reason = wire.brief(error)
+    self.lost = f"the stage at {self.address} is gone: {reason}"
+    await on_lost(self)
+    await self._channel.close()
