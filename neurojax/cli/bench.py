@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import subcommand
 
-from neurojax.cli.options import EngineOptions, ModelOptions, open_engine
+from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, stderr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Decode(ModelOptions, EngineOptions):
         self, context=self.context or max(self.prefill, self.decode) + 1
       )
       async with open_engine(file, options) as engine:
-        rows = await bench.decode_and_prefill(
+        work = bench.decode_and_prefill(
           engine,
           model=file.path,
           weights=f"{self.weights} {self.dtype}" if self.weights == "dense" else self.weights,
@@ -59,6 +59,8 @@ class Decode(ModelOptions, EngineOptions):
           repetitions=self.repetitions,
           llama_bench=program,
         )
+        with stderr.status("measuring"):
+          rows = await work
     if self.out:
       bench.append_csv(self.out, rows)
     if self.json:

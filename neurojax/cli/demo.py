@@ -125,7 +125,13 @@ class Times(list[float]):
 
 
 def _table(reports: "tuple[StageReport, ...]", return_s: float | None) -> Table:
-  table = Table(title="one decode step, mean", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+  table = Table(
+    title="one decode step, mean",
+    title_justify="left",
+    box=box.SIMPLE_HEAD,
+    pad_edge=False,
+    padding=(0, 1, 0, 0),
+  )
   for name in ("host", "address", "layers", "weights", "cache/seq", "step", "wire"):
     table.add_column(
       name, justify="left" if name in ("host", "address", "layers") else "right", no_wrap=True

@@ -255,6 +255,18 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone(style):
   np.testing.assert_allclose(near.sum(), far.sum(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rotation_takes_narrow_activations_at_any_position(style, dtype):
+  """The seed's complex numbers refuse bfloat16, and its table starts at 0 for every call."""
+  x = jnp.asarray(np.random.default_rng(12).standard_normal((2, 3, 2, 8)), dtype)
+  position = jnp.array([[0, 1, 2], [100_000, 100_001, 100_002]])
+  turned = rotate(x, position, base=1e4, style=style)
+  assert turned.dtype == dtype
+  exact = rotate(x.astype(jnp.float32), position, base=1e4, style=style)
+  np.testing.assert_allclose(turned.astype(jnp.float32), exact, atol=0.02, rtol=0.01)
+
+
 def test_the_styles_are_a_permutation_apart():
   x = jnp.asarray(np.random.default_rng(8).standard_normal((1, 3, 2, 8)), jnp.float32)
   position = jnp.array([[4, 9, 2]])

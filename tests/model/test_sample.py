@@ -160,3 +160,11 @@ def test_scores_are_log_probabilities():
   np.testing.assert_allclose(
     score(jnp.asarray(logits), jnp.asarray(target)), wanted[..., 0], atol=2e-5
   )
+
+
+def test_without_temperature_the_first_of_the_likeliest_is_drawn():
+  logits = np.full((2, V), -np.inf, np.float32)
+  logits[0, [7, 11, 49]] = 2.5
+  logits[1, 49] = -1e30
+  tokens, _, _ = jax.jit(sample)(jnp.asarray(logits), SamplerState.new([Sampling()] * 2, V))
+  assert tokens.tolist() == [7, 49]

@@ -1,5 +1,6 @@
 """Int8Array against float64 products, and the promises its docstrings make."""
 
+import dataclasses
 import math
 
 import jax
@@ -94,6 +95,19 @@ def test_a_row_alone_is_bitwise_the_row_in_a_batch(spec_index):
     for start in range(0, MAX_INTEGER_ROWS - rows + 1, rows):
       alone = np.asarray(contract(array, x[:, start : start + rows]))
       np.testing.assert_array_equal(alone, together[:, start : start + rows])
+
+
+@pytest.mark.parametrize("rows", (1, 5, MAX_INTEGER_ROWS + 1))
+def test_several_products_are_each_product_with_the_least_levels(rows):
+  heights = (30, 12, 12, 7)
+  arrays = [Int8Array.quantize(_normal((33, n), seed), 1) for seed, n in enumerate(heights)]
+  least = min(array.levels for array in arrays)
+  x = _normal((rows, 33), 9)
+  together = jax.jit(lambda x, *w: Int8Array.contract_all(x, *(("TD,DF->TF", a) for a in w)))
+  for array, got in zip(arrays, together(x, *arrays), strict=True):
+    alone = dataclasses.replace(array, levels=least)
+    want = jax.jit(lambda a, x: a.contract("TD,DF->TF", x))(alone, x)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("rows", (4, MAX_INTEGER_ROWS + 4))
