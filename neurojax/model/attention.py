@@ -1,5 +1,7 @@
 """Grouped-query attention (arXiv:2305.13245), over a whole sequence or over the cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +12,9 @@ from neurojax.scaling.count import KEY_BLOCK
 
 _MASKED = -1e30
 """Below any score, yet finite: a row of masked keys gives no NaN."""
+
+_FEWEST_KEYS = 64
+"""A single query reads this many keys, or twice as many, or twice that."""
 
 
 def attend(
@@ -35,10 +40,13 @@ def attend_cache(
 ) -> Float[Array, "B T N H"]:
   """Attention of T new queries over the cache: query t of row b sees keys 0..start_B[b]+t.
 
-  Keys are visited in blocks with a running maximum and sum, so that work and memory follow the
-  positions in use, not the capacity of the cache.
+  Work and memory follow the positions in use, not the capacity of the cache. Many queries visit
+  keys in blocks with a running maximum and sum; a single one sees all it needs at once, as its
+  scores are few and each operation in a loop over blocks costs more than it does.
   Source: online softmax, arXiv:1805.02867; blocks as in arXiv:2205.14135.
   """
+  if q_BTNH.shape[1] == 1:
+    return _attend_one(q_BTNH, cache, layer, start_B)
   batch, length, num_heads, head_dim = q_BTNH.shape
   num_kv_heads = cache.k_LBKSH.shape[2]
   q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads)
@@ -68,6 +76,34 @@ def attend_cache(
   _, total_BKGT, sum_BKGTH = lax.fori_loop(0, blocks, block, state)
   out_BKGTH = sum_BKGTH / total_BKGT[..., None]
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+
+
+def _attend_one(
+  q_B1NH: Float[Array, "B 1 N H"], cache: KVCache, layer: Int[Array, ""], start_B: Int[Array, "B"]
+) -> Float[Array, "B 1 N H"]:
+  """`attend_cache` of one query, over the least sufficient power of two of keys."""
+  batch, _, _, head_dim = q_B1NH.shape
+  num_kv_heads = cache.k_LBKSH.shape[2]
+  q_BKGH = _scaled_groups(q_B1NH, num_kv_heads)[:, 0]
+
+  def over(count: int) -> jax.Array:
+    at, size = (layer, 0, 0, 0, 0), (1, batch, num_kv_heads, count, head_dim)
+    k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
+    v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
+    # Keys first: XLA:CPU copies the operand on the right into another layout.
+    score_BKGS = _dot("BKSH,BKGH->BKSG", k_BKSH, q_BKGH).swapaxes(2, 3)
+    seen_BS = jnp.arange(count, dtype=start_B.dtype)[None] <= start_B[:, None]
+    score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, _MASKED)
+    weight_BKGS = jnp.exp(score_BKGS - score_BKGS.max(axis=-1, keepdims=True))
+    sum_BKGH = _dot("BKGS,BKSH->BKGH", weight_BKGS.astype(v_BKSH.dtype), v_BKSH)
+    return sum_BKGH / weight_BKGS.sum(axis=-1)[..., None]
+
+  counts = [min(_FEWEST_KEYS, cache.capacity)]
+  while counts[-1] < cache.capacity:
+    counts.append(min(2 * counts[-1], cache.capacity))
+  enough = jnp.sum(jnp.array(counts, start_B.dtype) <= start_B.max())
+  out_BKGH = lax.switch(enough, [functools.partial(over, count) for count in counts])
+  return out_BKGH.reshape(q_B1NH.shape).astype(q_B1NH.dtype)
 
 
 def _scaled_groups(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from neurojax.config import ModelConfig, Span
 from neurojax.model.attention import attend, attend_cache
 from neurojax.model.cache import KVCache
-from neurojax.model.project import Matrix, project
+from neurojax.model.project import Matrix, project, project_all
 from neurojax.model.rope import rotate
 
 _INIT_STD = 0.02
@@ -51,9 +51,12 @@ class Attention(nnx.Module):
     cache: KVCache | None,
     layer: Int[Array, ""],
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.q_DNH)
-    k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.k_DKH)
-    v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.v_DKH)
+    q_BTNH, k_BTKH, v_BTKH = project_all(
+      x_BTD,
+      ("BTD,DNH->BTNH", self.q_DNH),
+      ("BTD,DKH->BTKH", self.k_DKH),
+      ("BTD,DKH->BTKH", self.v_DKH),
+    )
     q_BTNH = rotate(q_BTNH, position_BT, base=self.rope_base, style=self.rope_style)
     k_BTKH = rotate(k_BTKH, position_BT, base=self.rope_base, style=self.rope_style)
     if cache is None:
@@ -75,8 +78,9 @@ class SwiGLU(nnx.Module):
     self.down_FD = _normal(rngs, (f, d), dtype)
 
   def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate_DF)
-    up_BTF = project("BTD,DF->BTF", x_BTD, self.up_DF)
+    gate_BTF, up_BTF = project_all(
+      x_BTD, ("BTD,DF->BTF", self.gate_DF), ("BTD,DF->BTF", self.up_DF)
+    )
     return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD)
 
 

@@ -14,6 +14,9 @@ class Matrix(Protocol):
 
   def contract(self, spec: str, x: jax.Array) -> jax.Array: ...
 
+  @staticmethod
+  def contract_all(x: jax.Array, *products: tuple[str, "Matrix"]) -> list[jax.Array]: ...
+
   def take(self, ids: jax.Array) -> jax.Array: ...
 
 
@@ -31,3 +34,12 @@ def project(
   return jnp.einsum(
     spec, x, value, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
   ).astype(dtype)
+
+
+def project_all(x: jax.Array, *products: tuple[str, nnx.Param]) -> list[jax.Array]:
+  """`project(spec, x, weight)` for each (spec, weight): a `Matrix` prepares x once for all."""
+  values = [(spec, weight.get_value()) for spec, weight in products]
+  if isinstance(values[0][1], jax.Array):
+    return [project(spec, x, weight) for spec, weight in products]
+  results = type(values[0][1]).contract_all(x.astype(jnp.float32), *values)
+  return [result.astype(x.dtype) for result in results]

@@ -79,11 +79,11 @@ def sample(
   penalized_BV = _penalize(logits_BV, state)
   token_B = lax.cond(
     jnp.all(state.temperature_B == 0),
-    lambda: jnp.argmax(penalized_BV, axis=-1),
+    lambda: _likeliest(penalized_BV),
     lambda: jnp.where(
-      state.temperature_B == 0, jnp.argmax(penalized_BV, axis=-1), _draw(penalized_BV, state)
+      state.temperature_B == 0, _likeliest(penalized_BV), _draw(penalized_BV, state)
     ),
-  ).astype(jnp.int32)
+  )
   row_B = jnp.arange(token_B.shape[0])
   logprob_B = logits_BV[row_B, token_B] - jax.nn.logsumexp(logits_BV, axis=-1)
   count_BV = state.answer_count_BV.at[row_B, token_B].add(1)
@@ -109,6 +109,16 @@ def _penalize(logits_BV: jax.Array, state: SamplerState) -> jax.Array:
   logits_BV = jnp.where(answered_BV | state.prompt_seen_BV, repeated_BV, logits_BV)
   logits_BV = logits_BV - state.frequency_B[:, None] * count_BV
   return logits_BV - state.presence_B[:, None] * answered_BV
+
+
+def _likeliest(logits_BV: jax.Array) -> jax.Array:
+  """`argmax`, the first of equals; any token if a logit is NaN.
+
+  XLA:CPU goes through `argmax` one logit at a time, but vectorises these two reductions.
+  """
+  token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
+  top_BV = logits_BV >= logits_BV.max(axis=-1, keepdims=True)
+  return jnp.where(top_BV, token_V[None], logits_BV.shape[1] - 1).min(axis=-1)
 
 
 def _draw(logits_BV: jax.Array, state: SamplerState) -> jax.Array:
@@ -137,7 +147,8 @@ def _draw_row(
   # The likeliest logit is 0, so a probability ratio of min_p is a logit of log(min_p).
   logits_V = jnp.where(logits_V >= jnp.log(min_p), logits_V, _OFF)
   key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), drawn)
-  return jnp.argmax(logits_V + jax.random.gumbel(key, logits_V.shape, jnp.float32))
+  noisy_V = logits_V + jax.random.gumbel(key, logits_V.shape, jnp.float32)
+  return _likeliest(noisy_V[None])[0]
 
 
 def _at_least(logits_V: jax.Array, enough) -> jax.Array:

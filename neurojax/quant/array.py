@@ -1,5 +1,6 @@
 """A weight as int8 codes and float32 channel scales, which XLA:CPU multiplies at memory speed."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,18 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int32
 
-# Weight rows and activation rows that one loop multiplies: 4 * 4 sums fit the vector registers.
+# Weight rows that one loop multiplies by a row of activations, and sums that it can hold: 4 * 4
+# fit the vector registers.
 _LANES = 4
-_ROWS = 4
+_SUMS = 16
 # Weight rows that a float32 dot takes at once.
 _BLOCK_ROWS = 4096
 # From 17 rows on, a float32 dot on dequantised weights is the faster one: see bench.py.
 MAX_INTEGER_ROWS = 16
 _CODE_MAX = 127
-# Below 2**23, where float32 still rounds to the nearest integer.
-_LEVELS_MAX = 2.0**22
+# Between 2**23 and 2**24 the integers are all the float32 there are, so an integer q of up to
+# 2**22 stands in the lowest bits of the float32 _OFFSET + q.
+_OFFSET = np.float32(1.5 * 2**23)
+_OFFSET_BITS = _OFFSET.view(np.int32)
+_LEVELS_MAX = 2.0**22 - 2
 
 
 @jax.tree_util.register_dataclass
@@ -131,29 +136,41 @@ class Int8Array:
     return (w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)).reshape(self.shape)
 
   def contract(self, spec: str, x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    """`jnp.einsum(spec, x, self.dequantize())` for a spec whose weight has no batch axis.
+    """`contract_all` with a single weight."""
+    return self.contract_all(x, (spec, self))[0]
+
+  @staticmethod
+  def contract_all(
+    x: Float[Array | np.ndarray, "..."], *products: tuple[str, "Int8Array"]
+  ) -> list[Float[Array, "..."]]:
+    """`jnp.einsum(spec, x, w.dequantize())` for each (spec, w); no weight may have a batch axis.
 
     Up to MAX_INTEGER_ROWS rows (products of x's batch axes), each row of x is rounded to
-    integers in [-levels, levels] by its own absmax, and products are summed exactly in int32: a
-    row's result does not depend on how many other rows there are or what they hold. The error
-    is at most `absmax(x) / levels / 2 * sum_k |w|`, and some float32 roundings. More rows are
-    multiplied in float32 by the dequantised weight.
+    integers in [-levels, levels] by its own absmax, levels being the least of any w, and products
+    are summed exactly in int32: a row's result does not depend on how many other rows there are
+    or what they hold. The error is at most `absmax(x) / levels / 2 * sum_k |w|`, and some float32
+    roundings. More rows are multiplied in float32 by the dequantised weights.
 
     A row that holds a NaN or an infinity becomes NaN in the integer path.
 
     Args:
-      spec: like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing axes are
-        contracted. x's last axes are the contracted ones, in the weight's order.
       x: float32 or bfloat16.
-    Returns: x's dtype, computed in float32.
-    Raises: ValueError: the spec is of another form, or does not fit the shapes.
+      products: specs are like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing
+        axes are contracted. x's last axes are the contracted ones, in the weight's order.
+    Returns: x's dtype, computed in float32, in the order of `products`.
+    Raises: ValueError: a spec is of another form, or does not fit the shapes.
     """
-    batch = self._batch_shape(spec, x.shape)
-    k = self.codes.shape[-1]
-    n = math.prod(self._kept_shape)
-    x_TxK = jnp.asarray(x, jnp.float32).reshape(-1, k)
-    y_TxN = (_integer if x_TxK.shape[0] <= MAX_INTEGER_ROWS else _dequantised)(self, x_TxK)
-    return y_TxN[:, :n].reshape(*batch, *self._kept_shape).astype(x.dtype)
+    batches = [w._batch_shape(spec, x.shape) for spec, w in products]
+    weights = [w for _, w in products]
+    x_TxK = jnp.asarray(x, jnp.float32).reshape(-1, weights[0].codes.shape[-1])
+    if x_TxK.shape[0] <= MAX_INTEGER_ROWS:
+      results = _integer(weights, x_TxK)
+    else:
+      results = [_dequantised(w, x_TxK) for w in weights]
+    return [
+      y_TxN[:, : math.prod(w._kept_shape)].reshape(*batch, *w._kept_shape).astype(x.dtype)
+      for y_TxN, w, batch in zip(results, weights, batches, strict=True)
+    ]
 
   def take(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
     """Rows of the dequantised weight: the embedding of each id, out-of-range ids clamped.
@@ -208,32 +225,48 @@ class Int8Array:
     return x_shape[: len(batch)]
 
 
-def _integer(w: Int8Array, x_TxK: Float32[Array, "T K"]) -> Float32[Array, "T N"]:
+def _integer(weights: list[Int8Array], x_TxK: Float32[Array, "T K"]) -> list[Array]:
+  """x times each weight, float32 [T, N]; x is rounded once for all of them."""
+  levels = functools.reduce(jnp.minimum, [w.levels for w in weights])
   absmax_Tx1 = jnp.max(jnp.abs(x_TxK), axis=1, keepdims=True)
-  levels_Tx1 = jnp.broadcast_to(w.levels, absmax_Tx1.shape)
   # Divided before the broadcast: XLA would do so for some T only, and round otherwise.
-  steps_Tx1 = absmax_Tx1 * jnp.broadcast_to(1 / w.levels, absmax_Tx1.shape)
-  # A conditional is the one barrier that XLA:CPU keeps: without it the rounding is fused into
-  # the product and repeated for every weight row. NaN != 0, so NaN is not taken for zeros.
-  q_TxK = lax.cond(
-    jnp.any(absmax_Tx1 != 0),
-    lambda x, absmax, levels: jnp.round(x * jnp.where(absmax == 0, 0.0, levels / absmax)).astype(
-      jnp.int32
-    ),
-    lambda x, absmax, levels: jnp.zeros(x.shape, jnp.int32),
-    x_TxK,
-    absmax_Tx1,
-    levels_Tx1,
-  )
-  codes_LxRxK = [w.codes[lane].astype(jnp.int32) for lane in range(_LANES)]
-  sums = []
-  for start in range(0, q_TxK.shape[0], _ROWS):
-    rows = range(start, min(start + _ROWS, q_TxK.shape[0]))
-    # A reduction of several operands is the form that XLA:CPU neither cuts into windows of 32
-    # (which writes every product to memory) nor hands to a library: LLVM vectorises it whole.
-    sums += _sum_minor([codes * q_TxK[row][None, :] for row in rows for codes in codes_LxRxK])
-  y_TxN = jnp.concatenate(sums).reshape(q_TxK.shape[0], -1).astype(jnp.float32)
-  return y_TxN * (steps_Tx1 * w.scales.reshape(1, -1))
+  steps_Tx1 = absmax_Tx1 * jnp.broadcast_to(1 / levels, absmax_Tx1.shape)
+  inverse_Tx1 = jnp.where(steps_Tx1 > 0, 1 / steps_Tx1, 0.0)
+  # XLA:CPU fuses this into the product, where it is repeated for every four weight rows: hence
+  # the bits, as a conversion to int32 saturates and that costs more than the product. The rounding
+  # stands on its own lest multiplication and addition become one, with other bits, in some fusion.
+  q_TxK = lax.bitcast_convert_type(jnp.round(x_TxK * inverse_Tx1) + _OFFSET, jnp.int32)
+  q_TxK = q_TxK - _OFFSET_BITS
+  sums = _integer_sums([w.codes for w in weights], q_TxK)
+  # Infinity times a sum of zero is NaN already, times another one it is not.
+  steps_Tx1 = jnp.where(jnp.isfinite(absmax_Tx1), steps_Tx1, jnp.nan)
+  return [
+    y_TxN.astype(jnp.float32) * (steps_Tx1 * w.scales.reshape(1, -1))
+    for y_TxN, w in zip(sums, weights, strict=True)
+  ]
+
+
+def _integer_sums(codes: list[Array], q_TxK: Int32[Array, "T K"]) -> list[Array]:
+  """q times each matrix [4, R, K] of codes, int32 [T, 4 * R]."""
+  count = q_TxK.shape[0]
+  # A single row passes all matrices of one height in one loop: threads start and meet but once.
+  loops: dict[int, list[int]] = {}
+  for i, c in enumerate(codes):
+    loops.setdefault(c.shape[1] if count == 1 else i, []).append(i)
+  results = list(codes)
+  for members in loops.values():
+    lanes = [codes[i][lane].astype(jnp.int32) for i in members for lane in range(_LANES)]
+    at_once = max(1, _SUMS // len(lanes))
+    sums: list[Array] = []
+    for start in range(0, count, at_once):
+      rows = range(start, min(start + at_once, count))
+      # A reduction of several operands is the form that XLA:CPU neither cuts into windows of 32
+      # (which writes every product to memory) nor hands to a library: LLVM vectorises it whole.
+      sums += _sum_minor([lane * q_TxK[row][None, :] for row in rows for lane in lanes])
+    for first, i in enumerate(members):
+      own = [sums[at : at + _LANES] for at in range(_LANES * first, len(sums), len(lanes))]
+      results[i] = jnp.concatenate([part for row in own for part in row]).reshape(count, -1)
+  return results
 
 
 def _sum_minor(products: list[Array]) -> list[Array]:
