@@ -60,10 +60,10 @@ class ModelConfig:
       raise ValueError(
         f"rope_style = {self.rope_style!r}: choose one of {typing.get_args(RopeStyle)}"
       )
-    if not self.norm_eps > 0:
-      raise ValueError(f"norm_eps = {self.norm_eps!r}: it must be positive")
-    if not self.rope_base > 1:
-      raise ValueError(f"rope_base = {self.rope_base!r}: it must be above 1")
+    if not 0 < self.norm_eps < 1:
+      raise ValueError(f"norm_eps = {self.norm_eps!r}: it must be positive and below 1")
+    if not 1 < self.rope_base < math.inf:
+      raise ValueError(f"rope_base = {self.rope_base!r}: it must be above 1 and finite")
 
   @property
   def group_size(self) -> int:
@@ -164,11 +164,14 @@ class Sampling:
       value = getattr(self, field.name)
       if field.name != "top_k" and not math.isfinite(value):
         raise ValueError(f"{field.name} = {value!r}: it must be finite")
-    check("temperature", self.temperature >= 0, "0 (greedy) or positive")
-    check("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or absent")
+    # Bounds beyond which float32 would turn a factor into 0 or infinity.
+    check("temperature", 0 <= self.temperature <= 1e6, "0 (greedy) or positive, at most 1e6")
+    check("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "at least 1, or absent")
     check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
     check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-    check("repetition_penalty", self.repetition_penalty > 0, "positive")
+    check("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "between 1e-6 and 1e6")
+    check("presence_penalty", abs(self.presence_penalty) <= 1e6, "between -1e6 and 1e6")
+    check("frequency_penalty", abs(self.frequency_penalty) <= 1e6, "between -1e6 and 1e6")
     check("seed", 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
 
 

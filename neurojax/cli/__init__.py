@@ -62,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except EngineError as error:
     print(f"neurojax: {error}", file=sys.stderr)
     return ENGINE
-  except (ValueError, NotImplementedError, OSError) as error:
+  except (ValueError, NotImplementedError, OSError, OverflowError, RecursionError) as error:
     print(f"neurojax: {error}", file=sys.stderr)
     return USAGE
+  except (MemoryError, RuntimeError) as error:
+    # JAX's own name for what a device refuses; importing JAX to name the class would take seconds.
+    if isinstance(error, RuntimeError) and type(error).__name__ != "JaxRuntimeError":
+      raise
+    print(f"neurojax: {type(error).__name__}: {error}", file=sys.stderr)
+    return ENGINE

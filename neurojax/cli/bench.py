@@ -41,19 +41,22 @@ class Decode(ModelOptions, EngineOptions):
   async def _bench(self) -> int:
     from neurojax.engine import bench
 
+    for name in ("prefill", "decode", "repetitions"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
     program = self.llama_bench or shutil.which("llama-bench")
     if self.llama_bench and not shutil.which(self.llama_bench):
       raise FileNotFoundError(f"--llama-bench {self.llama_bench}: no such program")
     with self.open() as file:
       options = dataclasses.replace(
-        self, context=self.context or max(self.prefill, self.decode) + 1
+        self, context=self.context or max(self.prefill, self.decode) + 2
       )
       async with open_engine(file, options) as engine:
         work = bench.decode_and_prefill(
           engine,
           model=file.path,
           weights=f"{self.weights} {self.dtype}" if self.weights == "dense" else self.weights,
-          stages=self.stages,
+          stages=len(await engine.reports()),
           prefill=self.prefill,
           decode=self.decode,
           repetitions=self.repetitions,

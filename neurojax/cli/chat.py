@@ -1,6 +1,7 @@
 """`neurojax chat`: talk with a model."""
 
 import asyncio
+import contextlib
 import dataclasses
 import sys
 from typing import Annotated
@@ -15,6 +16,7 @@ from neurojax.cli.options import (
   open_tokenizer,
   stderr,
 )
+from neurojax.cli.text import lines_of_stdin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,10 @@ class Chat(ModelOptions, EngineOptions, SamplingOptions):
       tokenizer = open_tokenizer(file)
       messages = [{"role": "system", "content": self.system}] if self.system is not None else []
       async with open_engine(file, self) as engine:
-        while line := await asyncio.to_thread(_ask):
+        _prompt()
+        async for line in lines_of_stdin():
+          if not line.strip():
+            return 0
           messages.append({"role": "user", "content": line})
           prompt = encode_chat(tokenizer, messages)
           room = engine.context_length - len(prompt)
@@ -60,15 +65,16 @@ class Chat(ModelOptions, EngineOptions, SamplingOptions):
             stop_ids=tokenizer.stop_ids,
           )
           answer = []
-          async for piece in stream_text(engine, tokenizer, request):
-            print(piece.text, end="", flush=True)
-            answer.append(piece.text)
+          async with contextlib.aclosing(stream_text(engine, tokenizer, request)) as stream:
+            async for piece in stream:
+              print(piece.text, end="", flush=True)
+              answer.append(piece.text)
           print(flush=True)
           messages.append({"role": "assistant", "content": "".join(answer)})
+          _prompt()
     return 0
 
 
-def _ask() -> str:
-  if sys.stdin.isatty():
+def _prompt() -> None:
+  if sys.stdin is not None and sys.stdin.isatty():
     stderr.print("[bold]>[/] ", end="")
-  return sys.stdin.readline().strip()

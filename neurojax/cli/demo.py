@@ -1,6 +1,7 @@
 """`neurojax demo`: a real model across two stage servers, checked against one process."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import sys
@@ -45,6 +46,12 @@ class Demo(ModelOptions, SamplingOptions):
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
 
   def run(self) -> int:
+    if self.stages < 2:
+      raise ValueError(
+        f"--stages {self.stages}: the demo compares stages with one process: at least 2"
+      )
+    if self.max_tokens < 1:
+      raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
     return asyncio.run(self._demo(time.perf_counter() - _age_s()))
 
   async def _demo(self, began_s: float) -> int:
@@ -90,11 +97,12 @@ class Demo(ModelOptions, SamplingOptions):
     from neurojax.engine.text import stream_text
 
     tokens, times_s = [], Times(time.perf_counter())
-    async for piece in stream_text(engine, open_tokenizer(file), request):
-      times_s.append(time.perf_counter())
-      tokens.append(piece.token)
-      sys.stdout.write(piece.text)
-      sys.stdout.flush()
+    async with contextlib.aclosing(stream_text(engine, open_tokenizer(file), request)) as stream:
+      async for piece in stream:
+        times_s.append(time.perf_counter())
+        tokens.append(piece.token)
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
     return tokens, times_s
 
   def _verdict(self, out: Console, tokens: "list[Token]", single: "list[Token]") -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 from tyro.conf import subcommand
 
 from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, open_tokenizer, stderr
+from neurojax.cli.text import read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,10 +114,14 @@ class Perplexity(ModelOptions, EngineOptions):
   async def _evaluate(self) -> int:
     from neurojax.engine.perplexity import perplexity
 
-    text = self.text.read_text(encoding="utf-8")
+    text = read_text(self.text)
     with self.open() as file:
       tokenizer = open_tokenizer(file)
-      options = dataclasses.replace(self, context=self.context or self.ctx)
+      if self.ctx > file.config.context_length:
+        raise ValueError(f"--ctx {self.ctx}: the model was made for {file.config.context_length}")
+      options = dataclasses.replace(
+        self, context=self.ctx if self.context is None else self.context
+      )
       async with open_engine(file, options) as engine:
         with Progress(console=stderr, transient=True) as progress:
           bar = progress.add_task("windows", total=None)

@@ -1,6 +1,7 @@
 """`neurojax generate`: continue a text."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,6 +18,7 @@ from neurojax.cli.options import (
   open_engine,
   open_tokenizer,
 )
+from neurojax.cli.text import read_stdin, read_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,8 @@ class Generate(ModelOptions, EngineOptions, SamplingOptions):
     if (self.prompt is None) == (self.prompt_file is None):
       raise ValueError("give --prompt TEXT or --prompt-file FILE")
     if self.prompt_file is not None:
-      return self.prompt_file.read_text(encoding="utf-8")
-    return sys.stdin.read() if self.prompt == "-" else self.prompt or ""
+      return read_text(self.prompt_file)
+    return read_stdin() if self.prompt == "-" else self.prompt or ""
 
   async def _generate(self, text: str) -> int:
     from neurojax.engine.api import Request
@@ -67,13 +69,15 @@ class Generate(ModelOptions, EngineOptions, SamplingOptions):
       async with open_engine(file, self) as engine:
         began_s = time.perf_counter()
         first_s, pieces, tokens, reason = None, [], [], None
-        async for piece in stream_text(engine, tokenizer, request, stops=self.stop):
-          first_s = first_s or time.perf_counter() - began_s
-          pieces.append(piece.text)
-          reason = piece.finish_reason
-          tokens.append(piece.token)
-          if not self.json:
-            print(piece.text, end="", flush=True)
+        stream = stream_text(engine, tokenizer, request, stops=self.stop)
+        async with contextlib.aclosing(stream):
+          async for piece in stream:
+            first_s = first_s or time.perf_counter() - began_s
+            pieces.append(piece.text)
+            reason = piece.finish_reason
+            tokens.append(piece.token)
+            if not self.json:
+              print(piece.text, end="", flush=True)
         total_s = time.perf_counter() - began_s
         if self.json:
           answer = {

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -56,6 +57,10 @@ class EngineOptions:
   def __post_init__(self) -> None:
     if self.stages < 1:
       raise ValueError(f"--stages {self.stages}: at least 1")
+    if not 0 < self.step_timeout < math.inf:
+      raise ValueError(f"--step-timeout {self.step_timeout}: a positive number of seconds")
+    if not 1 <= self.sequences <= 4096:
+      raise ValueError(f"--sequences {self.sequences}: between 1 and 4096")
     if self.hosts is not None and self.stages != 1:
       raise ValueError("--stages starts servers and --hosts uses running ones: give one of them")
 
@@ -153,9 +158,18 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
   from neurojax.engine.local import LocalEngine
   from neurojax.files.digest import cache_dir
   from neurojax.files.load import load_span
+  from neurojax.scaling import count, plan
   from neurojax.stage.compile import CompiledStage, use_compilation_cache
+  from neurojax.stage.memory import free_memory_bytes
 
   use_compilation_cache(cache_dir() / "xla")
+  load = plan.Load(
+    dtype=options.dtype,
+    weights=options.weights,
+    capacity=count.capacity_for(context),
+    max_sequences=options.sequences,
+  )
+  plan.proportional(file.config, [("this process", free_memory_bytes())], load)
   with Progress(console=stderr, transient=True) as progress:
     bar = progress.add_task("reading layers", total=file.config.num_layers)
     model = load_span(

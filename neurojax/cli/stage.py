@@ -32,6 +32,8 @@ class Stage(ModelOptions):
   """What errors and tables call this server; host and process if absent."""
   memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
   """What weights and caches may take (for example 6GB); what is free if absent."""
+  share: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+  """N servers share this machine: take an equal part of what is free."""
   json: bool = False
   """Print the address as a line of JSON."""
   end_with_stdin: bool = False
@@ -41,6 +43,10 @@ class Stage(ModelOptions):
     from neurojax.scaling.fleet import check_address, parse_bytes
 
     check_address(self.listen)
+    if self.share < 1:
+      raise ValueError(f"--share {self.share}: at least 1")
+    if self.end_with_stdin and sys.stdin is None:
+      raise ValueError("--end-with-stdin, and standard input is closed already")
     memory_bytes = parse_bytes(self.memory) if self.memory is not None else None
     with self.open() as file:
       config = file.config
@@ -61,7 +67,7 @@ class Stage(ModelOptions):
           loop.add_signal_handler(number, stop.set)
         if self.end_with_stdin:
           loop.add_reader(sys.stdin.fileno(), lambda: _stop_at_end(loop, stop))
-        server = StageServer(file, name=name, memory_bytes=memory_bytes)
+        server = StageServer(file, name=name, memory_bytes=memory_bytes, share=self.share)
         await server.serve(self.listen, started=self._started, stop=stop)
 
       assert config is not None

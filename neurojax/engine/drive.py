@@ -1,6 +1,7 @@
 """From a request to steps: the one generation loop that local and distributed engines share."""
 
 import abc
+import asyncio
 import itertools
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -13,6 +14,9 @@ from neurojax.stage.step import StepInput, StepOutput
 
 PREFILL_CHUNK = 256
 """Positions of one step at most; bounds what one message between stages can hold."""
+
+# Holds the tasks, which the event loop itself does not.
+_CLOSING: set[asyncio.Future[None]] = set()
 
 
 class DrivenEngine(abc.ABC):
@@ -48,6 +52,13 @@ class DrivenEngine(abc.ABC):
   async def _close(self, sequence: str) -> None:
     """Free a sequence on every stage that can be reached."""
 
+  async def _release(self, sequence: str) -> None:
+    """`_close`, to its end even if whoever waits for it is cancelled."""
+    closing = asyncio.ensure_future(self._close(sequence))
+    _CLOSING.add(closing)
+    closing.add_done_callback(_CLOSING.discard)
+    await asyncio.shield(closing)
+
   async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
     check_request(request, vocab_size=self.vocab_size, context_length=self.context_length)
     sequence = uuid.uuid4().hex
@@ -73,7 +84,7 @@ class DrivenEngine(abc.ABC):
         )
         output = await self._step(sequence, given)
     finally:
-      await self._close(sequence)
+      await self._release(sequence)
 
   async def score(self, tokens: Sequence[int], *, first: int = 1) -> np.ndarray:
     if not 1 <= first < len(tokens):
@@ -100,7 +111,7 @@ class DrivenEngine(abc.ABC):
           assert output is not None and output.scores is not None
           scores.append(output.scores[max(0, first - 1 - start) :])
     finally:
-      await self._close(sequence)
+      await self._release(sequence)
     return np.concatenate(scores)
 
 

@@ -57,7 +57,7 @@ def read_golden(path: Path) -> GoldenFile:
   """Raises: ValueError: not the format; names the case and the field."""
   try:
     table = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise ValueError(f"{path}: not valid JSON: {error}") from error
   if not isinstance(table, dict) or not isinstance(table.get("cases"), list) or not table["cases"]:
     raise ValueError(f"{path}: expected an object with a non-empty list of cases")
@@ -75,6 +75,16 @@ def read_golden(path: Path) -> GoldenFile:
     ):
       if not isinstance(raw.get(name), kind):
         raise ValueError(f"{where}: {name} is missing or no {kind.__name__}")
+    kinds = (
+      ("prompt_tokens", int),
+      ("tokens", int),
+      ("logprobs", int | float),
+      ("margins", int | float),
+    )
+    for name, kind in kinds:
+      bad = next((v for v in raw[name] if not isinstance(v, kind) or isinstance(v, bool)), None)
+      if bad is not None or None in raw[name]:
+        raise ValueError(f"{where}: {name} holds {bad!r}, which is no number")
     if not raw["tokens"] or not len(raw["tokens"]) == len(raw["logprobs"]) == len(raw["margins"]):
       raise ValueError(f"{where}: tokens, logprobs and margins must be equally many, and some")
     cases.append(
@@ -87,6 +97,8 @@ def read_golden(path: Path) -> GoldenFile:
         raw.get("text"),
       )
     )
+  if not isinstance(table.get("sha256"), str | None):
+    raise ValueError(f"{path}: sha256 = {table['sha256']!r}: expected a string")
   return GoldenFile(str(table.get("file", path)), table.get("sha256"), tuple(cases))
 
 

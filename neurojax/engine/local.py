@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from neurojax.config import Sampling
-from neurojax.engine.api import StageReport
+from neurojax.engine.api import EngineError, StageReport
 from neurojax.engine.drive import DrivenEngine
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.runtime import StageRuntime
@@ -27,6 +27,7 @@ class LocalEngine(DrivenEngine):
     self._runtime = StageRuntime(stage, max_sequences=max_sequences)
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-local")
     self._decode_steps, self._decode_s = 0, 0.0
+    self._closed = False
 
   @property
   def vocab_size(self) -> int:
@@ -52,6 +53,7 @@ class LocalEngine(DrivenEngine):
     )
 
   async def close(self) -> None:
+    self._closed = True
     self._thread.shutdown(wait=False, cancel_futures=True)
 
   async def _open(self, sequence: str, sampling: Sampling) -> None:
@@ -65,7 +67,13 @@ class LocalEngine(DrivenEngine):
     return output
 
   async def _close(self, sequence: str) -> None:
-    await self._do(lambda: self._runtime.close(sequence))
+    if not self._closed:
+      await self._do(lambda: self._runtime.close(sequence))
 
   async def _do(self, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    if self._closed:
+      raise EngineError("the engine is closed")
+    try:
+      return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    except FloatingPointError as error:
+      raise EngineError(f"this process: {error}") from error

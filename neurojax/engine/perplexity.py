@@ -60,11 +60,15 @@ async def perplexity(
       window = [tokenizer.bos_id, *window[1:]]
     losses.append(-(await engine.score(window, first=first)).astype(np.float64))
     if progress:
-      progress(done, len(plan), math.exp(np.concatenate(losses).mean()))
+      progress(done, len(plan), _exp(float(np.concatenate(losses).mean())))
   loss = np.concatenate(losses)
   nll = float(loss.mean())
   spread = float(loss.std(ddof=1) / math.sqrt(len(loss))) if len(loss) > 1 else math.nan
-  return PerplexityResult(math.exp(nll), nll, math.exp(nll) * spread, len(loss), len(plan))
+  return PerplexityResult(_exp(nll), nll, _exp(nll) * spread, len(loss), len(plan))
+
+
+def _exp(nll: float) -> float:
+  return math.exp(nll) if nll < 700 else math.inf
 
 
 def windows(length: int, *, ctx: int, stride: int | None) -> Iterator[tuple[int, int, int]]:

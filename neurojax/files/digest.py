@@ -22,14 +22,21 @@ def cache_dir() -> Path:
   return Path(override) if override else Path(platformdirs.user_cache_dir("neurojax"))
 
 
-def sha256_of(path: str | Path) -> str:
+def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> str:
   """The SHA-256 of a file in hex, from the cache while path, size, time and inode are unchanged.
 
+  Args:
+    opened_as: What `os.fstat` said of the file when it was opened; the digest is of that very file.
   Raises:
     FileNotFoundError: no such file.
-    ValueError: the file changed while it was read.
+    ValueError: it changed while it was read, or it is not the one that was opened.
   """
-  path = Path(path).resolve(strict=True)
+  path = Path(path)
+  if opened_as is not None and (not path.exists() or _stamp(path.stat()) != _stamp(opened_as)):
+    raise ValueError(
+      f"{path}: it was replaced, changed or removed since it was opened: start again"
+    )
+  path = path.resolve(strict=True)
   key = _key(path)
   entry = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
   known = _load(entry)
@@ -42,6 +49,10 @@ def sha256_of(path: str | Path) -> str:
   if time.time_ns() - int(key["mtime_ns"]) > _SETTLED_NS:
     _store(entry, {**key, "sha256": digest})
   return digest
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+  return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _key(path: Path) -> dict[str, str | int]:

@@ -63,7 +63,8 @@ class GgufFile:
     self.path = Path(path)
     with contextlib.ExitStack() as undo:
       self._file = undo.enter_context(self.path.open("rb"))
-      self._size_bytes = os.fstat(self._file.fileno()).st_size
+      self._opened_as = os.fstat(self._file.fileno())
+      self._size_bytes = self._opened_as.st_size
       if self._size_bytes == 0:
         raise ValueError(f"{self.path}: this file is empty: {_AGAIN}")
       self._map = mmap.mmap(self._file.fileno(), self._size_bytes, access=mmap.ACCESS_READ)
@@ -141,7 +142,7 @@ class GgufFile:
       raise NotImplementedError(f"{self.path}: not supported: {'; '.join(found)}")
 
   def sha256(self) -> str:
-    return digest.sha256_of(self.path)
+    return digest.sha256_of(self.path, opened_as=self._opened_as)
 
   def close(self) -> None:
     """Views that `stored_bytes` gave out stay valid; the map goes with the last of them."""

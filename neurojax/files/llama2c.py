@@ -112,7 +112,8 @@ class Llama2cFile:
     self._tokenizer_path = None if tokenizer is None else Path(tokenizer)
     with contextlib.ExitStack() as undo:
       self._file = undo.enter_context(self.path.open("rb"))
-      size_bytes = os.fstat(self._file.fileno()).st_size
+      self._opened_as = os.fstat(self._file.fileno())
+      size_bytes = self._opened_as.st_size
       header = Header.parse(self._file.read(_HEADER.size))
       if header is None:
         raise ValueError(f"{self.path}: this is no llama2.c checkpoint: its header makes no sense")
@@ -182,7 +183,7 @@ class Llama2cFile:
     self.tokenizer  # noqa: B018  the one thing that can be wrong after opening
 
   def sha256(self) -> str:
-    return digest.sha256_of(self.path)
+    return digest.sha256_of(self.path, opened_as=self._opened_as)
 
   def close(self) -> None:
     """Views that `stored_bytes` gave out stay valid; the map goes with the last of them."""

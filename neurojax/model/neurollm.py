@@ -179,6 +179,19 @@ class NeuroLLM(nnx.Module):
     position_BT = start_B[:, None] + jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
     graph, stacked = nnx.split(self.layers)
 
+    if cache is not None:
+
+      def step(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        params = jax.tree.map(
+          lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked
+        )
+        return nnx.merge(graph, params)(carry[0], position_BT, carry[1], index)
+
+      # A count that XLA cannot know: a loop of one round would be dissolved into what surrounds it,
+      # with other roundings, and a stage of one layer would not give the whole model's bits.
+      count = jnp.minimum(start_B[0] + len(self.span), len(self.span))
+      return lax.fori_loop(0, count, step, (x_BTD, cache))
+
     def one(carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, nnx.State]):
       x_BTD, cache = carry
       index, params = layer

@@ -15,6 +15,7 @@ from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline import wire
 from neurojax.pipeline.errors import HandshakeError, PipelineError, StageLost, StageTimeout
+from neurojax.pipeline.onward import Outlet
 from neurojax.scaling.count import Weights
 from neurojax.scaling.fleet import Host
 
@@ -71,9 +72,8 @@ class Contact:
   span: Span
   lost: str | None = "not linked yet"
   timing: Timing = dataclasses.field(default_factory=Timing)
-  _call: grpc.aio.StreamStreamCall | None = None
+  _outlet: Outlet | None = None
   _reader: asyncio.Task[None] | None = None
-  _sending: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
   @classmethod
   async def meet(
@@ -89,9 +89,13 @@ class Contact:
     label = f"{host.name} at {host.address}" if host.name else host.address
     best_s, ahead_s = float("inf"), 0.0
     try:
+      # The health check says at once whether someone is there; the first description may take as
+      # long as the digest of a large file does.
+      alive = health_pb2_grpc.HealthStub(channel)
+      await alive.Check(health_pb2.HealthCheckRequest(), timeout=options.connect_s)
       for _ in range(4):
         sent_s = time.time()
-        description = await stub.Describe(pb.DescribeRequest(), timeout=options.connect_s)
+        description = await stub.Describe(pb.DescribeRequest(), timeout=options.load_s)
         trip_s = time.time() - sent_s
         # Cristian's algorithm: the shortest round trip bounds the error of the clock's offset best.
         if trip_s < best_s:
@@ -164,16 +168,15 @@ class Contact:
       answer = grpc.aio.EOF
     if answer is grpc.aio.EOF:
       raise HandshakeError(self.label, f"it refused the link: {await call.details()}")
-    self._call, self.lost = call, None
+    self._outlet, self.lost = Outlet(call.write, limit_s=self.options.step_s), None
     self._reader = asyncio.create_task(self._read(call, on_frame, on_lost))
 
   async def send(self, frame: pb.Frame) -> None:
     """Raises: StageLost: the stream has ended. StageTimeout: it takes nothing for `step_s`."""
-    if self.lost is not None or self._call is None:
+    if self.lost is not None or self._outlet is None:
       raise StageLost(self.label, self.lost or "not linked")
     try:
-      async with self._sending:
-        await asyncio.wait_for(self._call.write(frame), self.options.step_s)
+      await self._outlet.send(frame)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
       raise StageLost(self.label, f"connection lost ({wire.brief(error)})") from error
     except TimeoutError as error:
@@ -189,9 +192,9 @@ class Contact:
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
   async def close(self) -> None:
+    self.lost = self.lost or "closed"
     if self._reader:
       self._reader.cancel()
-    self.lost = self.lost or "closed"
     await self.channel.close()
 
   async def _read(
@@ -207,6 +210,10 @@ class Contact:
       reason = f"it ended the link: {await call.details() or (await call.code()).name}"
     except grpc.aio.AioRpcError as error:
       reason = wire.brief(error)
+    except asyncio.CancelledError:
+      if self.lost:
+        return
+      reason = "the call was cancelled"
     self.lost = f"connection lost ({reason})"
     on_lost(self)
 

@@ -49,7 +49,7 @@ class _Flight:
   steps: int = 0
   waiting_for: int = -1
   outcome: asyncio.Future[pb.Outcome | None] | None = None
-  failure: PipelineError | None = None
+  failure: EngineError | None = None
   progress_s: float = 0.0
   marks: dict[int, "_Mark"] = dataclasses.field(default_factory=dict)
 
@@ -127,6 +127,8 @@ class PipelineEngine(DrivenEngine):
     return self._return.mean(self._return.wire_s)
 
   async def close(self) -> None:
+    for flight in self._flights.values():
+      self._fail(flight, EngineError("the pipeline is closed"))
     for stage in self._stages:
       await stage.close()
     self._stages.clear()
@@ -253,7 +255,7 @@ class PipelineEngine(DrivenEngine):
     if self._flights.pop(sequence, None) is None:
       return
     frame = pb.Frame(close=pb.Close(sequence=sequence))
-    for stage in self._stages:
+    for stage in list(self._stages):
       with contextlib.suppress(PipelineError):
         await stage.send(frame)
 
@@ -356,7 +358,7 @@ class PipelineEngine(DrivenEngine):
     else:
       self._fail(flight, StageFailed(stage.label, failure.message))
 
-  def _fail(self, flight: _Flight, error: PipelineError) -> None:
+  def _fail(self, flight: _Flight, error: EngineError) -> None:
     flight.failure = flight.failure or error
     if flight.outcome and not flight.outcome.done():
       flight.outcome.set_result(None)

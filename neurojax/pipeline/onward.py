@@ -23,14 +23,25 @@ class Lost(Exception):
 
 
 class Outlet:
-  """The writing half of a link: one frame at a time, each within a deadline."""
+  """The writing half of a link: one frame at a time, each within a deadline.
 
-  def __init__(self, write: Callable[[pb.Frame], Awaitable[None]]):
-    self._write, self._lock = write, asyncio.Lock()
+  A write is a task of its own: gRPC ends the whole call when a task is cancelled inside a write, and
+  the sender's may be, by whoever gives up one of the many sequences that share the link.
+  """
+
+  def __init__(self, write: Callable[[pb.Frame], Awaitable[None]], *, limit_s: float = _WRITE_S):
+    self._write, self._limit_s, self._lock = write, limit_s, asyncio.Lock()
 
   async def send(self, frame: pb.Frame) -> None:
+    """Raises: TimeoutError, and what the call's write raises."""
+    writing = asyncio.ensure_future(self._one(frame))
+    # If the sender goes, nobody is left to hear of a failure; the reader of the link will.
+    writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+    await asyncio.shield(writing)
+
+  async def _one(self, frame: pb.Frame) -> None:
     async with self._lock:
-      await asyncio.wait_for(self._write(frame), _WRITE_S)
+      await asyncio.wait_for(self._write(frame), self._limit_s)
 
 
 class NextLink:
@@ -84,9 +95,9 @@ class NextLink:
       raise Lost(f"the stage at {self.address} takes no more frames ({reason})") from error
 
   async def close(self) -> None:
+    self.lost = self.lost or f"the link to the stage at {self.address} was closed here"
     if self._reader:
       self._reader.cancel()
-    self.lost = self.lost or f"the link to the stage at {self.address} was closed here"
     await self._channel.close()
 
   async def _read(self, on_lost: Callable[[Self], Awaitable[None]]) -> None:
@@ -98,6 +109,10 @@ class NextLink:
         pass
     except grpc.RpcError as error:
       reason = wire.brief(error)
+    except asyncio.CancelledError:
+      if self.lost:
+        return
+      reason = "the call was cancelled"
     self.lost = f"the stage at {self.address} is gone: {reason}"
     await on_lost(self)
     await self._channel.close()

@@ -65,6 +65,8 @@ class LocalStages:
       name,
       "--json",
       "--end-with-stdin",
+      "--share",
+      str(self._number),
       *self._arguments,
       env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
       stdin=asyncio.subprocess.PIPE,

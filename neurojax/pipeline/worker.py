@@ -23,6 +23,7 @@ from neurojax.pipeline import wire
 from neurojax.pipeline.onward import HELLO_S, Lost, NextLink, Outlet
 from neurojax.scaling import count, plan
 from neurojax.stage.compile import BUCKETS, CompiledStage
+from neurojax.stage.memory import free_memory_bytes
 from neurojax.stage.runtime import StageRuntime
 
 T = TypeVar("T")
@@ -51,13 +52,21 @@ class StageServer(rpc.StageServicer):
 
   Args:
     memory_bytes: What weights and caches may take; None takes what the machine has free.
+    share: So many servers share the machine: each takes an equal part of what is free.
     stall_s: A step longer than this makes the health service answer NOT_SERVING.
   """
 
   def __init__(
-    self, file: ModelFile, *, name: str, memory_bytes: int | None = None, stall_s: float = 60.0
+    self,
+    file: ModelFile,
+    *,
+    name: str,
+    memory_bytes: int | None = None,
+    share: int = 1,
+    stall_s: float = 60.0,
   ):
-    self._file, self._name, self._memory_bytes, self._stall_s = file, name, memory_bytes, stall_s
+    self._file, self._name, self._stall_s = file, name, stall_s
+    self._memory_bytes, self._share = memory_bytes, share
     self._config = file.config
     self._loaded: _Loaded | None = None
     self._sequences: dict[str, _Sequence] = {}
@@ -68,6 +77,7 @@ class StageServer(rpc.StageServicer):
     self._connecting = asyncio.Lock()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-stage")
     self._busy_since: float | None = None
+    self._sha256: asyncio.Future[str] | None = None
     self.health = health.aio.HealthServicer()
 
   # ---- the server itself
@@ -141,14 +151,20 @@ class StageServer(rpc.StageServicer):
   ) -> pb.Description:
     return await self._describe()
 
+  async def _digest(self) -> str:
+    """The model file's, computed once for all who ask; a failure is not remembered."""
+    if self._sha256 is None or (self._sha256.done() and self._sha256.exception()):
+      self._sha256 = asyncio.ensure_future(asyncio.to_thread(self._file.sha256))
+    return await asyncio.shield(self._sha256)
+
   async def _describe(self) -> pb.Description:
     loaded = self._loaded
     held = 0
     if loaded:
       stage = loaded.runtime.stage
       held = stage.weight_bytes + loaded.runtime.num_sequences * stage.cache_bytes
-    free = free_memory_bytes() + held
-    sha256 = await asyncio.to_thread(self._file.sha256)
+    free = free_memory_bytes() // self._share + held
+    sha256 = await self._digest()
     description = pb.Description(
       name=self._name,
       identity=wire.identity(self._config, sha256=sha256, dtype="", context_length=0),
@@ -184,7 +200,7 @@ class StageServer(rpc.StageServicer):
 
   async def _load(self, request: pb.LoadRequest) -> None:
     wanted = request.identity
-    sha256 = await asyncio.to_thread(self._file.sha256)
+    sha256 = await self._digest()
     mine = wire.identity(
       self._config, sha256=sha256, dtype=wanted.dtype, context_length=wanted.context_length
     )
@@ -461,13 +477,3 @@ async def _read_unless(
 
 class _Refused(Exception):
   """A Load that conflicts with what this server is or holds."""
-
-
-def free_memory_bytes() -> int:
-  """Bytes that weights and caches could take now, on the first device of this process."""
-  stats = jax.devices()[0].memory_stats()
-  if stats and "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats["bytes_in_use"]
-  with open("/proc/meminfo", encoding="ascii") as lines:
-    fields = dict(line.split(":") for line in lines)
-  return int(fields["MemAvailable"].split()[0]) * 1024

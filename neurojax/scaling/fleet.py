@@ -50,7 +50,11 @@ def read_fleet(text: str) -> Fleet:
   Raises: ValueError: neither, or a bad address. FileNotFoundError: a .toml path that is not there.
   """
   if text.endswith(".toml"):
-    return from_toml(Fleet, Path(text).read_text(encoding="utf-8"), where=text)
+    try:
+      table = Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{text}: not UTF-8 at byte {error.start}") from error
+    return from_toml(Fleet, table, where=text)
   parts = [part.strip() for part in text.split(",") if part.strip()]
   return Fleet(hosts=tuple(Host(address=part) for part in parts))
 
@@ -66,10 +70,13 @@ def parse_bytes(text: str) -> int:
   """Bytes of a size such as 6GB, 512MiB or 1000000. Raises: ValueError: none of these."""
   match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*", text)
   if not match:
-    raise ValueError(f"size {text!r}: write a number with kB, MB, GB, TB or KiB, MiB, GiB, TiB")
+    raise ValueError(
+      f"size {text[:40]!r}: write a number with kB, MB, GB, TB or KiB, MiB, GiB, TiB"
+    )
   unit = match[2] or ""
   power = "kMGT".index(unit[0].replace("K", "k")) + 1 if unit else 0
-  size = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
-  if size < 1:
-    raise ValueError(f"size {text!r}: it must be positive")
+  number = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power
+  if not 1 <= number < 2**62:
+    raise ValueError(f"size {text[:40]!r}: it must be positive, and memory that a machine can have")
+  size = int(number)
   return size

@@ -46,13 +46,10 @@ def proportional(
   """
   if not hosts:
     raise ValueError("no hosts to place the layers on")
-  hosts = list(hosts)
-  while True:
-    counts = _shares(config, [free for _, free in hosts], load)
-    if all(counts):
-      break
-    # Without layers a host is no stage; the outer parts move to whoever is first and last then.
-    hosts.pop(counts.index(0))
+  shares = _shares(config, [free for _, free in hosts], load)
+  if shares is None:
+    raise ValueError(_too_small(config, hosts, load))
+  hosts, counts = [hosts[index] for index, _ in shares], [layers for _, layers in shares]
   spans, first = [], 0
   for layers in counts:
     spans.append(
@@ -72,11 +69,23 @@ def stage_bytes(config: ModelConfig, span: Span, load: Load) -> int:
   return weights + load.max_sequences * cache
 
 
-def _shares(config: ModelConfig, free: list[int], load: Load) -> list[int]:
-  per_layer = count.layer_bytes(config, dtype=load.dtype, weights=load.weights)
-  per_layer += load.max_sequences * count.cache_bytes(
-    config, 1, capacity=load.capacity, dtype=load.dtype
-  )
+def _shares(config: ModelConfig, free: list[int], load: Load) -> list[tuple[int, int]] | None:
+  """(index of the host, its layers) for those that get any; None if the layers do not fit."""
+  indices = list(range(len(free)))
+  while indices:
+    counts = _counts(config, [free[index] for index in indices], load)
+    if counts is None:
+      return None
+    if all(counts):
+      return list(zip(indices, counts, strict=True))
+    # Without layers a host is no stage; the outer parts move to whoever is first and last then.
+    indices.pop(counts.index(0))
+  return None
+
+
+def _counts(config: ModelConfig, free: list[int], load: Load) -> list[int] | None:
+  """Layers of each host, some perhaps 0, if all of them hold their part; None if they cannot."""
+  per_layer = _layer_bytes(config, load)
   table = count.embedding_bytes(config, dtype=load.dtype, weights=load.weights)
   norm = config.model_dim * count.DTYPE_BYTES[load.dtype]
   room = list(free)
@@ -85,13 +94,7 @@ def _shares(config: ModelConfig, free: list[int], load: Load) -> list[int]:
   most = [max(0, space // per_layer) for space in room]
   total = config.num_layers
   if sum(most) < total:
-    missing = (total - sum(most)) * per_layer
-    raise ValueError(
-      f"the fleet is too small: {sum(free):,} bytes on {len(free)} hosts hold {sum(most)} of {total} layers "
-      f"(each {per_layer:,} bytes with {load.max_sequences} caches of {load.capacity} positions, beside "
-      f"embedding and head of {table:,}); about {missing:,} bytes are missing: add memory or a host, "
-      "shorten the context, allow fewer sequences, or hold the weights as int8"
-    )
+    return None
   space = [max(0, r) for r in room]
   exact = [total * s / sum(space) for s in space]
   counts = [min(int(e), m) for e, m in zip(exact, most, strict=True)]
@@ -99,3 +102,28 @@ def _shares(config: ModelConfig, free: list[int], load: Load) -> list[int]:
     open_hosts = [i for i in range(len(free)) if counts[i] < most[i]]
     counts[max(open_hosts, key=lambda i: (exact[i] - counts[i], -i))] += 1
   return counts
+
+
+def _too_small(config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load) -> str:
+  """How much is missing: the least that the largest host needs more for a plan to exist."""
+  free = [space for _, space in hosts]
+  largest = max(range(len(free)), key=lambda i: free[i])
+  whole = Span(first_layer=0, last_layer=config.num_layers - 1, num_layers=config.num_layers)
+  low, high = 0, stage_bytes(config, whole, load)
+  while low + 1 < high:
+    middle = (low + high) // 2
+    more = [space + middle * (i == largest) for i, space in enumerate(free)]
+    low, high = (low, middle) if _shares(config, more, load) else (middle, high)
+  return (
+    f"the fleet is too small: {len(free)} hosts have {sum(free):,} bytes free for {config.num_layers} "
+    f"layers of {_layer_bytes(config, load):,} bytes each ({load.max_sequences} caches of "
+    f"{load.capacity} positions included), embedding and head; {high:,} bytes more on "
+    f"{hosts[largest][0]} would do: add memory or a host, shorten the context, allow fewer sequences, "
+    "or hold the weights as int8"
+  )
+
+
+def _layer_bytes(config: ModelConfig, load: Load) -> int:
+  cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
+  weights = count.layer_bytes(config, dtype=load.dtype, weights=load.weights)
+  return weights + load.max_sequences * cache

@@ -1,6 +1,7 @@
 """A span of layers compiled ahead of time: prefill at a few lengths, decode at length 1."""
 
 import concurrent.futures
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.sample import SamplerState
 from neurojax.scaling.count import capacity_for
 
-BUCKETS = (1, 16, 64, 256)
+log = logging.getLogger(__name__)
+
+BUCKETS = (1, 64, 256)
 """Input lengths that are compiled; a shorter input is padded to the next, a longer one is split."""
 
 
@@ -27,7 +30,11 @@ def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
   The folder must belong to this user alone: whoever can write there can run code here.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+      os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+      log.warning("compiled programs are not kept: %s", error)
+      return
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -61,7 +68,8 @@ class CompiledStage:
       jobs["forward", length] = self._lower_forward(length, cache)
       if self.span.is_last:
         jobs["observe", length] = self._lower_observe(length)
-        jobs["pick", length] = self._lower_pick(length)
+        if length > 1:
+          jobs["pick", length] = self._lower_pick(length)
     if self.span.is_last:
       jobs["sample", 1] = self._lower_sample()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

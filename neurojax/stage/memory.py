@@ -1,0 +1,13 @@
+"""How much memory a stage may take."""
+
+import jax
+
+
+def free_memory_bytes() -> int:
+  """Bytes that weights and caches could take now, on the first device of this process."""
+  stats = jax.devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  with open("/proc/meminfo", encoding="ascii") as lines:
+    fields = dict(line.split(":") for line in lines)
+  return int(fields["MemAvailable"].split()[0]) * 1024
