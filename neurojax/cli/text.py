@@ -35,26 +35,37 @@ async def lines_of_stdin() -> AsyncGenerator[str, None]:
   """
   if sys.stdin is None:
     return
-  descriptor, loop = sys.stdin.fileno(), asyncio.get_running_loop()
-  readable = asyncio.Event()
+  descriptor, held = sys.stdin.fileno(), b""
+  while True:
+    try:
+      await _readable(descriptor)
+    except PermissionError:
+      for line in read_stdin().splitlines():
+        yield line
+      return
+    part = os.read(descriptor, 1 << 16)
+    *whole, held = (held + part).split(b"\n")
+    for line in whole:
+      yield line.decode("utf-8", errors="replace").rstrip("\r")
+    if not part:
+      if held:
+        yield held.decode("utf-8", errors="replace")
+      return
+
+
+async def _readable(descriptor: int) -> None:
+  """Wait until a read would not block. Raises PermissionError for a regular file."""
+  loop = asyncio.get_running_loop()
+  ready = loop.create_future()
+
+  def once() -> None:
+    # Off at once: left on, it would fire again for what is about to be read.
+    loop.remove_reader(descriptor)
+    if not ready.done():
+      ready.set_result(None)
+
+  loop.add_reader(descriptor, once)
   try:
-    loop.add_reader(descriptor, readable.set)
-  except PermissionError:
-    for line in read_stdin().splitlines():
-      yield line
-    return
-  try:
-    held = b""
-    while True:
-      await readable.wait()
-      readable.clear()
-      part = os.read(descriptor, 1 << 16)
-      *whole, held = (held + part).split(b"\n")
-      for line in whole:
-        yield line.decode("utf-8", errors="replace").rstrip("\r")
-      if not part:
-        if held:
-          yield held.decode("utf-8", errors="replace")
-        return
+    await ready
   finally:
     loop.remove_reader(descriptor)

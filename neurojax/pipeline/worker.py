@@ -149,7 +149,10 @@ class StageServer(rpc.StageServicer):
   async def Describe(
     self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
   ) -> pb.Description:
-    return await self._describe()
+    try:
+      return await self._describe()
+    except ValueError as error:
+      await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{self._name}: {error}")
 
   async def _digest(self) -> str:
     """The model file's, computed once for all who ask; a failure is not remembered."""

@@ -1,6 +1,7 @@
 """The command line as a person or a script uses it: output, exit codes, errors."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -178,7 +179,9 @@ def test_interrupting_leaves_no_process_behind(model: str):
   for number, codes in ((signal.SIGINT, (130,)), (signal.SIGKILL, (-9,))):
     command = [sys.executable, "-m", "neurojax", "generate", "--model", model, "--stages", "2"]
     command += ["--prompt", "abc", "--max-tokens", "400", "--temperature", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+      command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c
+    )
     assert process.stdout is not None
     assert process.stdout.read(1), "the answer has begun"
     children = _children(process.pid)
@@ -189,6 +192,59 @@ def test_interrupting_leaves_no_process_behind(model: str):
     while any(_alive(pid) for pid in children):
       assert time.monotonic() < deadline_s, "a stage server outlives its coordinator"
       time.sleep(0.1)
+
+
+@pytest.mark.parametrize("stages", ["1", "2"])
+def test_ctrl_c_ends_a_chat_that_waits_for_a_line(model: str, stages: str):
+  command = [sys.executable, "-m", "neurojax", "chat", "--model", model, "--max-tokens", "3"]
+  process = subprocess.Popen(
+    [*command, "--stages", stages],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    preexec_fn=_hear_ctrl_c,
+  )
+  assert process.stdin is not None and process.stdout is not None
+  process.stdin.write(b"abc\n")
+  process.stdin.flush()
+  assert process.stdout.readline()
+  children = _children(process.pid)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(15) == 130
+  deadline_s = time.monotonic() + 15
+  while any(_alive(pid) for pid in children):
+    assert time.monotonic() < deadline_s, "a stage server outlives its coordinator"
+    time.sleep(0.1)
+
+
+def test_numbers_that_overflow_are_an_engine_failure_here_too(capsys, tmp_path: Path):
+  bad = str(tinymodel.write(tmp_path / "bad.gguf", blow_up=4))
+  code, out, err = run(capsys, "generate", "--model", bad, "--prompt", "abc")
+  assert code == 3 and "NaN or infinite" in err and out == ""
+
+
+def test_text_is_taken_as_it_is(capsys, model: str, tmp_path: Path):
+  text = tmp_path / "text"
+  text.write_bytes(b"a\r\nb")
+  arguments = ("generate", "--model", model, "--max-tokens", "1", "--json")
+  code, out, _ = run(capsys, *arguments, "--prompt-file", str(text))
+  _, plain, _ = run(capsys, *arguments, "--prompt", "a\r\nb")
+  assert code == 0 and json.loads(out)["prompt_tokens"] == json.loads(plain)["prompt_tokens"]
+  text.write_bytes(b"ab\xff")
+  code, _, err = run(capsys, *arguments, "--prompt-file", str(text))
+  assert code == 2 and str(text) in err and "byte 2" in err
+
+
+def test_a_context_that_memory_cannot_hold_is_refused_beforehand(capsys, tmp_path: Path):
+  config = dataclasses.replace(tinymodel.CONFIG, context_length=2**31 - 1)
+  path = str(tinymodel.write(tmp_path / "long.gguf", config=config))
+  arguments = ("generate", "--model", path, "--prompt", "a", "--context", "2000000000")
+  code, _, err = run(capsys, *arguments)
+  assert code == 2 and "too small" in err
+
+
+def _hear_ctrl_c() -> None:
+  """A shell's background jobs ignore Ctrl-C and pass that on; a terminal's do not."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _children(pid: int) -> list[int]:

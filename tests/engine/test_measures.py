@@ -127,6 +127,9 @@ def test_prompt_tokens_that_differ_fail():
     ({"cases": [3]}, "case 0: expected an object"),
     ({"cases": [{"prompt": 1}]}, "prompt is missing or no str"),
     ({"cases": [dataclasses.asdict(GOOD) | {"margins": [1.0]}]}, "equally many"),
+    ({"cases": [dataclasses.asdict(GOOD) | {"margins": ["a"] * 6}]}, "margins holds 'a'"),
+    ({"cases": [dataclasses.asdict(GOOD) | {"logprobs": [None] * 6}]}, "logprobs holds None"),
+    ({"cases": [dataclasses.asdict(GOOD)], "sha256": 5}, "sha256 = 5"),
   ],
 )
 def test_golden_files_that_are_none_are_refused(tmp_path, change, named: str):

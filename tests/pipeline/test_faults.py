@@ -403,6 +403,75 @@ def test_a_coordinator_that_vanishes_leaves_nothing_behind(three: Cluster):
   run(work())
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cancelled_requests_leave_nothing_and_harm_no_other(three: Cluster, seed: int):
+  """Cancelled wherever they happen to wait; the clients beside them get their whole answers."""
+  rng = np.random.default_rng(seed)
+
+  async def steady(engine: PipelineEngine, whole: list, number: int) -> None:
+    for _ in range(number):
+      assert await collect(engine, request(max_tokens=8)) == whole
+
+  async def churn(engine: PipelineEngine, number: int) -> None:
+    for _ in range(number):
+      task = asyncio.ensure_future(collect(engine, request(max_tokens=100)))
+      await asyncio.sleep(float(rng.uniform(0, 0.08)))
+      task.cancel()
+      with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+  async def work():
+    engine = await three.connect(max_sequences=8, step_s=10.0)
+    whole = await collect(engine, request(max_tokens=8))
+    await asyncio.gather(steady(engine, whole, 25), churn(engine, 25), churn(engine, 25))
+    for address in three.addresses:
+      assert await open_sequences(address) == 0
+    await engine.close()
+
+  run(work())
+
+
+def test_a_request_that_waits_when_its_engine_is_closed_is_told(three: Cluster):
+  async def work():
+    engine = await three.connect()
+    stream = engine.generate(request(max_tokens=100))
+    await anext(stream)
+    waiting = asyncio.ensure_future(collect(engine, request(max_tokens=200)))
+    await asyncio.sleep(0.05)
+    began_s = time.monotonic()
+    await engine.close()
+    with pytest.raises(EngineError):
+      await waiting
+    with pytest.raises(EngineError):
+      await anext(stream)
+    assert time.monotonic() - began_s < 5
+    with pytest.raises(EngineError, match="closed"):
+      await collect(engine, request())
+    await serves(three)
+
+  run(work())
+
+
+def test_a_model_file_that_was_replaced_is_not_vouched_for(tmp_path: Path):
+  path = tinymodel.write(tmp_path / "model.gguf")
+  server = Server(path, "old")
+  try:
+    address = server.address()
+    path.unlink()
+    tinymodel.write(path, seed=3)
+
+    async def work():
+      with open_model(path) as file:
+        fleet = Fleet(hosts=(Host(address=address),))
+        options = PipelineOptions(context_length=64)
+        with pytest.raises(EngineError, match="replaced, changed or removed"):
+          await PipelineEngine.connect(file.config, file.sha256(), fleet, options)
+
+    run(work())
+  finally:
+    server.end()
+
+
 # ---- loading, planning, health
 
 

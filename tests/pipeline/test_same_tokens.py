@@ -12,8 +12,11 @@ from neurojax.engine.api import Request, Token
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
 from neurojax.files.source import open_model
+from neurojax.scaling import count
+from neurojax.scaling.fleet import Fleet, Host
 from neurojax.stage.compile import CompiledStage
-from tests.pipeline.servers import PROMPT, Cluster, collect, request, run
+from tests import tinymodel
+from tests.pipeline.servers import PROMPT, Cluster, cluster, collect, request, run
 
 REQUESTS = {
   "greedy": request(),
@@ -72,6 +75,32 @@ def test_so_do_other_forms_of_weights_and_activations(three: Cluster, tiny_path:
     return found
 
   assert run(work()) == answers(tiny_path, **form)
+
+
+@pytest.mark.parametrize("form", [{"weights": "int8"}, {"weights": "dense"}], ids=str)
+def test_a_stage_of_a_single_layer_gives_the_same_bits(tiny_path: Path, form: dict):
+  """A loop of one round is easily compiled into what surrounds it, with other roundings."""
+
+  async def work(servers: Cluster):
+    engine = await servers.connect(**form)
+    assert [len(p.span) for p in engine.placements] == [1, 4, 1]
+    found = {name: await collect(engine, wanted) for name, wanted in REQUESTS.items()}
+    await engine.close()
+    return found
+
+  with cluster(tiny_path, 3) as servers:
+    # Room for 10, 40 and 10 layers, beside the embedding and, at the other end, norm and head.
+    table = count.embedding_bytes(tinymodel.CONFIG, dtype="float32", weights=form["weights"])
+    layer = count.layer_bytes(tinymodel.CONFIG, dtype="float32", weights=form["weights"])
+    layer += 4 * count.cache_bytes(tinymodel.CONFIG, 1, capacity=256, dtype="float32")
+    room = {0: table + 10 * layer, 1: 40 * layer, 2: table + 32 * 4 + 10 * layer}
+    servers.fleet = lambda *_: Fleet(
+      hosts=tuple(
+        Host(address=servers.addresses[i], memory_bytes=space, name=f"stage-{i}")
+        for i, space in room.items()
+      )
+    )
+    assert run(work(servers)) == answers(tiny_path, **form)
 
 
 def test_concurrent_requests_do_not_touch_each_other(three: Cluster, tiny_path: Path, alone):
