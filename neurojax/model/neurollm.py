@@ -187,9 +187,9 @@ class NeuroLLM(nnx.Module):
         )
         return nnx.merge(graph, params)(carry[0], position_BT, carry[1], index)
 
-      # A count that XLA cannot know: a loop of one round would be dissolved into what surrounds it,
-      # with other roundings, and a stage of one layer would not give the whole model's bits.
-      count = jnp.minimum(start_B[0] + len(self.span), len(self.span))
+      # XLA dissolves a loop of one round into what surrounds it, with other roundings, and a stage of
+      # one layer would not give the whole model's bits: its count is one that XLA cannot know.
+      count = len(self.span) if len(self.span) > 1 else jnp.minimum(start_B[0] + 1, 1)
       return lax.fori_loop(0, count, step, (x_BTD, cache))
 
     def one(carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, nnx.State]):
