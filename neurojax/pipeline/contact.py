@@ -91,8 +91,7 @@ class Contact:
     try:
       # The health check says at once whether someone is there; the first description may take as
       # long as the digest of a large file does.
-      alive = health_pb2_grpc.HealthStub(channel)
-      await alive.Check(health_pb2.HealthCheckRequest(), timeout=options.connect_s)
+      await _knock(channel, options.connect_s)
       for _ in range(4):
         sent_s = time.time()
         description = await stub.Describe(pb.DescribeRequest(), timeout=options.load_s)
@@ -216,6 +215,17 @@ class Contact:
       reason = "the call was cancelled"
     self.lost = f"connection lost ({reason})"
     on_lost(self)
+
+
+async def _knock(channel: grpc.aio.Channel, limit_s: float) -> None:
+  """Ask for health: any answer, also that there is no such service, comes from someone alive."""
+  try:
+    await health_pb2_grpc.HealthStub(channel).Check(
+      health_pb2.HealthCheckRequest(), timeout=limit_s
+    )
+  except grpc.aio.AioRpcError as error:
+    if error.code() != grpc.StatusCode.UNIMPLEMENTED:
+      raise
 
 
 def _from_rpc(label: str, error: grpc.aio.AioRpcError) -> PipelineError:

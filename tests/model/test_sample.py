@@ -147,7 +147,7 @@ def test_penalties_by_hand():
 def test_a_tiny_temperature_is_nearly_greedy_and_never_nan():
   logits = np.array([1e4, 1e4 - 1, -1e4, 0], np.float32)
   assert set(draws(logits, Sampling(temperature=1e-6), 50)) == {0}
-  assert set(draws(logits, Sampling(temperature=1e30), 200)) == {0, 1, 2, 3}
+  assert set(draws(logits, Sampling(temperature=1e6), 200)) == {0, 1, 2, 3}
 
 
 def test_scores_are_log_probabilities():
