@@ -32,10 +32,8 @@ def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> s
     ValueError: it changed while it was read, or it is not the one that was opened.
   """
   path = Path(path)
-  if opened_as is not None and (not path.exists() or _stamp(path.stat()) != _stamp(opened_as)):
-    raise ValueError(
-      f"{path}: it was replaced, changed or removed since it was opened: start again"
-    )
+  if opened_as is not None:
+    check_unchanged(path, opened_as)
   path = path.resolve(strict=True)
   key = _key(path)
   entry = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
@@ -49,6 +47,14 @@ def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> s
   if time.time_ns() - int(key["mtime_ns"]) > _SETTLED_NS:
     _store(entry, {**key, "sha256": digest})
   return digest
+
+
+def check_unchanged(path: Path, opened_as: os.stat_result) -> None:
+  """Raises: ValueError: what lies at `path` now is not the file that was opened, as it was then."""
+  if not path.exists() or _stamp(path.stat()) != _stamp(opened_as):
+    raise ValueError(
+      f"{path}: it was replaced, changed or removed since it was opened: start again"
+    )
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:

@@ -141,6 +141,9 @@ class GgufFile:
     if found := self.problems():
       raise NotImplementedError(f"{self.path}: not supported: {'; '.join(found)}")
 
+  def check_unchanged(self) -> None:
+    digest.check_unchanged(self.path, self._opened_as)
+
   def sha256(self) -> str:
     return digest.sha256_of(self.path, opened_as=self._opened_as)
 

@@ -182,6 +182,9 @@ class Llama2cFile:
   def check(self) -> None:
     self.tokenizer  # noqa: B018  the one thing that can be wrong after opening
 
+  def check_unchanged(self) -> None:
+    digest.check_unchanged(self.path, self._opened_as)
+
   def sha256(self) -> str:
     return digest.sha256_of(self.path, opened_as=self._opened_as)
 

@@ -99,6 +99,10 @@ class ModelFile(Protocol):
     """Raises NotImplementedError or ValueError unless every tensor could be read."""
     ...
 
+  def check_unchanged(self) -> None:
+    """Raises ValueError if the file was replaced, changed or removed since it was opened."""
+    ...
+
   def sha256(self) -> str:
     """Hex digest of the whole file (cached per user)."""
     ...

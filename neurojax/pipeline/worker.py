@@ -254,9 +254,12 @@ class StageServer(rpc.StageServicer):
     log.info("%s holds layers %s", self._name, span)
 
   def _build(self, request: pb.LoadRequest, span: Span) -> _Loaded:
+    """Raises: ValueError: the file is no longer what its digest was computed of."""
     model = load_span(
       self._file, span, dtype=jnp.dtype(request.identity.dtype), weights=request.weights
     )
+    # Once the weights are read: an overwritten file would be served under the digest of the old one.
+    self._file.check_unchanged()
     stage = CompiledStage(model, context_length=request.identity.context_length)
     runtime = StageRuntime(stage, max_sequences=request.max_sequences)
     return _Loaded(runtime, request.identity, request.weights, span)

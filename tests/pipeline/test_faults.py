@@ -472,6 +472,32 @@ def test_a_model_file_that_was_replaced_is_not_vouched_for(tmp_path: Path):
     server.end()
 
 
+def test_a_model_file_overwritten_in_place_after_its_digest_is_not_loaded(tmp_path: Path):
+  path = tinymodel.write(tmp_path / "model.gguf")
+  other = tinymodel.write(tmp_path / "other.gguf", seed=3).read_bytes()
+  server = Server(path, "old")
+  try:
+    address = server.address()
+
+    async def work():
+      with open_model(path) as file:
+        sha256 = file.sha256()
+        async with grpc.aio.insecure_channel(address) as channel:
+          met = await rpc.StageStub(channel).Describe(pb.DescribeRequest(), timeout=10)
+        assert met.identity.model_sha256 == sha256
+        with path.open("r+b") as same:
+          same.write(other)
+        fleet = Fleet(hosts=(Host(address=address),))
+        with pytest.raises(EngineError, match="replaced, changed or removed"):
+          await PipelineEngine.connect(
+            file.config, sha256, fleet, PipelineOptions(context_length=64)
+          )
+
+    run(work())
+  finally:
+    server.end()
+
+
 # ---- loading, planning, health
 
 
