@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Int32
 
+from neurojax.quant.contraction import Contraction
+
 # Weight rows that one loop multiplies by a row of activations, and sums that it can hold: 4 * 4
 # fit the vector registers.
 _LANES = 4
@@ -71,16 +73,9 @@ class Int8Array:
     Raises: ValueError: no axis would be contracted or none would stay, or w is not finite.
     """
     w = np.asarray(w)
-    if not 0 < abs(contracted_axes) < w.ndim:
-      raise ValueError(
-        f"contracted_axes={contracted_axes} of shape {w.shape}: at least one axis"
-        " must be contracted and at least one must stay"
-      )
-    if contracted_axes > 0:
-      w_NxK = w.reshape(math.prod(w.shape[:contracted_axes]), -1).T
-    else:
-      w_NxK = w.reshape(math.prod(w.shape[:contracted_axes]), -1)
-    n, k = w_NxK.shape
+    c = Contraction(w.shape, contracted_axes)
+    n, k = c.n, c.k
+    w_NxK = w.reshape(k, n).T if contracted_axes > 0 else w.reshape(n, k)
     absmax_N = np.maximum(w_NxK.max(1), -w_NxK.min(1))
     if not np.isfinite(absmax_N).all():
       raise ValueError(f"weight of shape {w.shape} has an element that is not finite")
@@ -118,19 +113,13 @@ class Int8Array:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.codes, self.scales, self.levels))
 
   @property
-  def _kept_shape(self) -> tuple[int, ...]:
-    c = self.contracted_axes
-    return self.weight_shape[c:] if c > 0 else self.weight_shape[:c]
-
-  @property
-  def _contracted_shape(self) -> tuple[int, ...]:
-    c = self.contracted_axes
-    return self.weight_shape[:c] if c > 0 else self.weight_shape[c:]
+  def contraction(self) -> Contraction:
+    return Contraction(self.weight_shape, self.contracted_axes)
 
   def dequantize(self) -> Float32[Array, "..."]:
     """The weight that `contract` multiplies by, float32 of `shape`."""
     lead, k = self.codes.shape[:-3], self.codes.shape[-1]
-    n = math.prod(self._kept_shape)
+    n = self.contraction.n
     w_NxK = (self.codes.astype(jnp.float32) * self.scales[..., None]).reshape(*lead, -1, k)
     w_NxK = w_NxK[..., :n, :]
     return (w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)).reshape(self.shape)
@@ -160,15 +149,17 @@ class Int8Array:
     Returns: x's dtype, computed in float32, in the order of `products`.
     Raises: ValueError: a spec is of another form, or does not fit the shapes.
     """
-    batches = [w._batch_shape(spec, x.shape) for spec, w in products]
     weights = [w for _, w in products]
+    for w in weights:
+      w._check_single()
+    batches = [w.contraction.batch_shape(spec, x.shape) for spec, w in products]
     x_TxK = jnp.asarray(x, jnp.float32).reshape(-1, weights[0].codes.shape[-1])
     if x_TxK.shape[0] <= MAX_INTEGER_ROWS:
       results = _integer(weights, x_TxK)
     else:
       results = [_dequantised(w, x_TxK) for w in weights]
     return [
-      y_TxN[:, : math.prod(w._kept_shape)].reshape(*batch, *w._kept_shape).astype(x.dtype)
+      y_TxN[:, : w.contraction.n].reshape(*batch, *w.contraction.kept_shape).astype(x.dtype)
       for y_TxN, w, batch in zip(results, weights, batches, strict=True)
     ]
 
@@ -194,35 +185,6 @@ class Int8Array:
         f"{self.shape} has {self.codes.ndim - 3} axes in front of the weight's"
         f" {self.weight_shape}: index them or scan over them first"
       )
-
-  def _batch_shape(self, spec: str, x_shape: tuple[int, ...]) -> tuple[int, ...]:
-    self._check_single()
-    operands, arrow, out = spec.replace(" ", "").partition("->")
-    left, comma, right = operands.partition(",")
-    c = self.contracted_axes
-    contracted, kept = (right[:c], right[c:]) if c > 0 else (right[c:], right[:c])
-    batch = left.removesuffix(contracted)
-    letters = batch + contracted + kept
-    if not (
-      arrow
-      and comma
-      and letters.isalpha()
-      and len(set(letters)) == len(letters)
-      and len(right) == len(self.weight_shape)
-      and left == batch + contracted
-      and out == batch + kept
-    ):
-      where = f"first {c}" if c > 0 else f"last {-c}"
-      raise ValueError(
-        f"spec {spec!r} does not fit a weight of shape {self.weight_shape} with its"
-        f" {where} axes contracted: write 'BTD,DF->BTF', batch letters, then the"
-        " contracted ones in x; batch letters, then the other ones in the result"
-      )
-    if len(x_shape) != len(left) or x_shape[len(batch) :] != self._contracted_shape:
-      raise ValueError(
-        f"spec {spec!r}: x has shape {x_shape}, the weight contracts {self._contracted_shape}"
-      )
-    return x_shape[: len(batch)]
 
 
 def _integer(weights: list[Int8Array], x_TxK: Float32[Array, "T K"]) -> list[Array]:

@@ -1,0 +1,77 @@
+"""The shape of a product with a weight matrix whose axes are contracted from one end."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+  """Which axes of a weight a product sums over.
+
+  Attributes:
+    weight_shape: The weight's own shape.
+    contracted_axes: c > 0: the first c axes; c < 0: the last -c.
+  Raises: ValueError: no axis would be contracted or none would stay.
+  """
+
+  weight_shape: tuple[int, ...]
+  contracted_axes: int
+
+  def __post_init__(self) -> None:
+    if not 0 < abs(self.contracted_axes) < len(self.weight_shape):
+      raise ValueError(
+        f"contracted_axes={self.contracted_axes} of shape {self.weight_shape}: at least one axis"
+        " must be contracted and at least one must stay"
+      )
+
+  @property
+  def kept_shape(self) -> tuple[int, ...]:
+    c = self.contracted_axes
+    return self.weight_shape[c:] if c > 0 else self.weight_shape[:c]
+
+  @property
+  def contracted_shape(self) -> tuple[int, ...]:
+    c = self.contracted_axes
+    return self.weight_shape[:c] if c > 0 else self.weight_shape[c:]
+
+  @property
+  def n(self) -> int:
+    """Output channels."""
+    return math.prod(self.kept_shape)
+
+  @property
+  def k(self) -> int:
+    """Contracted elements."""
+    return math.prod(self.contracted_shape)
+
+  def batch_shape(self, spec: str, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of x that an einsum such as "BTD,DNH->BTNH" keeps.
+
+    Raises: ValueError: the spec is of another form, or does not fit the shapes.
+    """
+    operands, arrow, out = spec.replace(" ", "").partition("->")
+    left, comma, right = operands.partition(",")
+    c = self.contracted_axes
+    contracted, kept = (right[:c], right[c:]) if c > 0 else (right[c:], right[:c])
+    batch = left.removesuffix(contracted)
+    letters = batch + contracted + kept
+    if not (
+      arrow
+      and comma
+      and letters.isalpha()
+      and len(set(letters)) == len(letters)
+      and len(right) == len(self.weight_shape)
+      and left == batch + contracted
+      and out == batch + kept
+    ):
+      where = f"first {c}" if c > 0 else f"last {-c}"
+      raise ValueError(
+        f"spec {spec!r} does not fit a weight of shape {self.weight_shape} with its"
+        f" {where} axes contracted: write 'BTD,DF->BTF', batch letters, then the"
+        " contracted ones in x; batch letters, then the other ones in the result"
+      )
+    if len(x_shape) != len(left) or x_shape[len(batch) :] != self.contracted_shape:
+      raise ValueError(
+        f"spec {spec!r}: x has shape {x_shape}, the weight contracts {self.contracted_shape}"
+      )
+    return x_shape[: len(batch)]
