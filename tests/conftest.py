@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 
 # Programs compiled by tests, and digests, are kept apart from the user's own; servers that tests start inherit it.
 os.environ.setdefault("NEUROJAX_CACHE_DIR", tempfile.mkdtemp(prefix="neurojax-tests-"))
@@ -12,9 +13,17 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["neurojax.model", "neurojax.quant"], "beartype.beartype")
+install_import_hook(["neurojax.model", "neurojax.quant", "neurojax.ternary"], "beartype.beartype")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_module() -> Iterator[None]:
+  """A worker that keeps every program it ever compiled grows to several GB."""
+  yield
+  jax.clear_caches()
+
 
 _LOOPBACK = ("127.", "::1", "localhost")
 

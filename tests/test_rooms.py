@@ -12,6 +12,8 @@ ROOMS = (
   "scaling*",
   "tokenizer*",
   "quant",
+  "ternary",
+  "kernels",
   "model",
   "files",
   "stage",

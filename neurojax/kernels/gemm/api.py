@@ -1,0 +1,225 @@
+"""Products of activations with ternary weights, by the implementation that suits the machine.
+
+An implementation is a module of this folder with `matmul(x, w, *, layer=None, **parameters)` and
+`supports(m, n, k, w)`, which names a reason or returns None; one that gains from several weights at
+once has `matmul_all(x, weights)`.
+"""
+
+import functools
+import importlib
+import logging
+import math
+import re
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from neurojax.kernels.gemm import tuned
+from neurojax.kernels.gemm.layer import TernaryLayer
+from neurojax.ternary.array import TernaryArray
+
+log = logging.getLogger(__name__)
+
+Implementation = Literal["reference", "xla", "cpu", "triton", "mosaic"]
+
+_KERNELS: dict[str, tuple[Implementation, ...]] = {"cpu": ("cpu",), "gpu": ("triton", "mosaic")}
+"""By platform, the first that can being the choice where nothing is measured."""
+
+_PREFILL_ROWS = 128
+"""From here on a GPU is bound by its matrix units: Mosaic is asked first."""
+
+_OLDEST_JAX = (0, 11, 2)
+_CAPABILITIES = {"triton": (8.0, float("inf")), "mosaic": (9.0, 9.0)}
+"""What the GPU kernels need: of JAX, and the least and greatest CUDA compute capability."""
+
+
+class Choice(NamedTuple):
+  implementation: Implementation
+  arguments: dict[str, Any]
+
+
+def matmul(
+  x: Float[Array, "M K"],
+  w: TernaryArray | TernaryLayer,
+  *,
+  implementation: Implementation | None = None,
+  **parameters: Any,
+) -> Float32[Array, "M N"]:
+  """x times the transposed rows of w, as `reference.matmul` defines it.
+
+  Args:
+    x: float32 or bfloat16; other float dtypes are cast to float32.
+    w: A single matrix, or a layer of stacked ones, which is not copied.
+    implementation: None: chosen when traced, for the platform that JAX would run on.
+    parameters: Of the implementation, which must be given then.
+  Raises:
+    ValueError: shapes or dtypes do not fit, or parameters are of no given implementation.
+    NotImplementedError: the given implementation cannot.
+  """
+  if parameters and implementation is None:
+    raise ValueError(f"parameters {sorted(parameters)} are of no implementation: name it")
+  x = _check(x, w)
+  if implementation is None:
+    return matmul_all(x, w)[0]
+  return _multiply(Choice(implementation, parameters), x, [w])[0]
+
+
+def matmul_all(
+  x: Float[Array, "M K"],
+  *weights: TernaryArray | TernaryLayer,
+  implementation: Implementation | None = None,
+) -> list[Float32[Array, "M N"]]:
+  """`matmul` with each weight; x is prepared once for those that one implementation multiplies."""
+  results: dict[int, Array] = {}
+  together: dict[str, tuple[Choice, list[int]]] = {}
+  for i, weight in enumerate(weights):
+    x = _check(x, weight)
+    w = _array(weight)
+    choice = Choice(implementation, {}) if implementation else choose(x.shape[0], w)
+    together.setdefault(f"{choice} {w.mode}", (choice, []))[1].append(i)
+  for choice, members in together.values():
+    ys = _multiply(choice, x, [weights[i] for i in members])
+    results |= dict(zip(members, ys, strict=True))
+  return [results[i] for i in range(len(weights))]
+
+
+def contract(
+  spec: str,
+  x: Float[Array, "..."],
+  w: TernaryArray | TernaryLayer,
+  *,
+  implementation: Implementation | None = None,
+) -> Float32[Array, "..."]:
+  """`contract_all` with a single weight."""
+  return contract_all(x, (spec, w), implementation=implementation)[0]
+
+
+def contract_all(
+  x: Float[Array, "..."],
+  *products: tuple[str, TernaryArray | TernaryLayer],
+  implementation: Implementation | None = None,
+) -> list[Float32[Array, "..."]]:
+  """float32 `einsum(spec, x, w)` for each (spec, w), as `matmul` multiplies; none has a batch axis.
+
+  Args:
+    products: specs are like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing axes
+      are contracted. x's last axes are the contracted ones, in the weight's order.
+  Raises: ValueError: a spec is of another form, or does not fit the shapes.
+  """
+  contractions = [_array(w).contraction for _, w in products]
+  batches = [
+    contraction.batch_shape(spec, x.shape)
+    for contraction, (spec, _) in zip(contractions, products, strict=True)
+  ]
+  x = x.reshape(math.prod(batches[0]), contractions[0].k)
+  ys = matmul_all(x, *[w for _, w in products], implementation=implementation)
+  return [
+    y.reshape(*batch, *contraction.kept_shape)
+    for y, batch, contraction in zip(ys, batches, contractions, strict=True)
+  ]
+
+
+def choose(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> Choice:
+  """What multiplies m rows by w; the choice of something slow is logged, once for each reason.
+
+  Args:
+    device: To compile for; the one that JAX would run on if absent.
+  """
+  device = device or _default_device()
+  platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+  contraction = w.contraction
+  entries = tuned.load(device.device_kind)
+  entry = tuned.find(entries, w.mode, m, contraction.n, contraction.k)
+  reasons = []
+  if entry is not None:
+    reason = _why_not(entry.implementation, m, w, device)
+    if reason is None:
+      return Choice(entry.implementation, _arguments(entry))
+    reasons.append(f"{entry.implementation}: {reason}")
+  kernels = _KERNELS.get(platform, ())
+  for name in kernels if m < _PREFILL_ROWS else kernels[::-1]:
+    reason = _why_not(name, m, w, device)
+    if reason is None:
+      return Choice(name, {})
+    reasons.append(f"{name}: {reason}")
+  name = "xla" if platform == "cpu" and _why_not("xla", m, w, device) is None else "reference"
+  _warn_once(f"no kernel multiplies by ternary weights on {platform}", "; ".join(reasons))
+  return Choice(name, {})
+
+
+def _arguments(entry: tuned.Entry) -> dict[str, Any]:
+  translate = getattr(_module(entry.implementation), "tuned_arguments", dict)
+  return translate(entry.parameters)
+
+
+def _why_not(name: Implementation, m: int, w: TernaryArray, device: jax.Device) -> str | None:
+  if name == "reference":
+    return None
+  if name in _CAPABILITIES:
+    if jax.__version_info__ < _OLDEST_JAX:
+      return f"needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}"
+    capability = str(getattr(device, "compute_capability", None) or "unknown")
+    least, greatest = _CAPABILITIES[name]
+    if not (re.fullmatch(r"\d+\.\d+", capability) and least <= float(capability) <= greatest):
+      return f"needs compute capability {least} to {greatest}, {device.device_kind}: {capability}"
+  try:
+    return _module(name).supports(m, w.contraction.n, w.contraction.k, w)
+  except ImportError as error:
+    return str(error)
+
+
+def _multiply(
+  choice: Choice, x: Array, weights: list[TernaryArray | TernaryLayer]
+) -> list[Float32[Array, "M N"]]:
+  if x.shape[0] == 0:
+    return [jnp.zeros((0, _array(w).contraction.n), jnp.float32) for w in weights]
+  module = _module(choice.implementation)
+  if len(weights) > 1 and not choice.arguments and hasattr(module, "matmul_all"):
+    return module.matmul_all(x, weights)
+  return [
+    module.matmul(x, w.stacked, layer=w.index, **choice.arguments)
+    if isinstance(w, TernaryLayer)
+    else module.matmul(x, w, **choice.arguments)
+    for w in weights
+  ]
+
+
+def _check(x: Array, w: TernaryArray | TernaryLayer) -> Array:
+  w_array = _array(w)
+  in_front = 1 if isinstance(w, TernaryLayer) else 0
+  if w_array.codes.ndim != 2 + in_front:
+    raise ValueError(
+      f"codes of shape {w_array.codes.shape}: multiply by a single matrix, or by a TernaryLayer of"
+      " matrices stacked on one axis"
+    )
+  if x.ndim != 2 or x.shape[1] != w_array.contraction.k:
+    raise ValueError(f"x has shape {x.shape}, the weight contracts {w_array.contraction.k}")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"x is {x.dtype}: cast it to float32 or bfloat16")
+  return x if x.dtype in (jnp.float32, jnp.bfloat16) else x.astype(jnp.float32)
+
+
+def _array(w: TernaryArray | TernaryLayer) -> TernaryArray:
+  return w.stacked if isinstance(w, TernaryLayer) else w
+
+
+def _default_device() -> jax.Device:
+  device = jax.config.jax_default_device
+  return (
+    jax.local_devices(backend=device)[0] if device is None or isinstance(device, str) else device
+  )
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+  if name not in get_args(Implementation):
+    raise ValueError(f"implementation {name!r}: one of {', '.join(get_args(Implementation))}")
+  return importlib.import_module(f"neurojax.kernels.gemm.{name}")
+
+
+@functools.cache
+def _warn_once(what: str, reasons: str) -> None:
+  log.warning("%s%s: this will be slow", what, f" ({reasons})" if reasons else "")

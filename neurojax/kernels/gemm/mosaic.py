@@ -1,0 +1,157 @@
+"""y = x W for a ternary W on Hopper: warpgroup matrix multiplies over weights unpacked in registers.
+
+Output channels are the rows of the hardware's tile and tokens its columns ("swap AB"), so that few
+tokens waste nothing and the two-bit codes, unpacked in registers, are the operand that may come
+from registers. Activations and codes arrive in shared memory through a multistage pipeline that one
+warpgroup feeds. Needs jax 0.11.2 or newer and compute capability 9.0.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int8
+
+from neurojax.ternary.array import BLOCK, TernaryArray
+
+ROWS = 64
+"""Output channels of one matrix instruction."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+  """How a word of 16 codes becomes registers of the matrix instruction's operand.
+
+  Register i is `(word << shifts[i] & keep) ^ flip`: a code in the two top bits of a lane, the lower
+  one flipped, is w times `unit`, as it stands. Registers i are a thread's share of successive tiles
+  of columns, eight wide for bfloat16 and sixteen for int8.
+  """
+
+  keep: int
+  flip: int
+  unit: float
+  shifts: tuple[int, ...]
+
+
+FRAGMENTS = {
+  2: Fragment(0xC000C000, 0x40004000, -2.0, (14, 6, 12, 4, 10, 2, 8, 0)),
+  1: Fragment(0xC0C0C0C0, 0x40404040, -64.0, (6, 4, 2, 0)),
+}
+"""By the bytes of an element: bfloat16 and int8."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+  """How one product is cut up.
+
+  Attributes:
+    n: Output channels of a block, 64 per warpgroup and row of fragments.
+    m: Tokens of a block, a multiple of 8, at most 256.
+    k: Contracted elements of a pipeline step: 128, 256 or 512.
+    warpgroups: That multiply.
+    stages: Steps in flight.
+    split: Blocks that share a contraction; their partial sums are added afterwards.
+    copier: Whether one more warpgroup copies and leaves its registers to the others; without it a
+      multiprocessor has room for several blocks.
+  """
+
+  n: int
+  m: int
+  k: int
+  warpgroups: int
+  stages: int
+  split: int = 1
+  copier: bool = True
+
+
+def permute(x: Array, itemsize: int) -> Array:
+  """Columns of x in the order in which unpacking finds the weights, within each block of 64.
+
+  A thread of column c (of 4) holds the bytes 4c .. 4c+3 of a block's 16 as one word. Field j of byte
+  b is element k = 16c + 4b + j. It becomes column 16j + 8(b & 1) + 2c + (b >> 1) of a bfloat16
+  operand (two bytes of a word, 16 bits apart, per register) and column 16j + 4c + b of an int8
+  operand (four bytes per register).
+  """
+  blocks = (*x.shape[:-1], x.shape[-1] // BLOCK)
+  lead = tuple(range(len(blocks)))
+  if itemsize == 1:
+    cols = x.reshape(*blocks, 16, 4)
+    order = (1, 0)
+  else:
+    cols = x.reshape(*blocks, 4, 2, 2, 4)  # c, b >> 1, b & 1, j
+    order = (3, 2, 0, 1)
+  return cols.transpose(*lead, *(len(lead) + axis for axis in order)).reshape(x.shape)
+
+
+def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
+  """Why `matmul` cannot multiply [m, k] by w into [m, n], or None if it can."""
+  bytes_k = 4 * w.codes.shape[-1]
+  if n % 128:
+    return f"n = {n} output channels: not a multiple of 128"
+  if bytes_k != k or k % 256:
+    return f"k = {k} contracted elements: not a multiple of 256"
+  if w.group_size is not None and (512 % w.group_size or k % w.group_size):
+    return f"group_size = {w.group_size}: not a divisor of 512 and of k = {k}"
+  if m < 1:
+    return f"m = {m} rows: none"
+  return None
+
+
+def tiling(m: int, n: int, k: int, w: TernaryArray) -> Tiling:
+  """The cut for a shape: an estimate, until a table for the device says more."""
+  if m <= 64:
+    return Tiling(128, 8 * math.ceil(m / 8), 256 if m > 32 or k % 512 else 512, 2, 4)
+  # More steps of int8 with a fold after every 64 would not fit the registers.
+  return Tiling(128, 128, 256 if w.mode == "w2a8" and w.group_size != BLOCK else 128, 2, 5)
+
+
+def matmul(
+  x: Float[Array, "M K"] | Int8[Array, "M K"],
+  w: TernaryArray,
+  layer: Int[Array, ""] | None = None,
+  *,
+  row_scales: Float32[Array, " M"] | None = None,
+  dtype: jnp.dtype = jnp.float32,
+  cut: Tiling | None = None,
+) -> Float[Array, "M N"]:
+  """x times the weight, sums within a scale group in float32 ("w2a16") or exact ("w2a8").
+
+  Args:
+    x: Of float dtype it enters as bfloat16; int8 needs `row_scales`.
+    w: One weight, or a stack of them with one leading axis.
+    layer: Which of the stack; the codes are not copied.
+    row_scales: What one unit of each row of an int8 x is worth.
+    dtype: Of the result, float32 or bfloat16.
+    cut: Overrides `tiling`.
+  Raises:
+    ValueError: the stack and the layer, or x and its scales, do not go together.
+    NotImplementedError: `supports` names the reason.
+  """
+  if (layer is None) != (w.codes.ndim == 2):
+    raise ValueError(f"codes {w.codes.shape}: a stack needs a layer, one weight none")
+  if (x.dtype == jnp.int8) != (row_scales is not None):
+    raise ValueError(f"x is {x.dtype}: row_scales go with int8, and only with it")
+  if jax.__version_info__ < (0, 11, 2):
+    raise NotImplementedError(f"needs jax 0.11.2 or newer, this is {jax.__version__}")
+  from neurojax.kernels.gemm import mosaic_kernel
+
+  m, k = x.shape
+  n = w.codes.shape[-2]
+  if reason := supports(m, n, k, w):
+    raise NotImplementedError(reason)
+  cut = cut or tiling(m, n, k, w)
+  if x.dtype != jnp.int8:
+    x = x.astype(jnp.bfloat16)
+  # Whole tiles of 8 rows: the copy engine fills in what is missing of a block, not of a tile.
+  padding = -m % 8
+  x = jnp.pad(permute(x, x.dtype.itemsize), ((0, padding), (0, 0)))
+  rows = [] if row_scales is None else [jnp.pad(row_scales, (0, -m % cut.m))]
+  codes, scales = w.codes, w.scales
+  if layer is None:
+    codes, scales, at = codes[None], scales[None], []
+  else:
+    at = [jnp.reshape(layer, (1,)).astype(jnp.int32)]
+  kernel = mosaic_kernel.launch(m, w.group_size, cut, dtype)
+  y = kernel(x, codes, scales, at, rows)
+  return y if cut.split == 1 else jnp.sum(y, axis=0).astype(dtype)

@@ -1,0 +1,72 @@
+"""Which implementation is fastest for which product, as measured: tuned/<device>.json.
+
+    {"device": "NVIDIA H200",
+     "source": "how the file was made",
+     "entries": [{"mode": "w2a8", "m": 8, "n": 4096, "k": 4096,
+                  "implementation": "triton", "parameters": {"warps": 2}}]}
+
+An entry is about n channels, k contracted elements, and up to m rows: more than the next smaller m
+of its mode has.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neurojax.ternary.array import Mode
+
+FOLDER = Path(__file__).with_name("tuned")
+
+
+@dataclass(frozen=True)
+class Entry:
+  """One line of a table.
+
+  Attributes:
+    m: Rows, at most.
+    parameters: Keyword arguments of the implementation's `matmul`; where its module has a function
+      `tuned_arguments`, what that makes of them.
+  """
+
+  mode: Mode
+  m: int
+  n: int
+  k: int
+  implementation: str
+  parameters: dict[str, Any]
+
+
+@functools.cache
+def load(device_kind: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
+  """The entries of a device, by the name that JAX gives it; none if nobody measured it.
+
+  Raises: ValueError: the file is not a table.
+  """
+  name = re.sub("[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+  path = folder / f"{name}.json"
+  if not path.exists():
+    return ()
+  try:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(Entry(**entry) for entry in table["entries"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path}: not a table of tuned products ({error!r}): measure anew") from error
+
+
+def find(entries: Sequence[Entry], mode: Mode, m: int, n: int, k: int) -> Entry | None:
+  """The entry for a product: of its number of rows, the one whose n and k are nearest."""
+  entries = [entry for entry in entries if entry.mode == mode]
+  if not entries:
+    return None
+  rows = sorted({entry.m for entry in entries})
+  bucket = next((most for most in rows if m <= most), rows[-1])
+
+  def distance(entry: Entry) -> float:
+    return abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
+
+  return min((entry for entry in entries if entry.m == bucket), key=distance)

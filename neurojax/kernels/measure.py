@@ -1,0 +1,122 @@
+"""What benchmarks of kernels share: time on the device, and the rates that bound it."""
+
+import csv
+import dataclasses
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_ROUNDS = 16
+"""Passes in one call: what starting a call costs must not count."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """What the device does at best, measured.
+
+  Attributes:
+    read_bytes_per_s: Summing an array that no cache holds.
+    copy_bytes_per_s: Reading and writing one, both counted.
+    bf16_flops_per_s: A product of square bfloat16 matrices of normal numbers, by XLA.
+  """
+
+  read_bytes_per_s: float
+  copy_bytes_per_s: float
+  bf16_flops_per_s: float
+
+
+def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
+  """Measure the default device.
+
+  Args:
+    size_bytes: Of the array; None: 2 GiB on a GPU, an eighth of a GiB elsewhere.
+    width: Of the square matrices; None: 8192 on a GPU, 512 elsewhere.
+  """
+  on_gpu = jax.default_backend() == "gpu"
+  size_bytes = size_bytes or (1 << 31 if on_gpu else 1 << 27)
+  width = width or (8192 if on_gpu else 512)
+  array = jnp.ones((_ROUNDS, size_bytes // 4 // _ROUNDS), jnp.int32)
+
+  # Each pass depends on the one before, or XLA would make one of them all.
+  def read(array: Array) -> Array:
+    return lax.fori_loop(0, _ROUNDS, lambda _, total: jnp.sum(array ^ total), jnp.int32(0))
+
+  def copy(array: Array) -> Array:
+    return lax.fori_loop(0, _ROUNDS, lambda i, a: a + i, array)
+
+  def square(x: Array, y: Array) -> Array:
+    return lax.fori_loop(0, _ROUNDS, lambda _, x: x @ y, x)
+
+  read_s = seconds(jax.jit(read), array)
+  copy_s = seconds(jax.jit(copy), array)
+  del array
+  x, y = (jax.random.normal(jax.random.key(i), (width, width), jnp.bfloat16) for i in range(2))
+  # Of a size that products keep.
+  y = y * jnp.bfloat16(width**-0.5)
+  square_s = seconds(jax.jit(square), x, y)
+  return Rates(
+    read_bytes_per_s=_ROUNDS * size_bytes / read_s,
+    copy_bytes_per_s=_ROUNDS * 2 * size_bytes / copy_s,
+    bf16_flops_per_s=_ROUNDS * 2 * width**3 / square_s,
+  )
+
+
+def seconds(f: Callable[..., Any], *args: Any, runs: int = 5) -> float:
+  """The median time of a call, the first one (which compiles) left out."""
+  jax.block_until_ready(f(*args))
+  times = []
+  for _ in range(runs):
+    began = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    times.append(time.perf_counter() - began)
+  return statistics.median(times)
+
+
+def origin() -> dict[str, str]:
+  """Where and when a result was measured, for its row."""
+  import jaxlib
+
+  return {
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "date": datetime.date.today().isoformat(),
+  }
+
+
+def append_csv(path: Path, rows: Sequence[Any]) -> None:
+  """Add dataclass rows to a results file, with a header if it is new.
+
+  Raises: ValueError: the file has other columns.
+  """
+  names = [field.name for field in dataclasses.fields(rows[0])]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  is_new = not path.exists()
+  if not is_new:
+    with path.open(encoding="utf-8") as lines:
+      found = next(csv.reader(lines), [])
+    if found != names:
+      raise ValueError(f"{path} has the columns {found}, not {names}: name another file")
+  with path.open("a", newline="", encoding="utf-8") as out:
+    writer = csv.DictWriter(out, names)
+    if is_new:
+      writer.writeheader()
+    for row in rows:
+      values = dataclasses.asdict(row)
+      writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+
+
+def table(rows: Sequence[Any], columns: dict[str, Callable[[Any], str]]) -> str:
+  """Text of aligned columns: a title, and what to print of a row."""
+  lines = [list(columns), *[[show(row) for show in columns.values()] for row in rows]]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join(
+    "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+  )

@@ -1,0 +1,28 @@
+"""The benchmark of products, at a size that says nothing of speed."""
+
+import pytest
+
+from neurojax.kernels import measure
+from neurojax.kernels.gemm import bench
+
+
+def test_every_implementation_has_a_row_beside_xla():
+  rates = measure.rates(1 << 22, 128)
+  assert rates.read_bytes_per_s > 0 and rates.bf16_flops_per_s > 0
+  # Rates this low make the loops short.
+  slow = measure.Rates(1.0, 1.0, 1.0)
+  told = []
+  bench_rows = list(
+    bench.run(((256, 128),), (2,), ("w2a8",), rates=slow, runs=1, skipped=told.append)
+  )
+  assert bench_rows[0].implementation == "xla" and bench_rows[0].speedup == 1
+  assert {row.implementation for row in bench_rows[1:]} | {t.split()[-1] for t in told}
+  for row in bench_rows:
+    assert row.flops_per_s == pytest.approx(2 * 2 * 256 * 128 / row.us * 1e6)
+  assert bench_rows[0].bytes_per_s * bench_rows[0].us == pytest.approx(2 * 256 * 128 * 1e6)
+  assert "256x128" in bench.describe(bench_rows)
+
+
+def test_a_shape_without_size_is_refused():
+  with pytest.raises(ValueError, match="positive"):
+    next(bench.run(((0, 128),), (1,)))

@@ -1,0 +1,114 @@
+"""The ternary warpgroup product: its packing by emulation, its refusals, and what the assembler says of it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.kernels.gemm.mosaic import FRAGMENTS, matmul, permute, supports
+from neurojax.ternary.array import TernaryArray
+from tests.kernels import aot
+
+
+def pack(w_NxK: np.ndarray) -> np.ndarray:
+  fields = (w_NxK + 1).astype(np.uint8).reshape(len(w_NxK), -1, 4)
+  return (fields << np.arange(0, 8, 2, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+
+def abstract(n=4096, k=4096, group=128, mode="w2a16", lead=()) -> TernaryArray:
+  codes = jax.ShapeDtypeStruct((*lead, n, k // 4), jnp.uint8)
+  shape = (*lead, n, k // group) if group else (*lead, 1, 1)
+  return TernaryArray(codes, jax.ShapeDtypeStruct(shape, jnp.float16), (k, n), 1, group, mode)
+
+
+def operand(w_NxK: np.ndarray, itemsize: int) -> np.ndarray:
+  """What the tensor cores see of 64 rows, register by register.
+
+  Source: PTX ISA, wgmma fragments of A: a thread of warp v and lane l holds rows 16v + l // 4 and,
+  8 further, of each tile of columns the 4 / itemsize that begin at (l % 4) * 4 / itemsize.
+  """
+  rows, k = w_NxK.shape
+  words = pack(w_NxK).view("<u4")
+  fragment, width = FRAGMENTS[itemsize], 4 // itemsize
+  seen = np.zeros((rows, k), np.float32)
+  for thread in range(128):
+    warp, lane = divmod(thread, 32)
+    for row in (16 * warp + lane // 4, 16 * warp + lane // 4 + 8):
+      for block in range(k // 64):
+        word = words[row, 4 * block + lane % 4]
+        for tile, shift in enumerate(fragment.shifts):
+          register = (word << np.uint32(shift)) & np.uint32(fragment.keep) ^ np.uint32(
+            fragment.flip
+          )
+          lanes = np.asarray([register]).view(jnp.bfloat16 if itemsize == 2 else np.int8)
+          column = 64 * block + 4 * width * tile + lane % 4 * width
+          seen[row, column : column + width] = lanes.astype(np.float32)
+  return seen
+
+
+@pytest.mark.parametrize("itemsize", [2, 1])
+def test_the_unpacked_operand_is_the_weight_in_the_order_of_the_permuted_columns(itemsize: int):
+  w = np.random.default_rng(0).integers(-1, 2, (64, 256))
+  expected = np.asarray(permute(jnp.asarray(w), itemsize)) * FRAGMENTS[itemsize].unit
+  np.testing.assert_array_equal(operand(w, itemsize), expected)
+
+
+@pytest.mark.parametrize("itemsize", [2, 1])
+def test_columns_stay_in_their_block_of_64(itemsize: int):
+  columns = np.asarray(permute(jnp.arange(192)[None], itemsize))[0].reshape(3, 64)
+  for block, of_block in enumerate(columns):
+    assert sorted(of_block) == list(range(64 * block, 64 * block + 64))
+
+
+@pytest.mark.parametrize(
+  ("m", "w", "named"),
+  [
+    (0, {}, "m = 0"),
+    (8, {"n": 4160}, "n = 4160"),
+    (8, {"k": 4160, "group": 64}, "k = 4160"),
+    (8, {"k": 4608, "group": 192}, "group_size = 192"),
+  ],
+)
+def test_what_it_cannot_multiply_is_named(m: int, w: dict, named: str):
+  w = abstract(**w)
+  k, n = w.weight_shape
+  assert named in supports(m, n, k, w)
+
+
+@pytest.mark.parametrize("group", [None, 64, 128, 256, 512])
+def test_shapes_of_models_are_supported(group: int | None):
+  for n, k in ((6144, 4096), (4096, 12288), (151936, 4096), (2560, 6656)):
+    assert supports(1, n, k, abstract(n, k, group)) is None
+
+
+def test_a_stack_needs_a_layer_and_int8_needs_scales():
+  x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
+  with pytest.raises(ValueError, match="a stack needs a layer"):
+    matmul(x, abstract(lead=(2,)))
+  with pytest.raises(ValueError, match="row_scales"):
+    matmul(jax.ShapeDtypeStruct((8, 4096), jnp.int8), abstract(mode="w2a8"))
+
+
+REASON = aot.why_not()
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
+@pytest.mark.parametrize("group", [None, 64, 128, 256])
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 500, 2048])
+def test_it_compiles_without_spills_and_the_products_overlap(m, group, mode, monkeypatch, capfd):
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+  rows = jax.ShapeDtypeStruct((m,), jnp.float32) if mode == "w2a8" else None
+  x = jax.ShapeDtypeStruct((m, 4096), jnp.int8 if mode == "w2a8" else jnp.bfloat16)
+  layer = jax.ShapeDtypeStruct((), jnp.int32)
+  aot.compile_for_h200(
+    lambda x, w, layer, rows: matmul(x, w, layer, row_scales=rows),
+    x, abstract(group=group, mode=mode, lead=(2,)), layer, rows,
+  )  # fmt: skip
+  said = capfd.readouterr()
+  said = said.out + said.err
+  spills = re.findall(r"(\d+) bytes spill stores", said)
+  assert spills and set(spills) == {"0"}, said[-2000:]
+  assert "serialized" not in said, said[-2000:]

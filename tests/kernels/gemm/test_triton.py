@@ -1,0 +1,198 @@
+"""The Triton kernels: against float64 in interpret mode, and what the assembler makes of them."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.kernels.gemm import triton, triton_dot
+from neurojax.kernels.gemm.triton_dequantize import dequantize
+from neurojax.kernels.gemm.triton_norm import norm
+from neurojax.kernels.gemm.triton_planes import prepare
+from neurojax.ternary.array import TernaryArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import aot
+
+GROUPS = (None, 64, 128, 256)
+# (m, n, k): one row; k not a power of two; n without a common factor with a tile; two tiles of m.
+SHAPES = ((1, 32, 256), (3, 50, 320), (8, 37, 512), (17, 70, 704))
+
+
+def weight(n: int, k: int, group_size: int | None, mode: str, seed: int = 0, dtype=jnp.float16):
+  rng = np.random.default_rng(seed)
+  width = 16 * -(-k // 64)
+  codes = rng.integers(0, 3, (n, width, 4))
+  codes.reshape(n, -1)[:, k:] = 1
+  codes = (codes << np.arange(0, 8, 2)).sum(-1).astype(np.uint8)
+  groups = -(-k // group_size) if group_size else 1
+  scales = 0.01 + 0.02 * rng.random((n if group_size else 1, groups))
+  return TernaryArray(jnp.asarray(codes), jnp.asarray(scales, dtype), (k, n), 1, group_size, mode)
+
+
+def rows(m: int, k: int, seed: int = 1) -> np.ndarray:
+  return np.random.default_rng(seed).standard_normal((m, k)).astype(np.float32)
+
+
+def oracle(x: np.ndarray, w: TernaryArray) -> np.ndarray:
+  """In float64, on activations rounded as the mode says."""
+  dense = np.asarray(w.dequantize(), np.float64)
+  if w.mode == "w2a16":
+    return np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), np.float64) @ dense
+  absmax = np.abs(x).max(-1, keepdims=True)
+  q = np.rint(x * (np.float32(127) / absmax)).astype(np.float64)
+  return q @ dense * (absmax.astype(np.float64) / 127)
+
+
+def assert_close(y: jax.Array, expected: np.ndarray, tolerance: float = 4e-7) -> None:
+  error = np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
+  assert error < tolerance
+
+
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_is_that_of_float64(mode, group_size, shape):
+  m, n, k = shape
+  x, w = rows(m, k), weight(n, k, group_size, mode)
+  assert triton.supports(m, n, k, w) is None
+  assert_close(triton.matmul(jnp.asarray(x), w, interpret=True), oracle(x, w))
+
+
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_any_tiles_give_the_same_product(mode):
+  x, w = rows(5, 640), weight(40, 640, 128, mode)
+  for tiles in (
+    triton_dot.Tiles(n=16, m=8, y=32, split=2),
+    triton_dot.Tiles(n=32, m=16, y=256),
+    triton_dot.Tiles(n=64, m=8, y=64, split=4),
+  ):
+    y = triton.matmul(jnp.asarray(x), w, tiles=tiles, interpret=True)
+    assert_close(y, oracle(x, w))
+
+
+@pytest.mark.parametrize("m", [2, 9])
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_a_layer_of_a_stack_is_that_layer(m, mode):
+  x = rows(m, 256)
+  layers = [weight(32, 256, 64, mode, seed) for seed in range(3)]
+  stack = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+  y = triton.matmul(jnp.asarray(x), stack, layer=jnp.int32(2), interpret=True)
+  assert_close(y, oracle(x, layers[2]))
+  y = triton.prefill(jnp.asarray(x), stack, layer=jnp.int32(1), interpret=True)
+  assert_close(y, oracle(x, layers[1]))
+
+
+@pytest.mark.parametrize("m", [1, 6])
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_swiglu_is_silu_of_one_product_times_the_other(m, mode):
+  x, gate, up = rows(m, 256), weight(48, 256, 128, mode, 1), weight(48, 256, 128, mode, 2)
+  g = oracle(x, gate)
+  y = triton.matmul_swiglu(jnp.asarray(x), gate, up, interpret=True)
+  assert_close(y, g / (1 + np.exp(-g)) * oracle(x, up), 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_prefill_is_exact_for_each_type_of_scale(mode, group_size, dtype):
+  x, w = rows(20, 320), weight(40, 320, group_size, mode, dtype=dtype)
+  # Rows of very different size: float16 has to be told.
+  x *= np.float32(2.0) ** np.linspace(-40, 40, 20, dtype=np.float32).round()[:, None]
+  y, expected = triton.prefill(jnp.asarray(x), w, interpret=True), oracle(x, w)
+  size = np.abs(expected).max(-1, keepdims=True)
+  two_products = group_size is not None and dtype == jnp.float32
+  assert_close(np.asarray(y) / size, expected / size, 2.0**-16 if two_products else 4e-7)
+
+
+def test_dequantize_rounds_only_the_scale():
+  w = weight(50, 320, 64, "w2a16")
+  dense = np.asarray(w.dequantize()).T
+  np.testing.assert_array_equal(dequantize(w, jnp.float16, interpret=True), dense)
+  error = np.abs(np.asarray(dequantize(w, jnp.bfloat16, interpret=True), np.float32) - dense)
+  assert 0 < (error / np.abs(dense).clip(1e-9)).max() < 2**-8
+  codes = np.asarray(dequantize(weight(50, 320, None, "w2a8"), jnp.int8, interpret=True))
+  assert set(np.unique(codes)) == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_norm_prepares_what_prepare_does(mode):
+  x, g = rows(3, 330), np.random.default_rng(2).random(330).astype(np.float32)
+  np.testing.assert_array_equal(
+    norm(jnp.asarray(x), None, width=96, mode=mode, interpret=True).values,
+    prepare(jnp.asarray(x), 96, mode).values,
+  )
+  normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * g
+  planes = norm(jnp.asarray(x), jnp.asarray(g), width=96, mode=mode, interpret=True)
+  values = np.asarray(planes.values, np.float64)
+  if planes.row_scales is not None:
+    values = values * np.asarray(planes.row_scales)[None, :, None]
+  values = values.transpose(1, 2, 0).reshape(3, -1)
+  # Half a step of int8, or 8 bits.
+  bound = np.abs(normed).max(-1, keepdims=True) / 254 if mode == "w2a8" else np.abs(normed) * 2**-8
+  assert (np.abs(values[:, :330] - normed) <= bound * 1.0001).all()
+  assert (values[:, 330:] == 0).all()
+
+
+def test_unknown_forms_are_refused_with_the_reason():
+  w = weight(32, 384, 192, "w2a8")
+  assert "group_size = 192" in triton.supports(1, 32, 384, w)
+  with pytest.raises(ValueError, match="group_size = 192"):
+    triton.matmul(jnp.ones((1, 384)), w, interpret=True)
+  with pytest.raises(ValueError, match="both or neither"):
+    triton.matmul(jnp.ones((1, 256)), weight(32, 256, 64, "w2a8"), layer=jnp.int32(0))
+
+
+N, K = 6144, 4096
+
+COMPILED = {"dp4a": (1, "w2a8"), "dot, int8": (8, "w2a8"), "dot, bfloat16": (8, "w2a16")}
+
+
+@functools.cache
+def assembler() -> str | None:
+  found = sorted(Path(p) / "nvidia" for p in sys.path if (Path(p) / "nvidia").is_dir())
+  tools = [t for base in found for t in base.glob("cu*/bin/ptxas")]
+  return str(tools[0]) if tools else shutil.which("ptxas")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_for_an_h200_without_spills(name, tmp_path):
+  reason = aot.why_not() or (None if assembler() else "ptxas was not found")
+  if reason:
+    pytest.skip(reason)
+  # XLA reads its flags once, so each kernel is compiled in a process of its own.
+  m, mode = COMPILED[name]
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_emitter_re=asm|ptx|llvm-ir|kernel --xla_gpu_dump_llvmir=true",
+    "PYTHONPATH": os.pathsep.join(
+      map(str, (Path(__file__).parents[3], Path(__file__).parent, *sys.path))
+    ),
+  }
+  code = f"import test_triton; test_triton.compile_product({m}, {mode!r})"
+  subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+  ptx = next(p for p in tmp_path.glob("*.ptx") if ".entry ternary_" in p.read_text())
+  command = [assembler(), "-arch=sm_90a", "-v", "-o", str(tmp_path / "kernel"), str(ptx)]
+  report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+  assert "0 bytes spill stores, 0 bytes spill loads" in report
+
+
+def compile_product(m: int, mode: str) -> None:
+  """Compiles one product; the flags of XLA say where its PTX goes."""
+  w = TernaryArray(
+    jax.ShapeDtypeStruct((2, N, K // 4), jnp.uint8),
+    jax.ShapeDtypeStruct((2, N, K // 128), jnp.float16),
+    (K, N), 1, 128, mode,
+  )  # fmt: skip
+  aot.compile_for_h200(
+    lambda x, w, i: triton.matmul(x, w, layer=i),
+    jax.ShapeDtypeStruct((m, K), jnp.float32),
+    w,
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
