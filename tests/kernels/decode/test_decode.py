@@ -1,0 +1,100 @@
+"""The decode kernel in interpret mode, by a single program, against float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.kernels.decode import triton
+from neurojax.kernels.decode.weights import Shape, fuse_rows
+from tests.kernels.decode import oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  shape: Shape
+  position: int
+  capacity: int
+  layers: int = 2
+  group: int = 64
+  vocab: int = 77
+  qk_norm: bool = True
+
+
+CASES = {
+  "grouped queries, several blocks of keys": Case(Shape(128, 256, 4, 2, 32, 1e-6), 70, 128),
+  "the first token, ragged width, no qk-norm": Case(
+    Shape(192, 320, 4, 1, 64, 1e-5), 0, 192, qk_norm=False
+  ),
+  "the last position, more than one tile": Case(
+    Shape(256, 2560, 8, 2, 32, 1e-6), 127, 128, layers=1, group=128, vocab=130
+  ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_step_equals_float64(case: Case):
+  s = case.shape
+  w = oracle.weights(s, layers=case.layers, group=case.group, qk_norm=case.qk_norm, seed=1)
+  rng = np.random.default_rng(2)
+  head = oracle.matrix(rng, n=case.vocab, k=s.d, group=case.group)
+  final_norm = rng.normal(1, 0.1, s.d).astype(np.float32)
+  x = rng.normal(size=s.d).astype(np.float32)
+  cache = rng.normal(size=(2, case.layers, 1, s.k, case.capacity, s.h)).astype(np.float32)
+  angle = case.position * 1e4 ** (-np.arange(0, s.h, 2) / s.h)
+  cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+  expected = oracle.step(x, w, *cache, cos, sin, case.position, final_norm, head)
+  # What lies behind the position must not matter.
+  cache[:, :, :, :, case.position + 1 :] = np.nan
+  w, head = jax.tree.map(jnp.asarray, (w, head))
+  got = triton.decode(
+    jnp.asarray(x),
+    w,
+    *jnp.asarray(cache),
+    jnp.asarray(cos),
+    jnp.asarray(sin),
+    jnp.int32(case.position),
+    final_norm=jnp.asarray(final_norm),
+    head=head,
+    programs=1,
+    interpret=True,
+  )
+  for name, a, b in zip(("x", "logits"), got[:2], expected[:2], strict=True):
+    error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+    assert error < 2e-6, f"{name} is off by {error}"
+  for a, b in zip(got[2:], expected[2:], strict=True):
+    seen = np.s_[:, :, :, : case.position + 1]
+    np.testing.assert_allclose(np.asarray(a)[seen], b[seen], atol=2e-5)
+    assert np.isnan(np.asarray(a)[:, :, :, case.position + 1 :]).all()
+
+
+def test_what_does_not_fit_is_named():
+  s = Shape(128, 256, 4, 2, 32, 1e-6)
+  w = oracle.weights(s, layers=1, group=64, qk_norm=False, seed=0)
+  assert triton.supports(w, 128, 132) is None
+  wide = dataclasses.replace(w, shape=dataclasses.replace(s, d=5120))
+  assert "5120" in triton.supports(wide, 128, 132)
+  odd = dataclasses.replace(w, shape=dataclasses.replace(s, h=48))
+  assert "48" in triton.supports(odd, 128, 132)
+  floats = dataclasses.replace(w, o=dataclasses.replace(w.o, mode="w2a16"))
+  assert "w2a16" in triton.supports(floats, 128, 132)
+  assert "positions" in triton.supports(w, 2**26, 132)
+
+
+def test_rows_are_fused_in_order_and_only_if_alike():
+  rng = np.random.default_rng(0)
+  parts = [oracle.matrix(rng, 2, n=n, k=128, group=64) for n in (3, 5)]
+  fused = fuse_rows(*parts)
+  assert fused.shape == (2, 128, 8)
+  np.testing.assert_array_equal(
+    oracle.dense(fused), np.concatenate([oracle.dense(p) for p in parts], axis=1)
+  )
+  whole = [
+    dataclasses.replace(p, scales=np.full((2, 1, 1), 0.5, np.float32), group_size=None)
+    for p in parts
+  ]
+  assert set(np.unique(oracle.dense(fuse_rows(*whole)))) == {-0.5, 0.0, 0.5}
+  with pytest.raises(ValueError, match="group_size"):
+    fuse_rows(parts[0], oracle.matrix(rng, 2, n=3, k=128, group=128))
