@@ -8,8 +8,6 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-import tomli_w
-
 T = TypeVar("T")
 RopeStyle = Literal["interleaved", "half"]
 
@@ -19,7 +17,8 @@ class ModelConfig:
   """The architecture of one decoder. Widths count elements, not bytes.
 
   rope_style says which elements of a head form a rotated pair: "interleaved" takes (2i, 2i+1),
-  "half" takes (i, i + head_dim/2).
+  "half" takes (i, i + head_dim/2). qk_norm says whether each head of queries and keys passes an
+  RMSNorm of its own before it is rotated (Qwen3, arXiv:2505.09388).
   """
 
   vocab_size: int
@@ -34,6 +33,7 @@ class ModelConfig:
   rope_style: RopeStyle = "half"
   norm_eps: float = 1e-6
   tied_embedding: bool = True
+  qk_norm: bool = False
 
   def __post_init__(self) -> None:
     for name in (
@@ -87,6 +87,30 @@ class ModelConfig:
   def load(cls, path: str | Path) -> Self:
     """Read a TOML file. Raises ValueError for an unknown key, a missing one or a wrong type."""
     return from_toml(cls, Path(path).read_text(encoding="utf-8"), where=str(path))
+
+  @classmethod
+  def named(cls, arch: str) -> Self:
+    """The architecture of a name in `architectures()`, or of a TOML file.
+
+    Raises: ValueError: there is neither.
+    """
+    known = architectures()
+    if arch in known:
+      return cls.load(known[arch])
+    if not Path(arch).is_file():
+      raise ValueError(
+        f"architecture {arch!r}: give the path of a TOML file, or one of {', '.join(known)}"
+      )
+    return cls.load(arch)
+
+
+def architectures() -> dict[str, Path]:
+  """The named architectures: configs/model/NAME.toml of the repository or the installed package."""
+  package = Path(__file__).parent
+  # The package's own folder is a link to the repository's, which not every copy keeps.
+  folders = [folder / "configs" / "model" for folder in (package, package.parent)]
+  folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+  return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +213,9 @@ def from_toml(cls: type[T], text: str, *, where: str = "TOML") -> T:
 
 def to_toml(config: Any) -> str:
   """TOML text that `from_toml` reads back to an equal object. Absent (None) values are left out."""
+  # Imported when needed: machines that only read configurations do without it.
+  import tomli_w
+
   return tomli_w.dumps(_plain(config))
 
 

@@ -1,10 +1,11 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurojax.config import ModelConfig, Sampling, Span, from_toml, to_toml
+from neurojax.config import ModelConfig, Sampling, Span, architectures, from_toml, to_toml
 from neurojax.scaling.fleet import Fleet, Host
 
 CONFIG = ModelConfig(
@@ -19,8 +20,11 @@ CONFIG = ModelConfig(
   style=st.sampled_from(["half", "interleaved"]),
   base=st.floats(1.5, 1e7),
   tied=st.booleans(),
+  norm=st.booleans(),
 )
-def test_toml_round_trip(kv: int, group: int, half: int, style: str, base: float, tied: bool):
+def test_toml_round_trip(
+  kv: int, group: int, half: int, style: str, base: float, tied: bool, norm: bool
+):
   config = dataclasses.replace(
     CONFIG,
     num_kv_heads=kv,
@@ -29,6 +33,7 @@ def test_toml_round_trip(kv: int, group: int, half: int, style: str, base: float
     rope_style=style,
     rope_base=base,
     tied_embedding=tied,
+    qk_norm=norm,
   )
   assert from_toml(ModelConfig, to_toml(config)) == config
 
@@ -55,6 +60,7 @@ def test_nested_toml_round_trip_leaves_out_what_is_absent():
     (to_toml(CONFIG).replace("head_dim = 8", "head_dim = 7"), "odd"),
     (to_toml(CONFIG).replace("ffn_dim = 48", "ffn_dim = 0"), "ffn_dim = 0"),
     (to_toml(CONFIG).replace("norm_eps = 1e-06", "norm_eps = 0"), "norm_eps"),
+    (to_toml(CONFIG).replace("qk_norm = false", "qk_norm = 0"), "expected bool, got int"),
   ],
 )
 def test_bad_toml_is_refused_by_name(text: str, wanted: str):
@@ -91,3 +97,16 @@ def test_spans():
 def test_bad_sampling_is_refused_by_name(field: str, value: float):
   with pytest.raises(ValueError, match=f"{field} = "):
     Sampling(**{field: value})
+
+
+def test_architectures_are_found_by_name_and_by_path(tmp_path: Path):
+  known = architectures()
+  assert {"bonsai-1.7b", "bonsai-8b", "llama-8b", "seed-1024", "tinyllama-1.1b"} <= set(known)
+  assert {name: ModelConfig.named(name) for name in known} == {
+    path.stem: ModelConfig.load(path)
+    for path in (Path(__file__).parents[1] / "configs" / "model").glob("*.toml")
+  }
+  (tmp_path / "mine.toml").write_text(to_toml(CONFIG))
+  assert ModelConfig.named(str(tmp_path / "mine.toml")) == CONFIG
+  with pytest.raises(ValueError, match=r"'gpt-9'.*bonsai-8b"):
+    ModelConfig.named("gpt-9")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from neurojax.config import Sampling
+from neurojax.scaling.count import Weights
 
 if TYPE_CHECKING:
   from neurojax.engine.drive import DrivenEngine
@@ -45,8 +46,10 @@ class EngineOptions:
   """Use running stage servers: a list, or a fleet file with [[hosts]] tables."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of activations and caches, and of dense weights."""
-  weights: Literal["dense", "int8"] = "dense"
-  """"dense" keeps matrices in the dtype; "int8" as 8-bit integers with scales: smaller and faster."""
+  weights: Weights = "dense"
+  """"dense" keeps matrices in the dtype; "int8" as 8-bit integers with scales: smaller and faster;
+  "w2a16" and "w2a8" keep a file's ternary matrices in two bits, for activations as they are or
+  rounded to 8 bits."""
   context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
   """Positions for prompt and answer; the model's own, at most 2048, if absent."""
   sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
@@ -128,6 +131,7 @@ async def open_engine(
     finally:
       await engine.close()
     return
+  from neurojax.files.load import ternary_matrices
   from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
   from neurojax.pipeline.spawn import LocalStages
   from neurojax.scaling.fleet import read_fleet
@@ -135,6 +139,7 @@ async def open_engine(
   setup = PipelineOptions(
     dtype=options.dtype,
     weights=options.weights,
+    ternary=ternary_matrices(file),
     context_length=context,
     max_sequences=options.sequences,
     step_s=options.step_timeout,
@@ -157,7 +162,7 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
 
   from neurojax.engine.local import LocalEngine
   from neurojax.files.digest import cache_dir
-  from neurojax.files.load import load_span
+  from neurojax.files.load import load_span, ternary_matrices
   from neurojax.scaling import count, plan
   from neurojax.stage.compile import CompiledStage, use_compilation_cache
   from neurojax.stage.memory import free_memory_bytes
@@ -168,6 +173,7 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
     weights=options.weights,
     capacity=count.capacity_for(context),
     max_sequences=options.sequences,
+    ternary=ternary_matrices(file),
   )
   plan.proportional(file.config, [("this process", free_memory_bytes())], load)
   with Progress(console=stderr, transient=True) as progress:

@@ -6,6 +6,7 @@ never memory.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import mmap
@@ -24,6 +25,7 @@ from gguf.quants import dequantize
 from neurojax.config import ModelConfig
 from neurojax.files import digest, names
 from neurojax.files.source import TensorInfo
+from neurojax.ternary import codecs
 from neurojax.tokenizer.spec import TokenizerSpec
 
 _AGAIN = "download it again"
@@ -39,8 +41,11 @@ _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _SMALLEST_BYTES = {_BOOL: 1, _STRING: 8, _ARRAY: 12} | {
   kind: int(dtype[2]) for kind, dtype in _SCALARS.items()
 }
-# Types of forks and of newer versions that the gguf package has no name for.
-_LATER_TYPES = {36: "I2_S", 42: "Q2_0", 142: "PQ2_0", 143: "PTQ1_0"}
+# A type of a fork that neither the gguf package nor `codecs` has a name for.
+_LATER_TYPES = {143: "PTQ1_0"}
+# Two layouts share the number of Q2_0.
+_Q2_0 = [codec for codec in codecs.CODECS.values() if codec.name.startswith("Q2_0")]
+_TERNARY = {codec.type_id: codec for codec in codecs.CODECS.values() if codec not in _Q2_0}
 # Elements decoded at a time: the decoders make several temporaries of this many float32.
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -106,9 +111,22 @@ class GgufFile:
     info = self.tensors[stored.name]
     if not _can_decode(info.type):
       raise NotImplementedError(f"{self.path}: {_undecodable(info)}")
-    with self._bytes(info) as raw:
-      values = _decode(raw, info)
+    if info.type in codecs.CODECS:
+      values = codecs.dequantize(*self._unpack(info)).reshape(info.shape)
+    else:
+      with self._bytes(info) as raw:
+        values = _decode(raw, info)
     return names.to_canonical(values, name, stored.axes, self.config)
+
+  def read_ternary(
+    self, name: str, layer: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray, int | None]:
+    info = self.info(name, layer)
+    if info.type not in codecs.CODECS:
+      raise ValueError(
+        f"{self.path}: tensor {info.name!r} is {info.type}, which is not ternary: read it as numbers"
+      )
+    return self._unpack(info)
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
     info = self.info(name, layer)
@@ -170,6 +188,18 @@ class GgufFile:
       return names.locate(self.interpretation.tensors, name, layer, config)
     except ValueError as error:
       raise ValueError(f"{self.path}: {error}") from error
+
+  def _unpack(self, info: TensorInfo) -> tuple[np.ndarray, np.ndarray, int | None]:
+    codec = codecs.CODECS[info.type]
+    with self._bytes(info) as raw:
+      try:
+        codes, scales = codec.unpack(raw, math.prod(info.shape[:-1]), info.shape[-1])
+      except ValueError as error:
+        raise ValueError(
+          f"{self.path}: tensor {info.name!r}: {error}: the file is damaged, or its weights are not"
+          " ternary"
+        ) from error
+    return codes, scales, codec.group_size
 
   def _check_size(self) -> None:
     # Touching a mapped page behind the end of a shortened file kills the process (SIGBUS).
@@ -414,7 +444,7 @@ class _Header:
       listed[name] = (kind, shape, offset, nbytes)
 
     start = -(-self._at // alignment) * alignment
-    return self._placed(listed, start)
+    return self._grouped(self._placed(listed, start), alignment)
 
   def _placed(
     self, listed: dict[str, tuple[str, tuple[int, ...], int, int | None]], start: int
@@ -442,21 +472,62 @@ class _Header:
       )
     return {name: placed[name] for name in listed}
 
+  def _grouped(self, tensors: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
+    """Give each Q2_0 tensor its scale group: that of which all of them, with less padding than the
+    alignment, fill the room up to what follows."""
+    mine = {name: info for name, info in tensors.items() if info.type == "Q2_0"}
+    sizes: dict[str, dict[codecs.Codec, int]] = {}
+    for name, info in mine.items():
+      rows, width = math.prod(info.shape[:-1]), info.shape[-1]
+      whole = [codec for codec in _Q2_0 if width % codec.block == 0]
+      sizes[name] = {codec: codec.nbytes(rows, width) for codec in whole}
+    fitting = {
+      name: [codec for codec, n in sizes[name].items() if n <= info.nbytes < n + alignment]
+      for name, info in mine.items()
+    }
+    for name, fits in fitting.items():
+      if not fits:
+        takes = " or ".join(f"{n} as {codec.name}" for codec, n in sizes[name].items())
+        raise self._fail(
+          mine[name].offset,
+          f"tensor {name!r} has room for {mine[name].nbytes} bytes and takes {takes}: {_AGAIN}",
+        )
+    common = [codec for codec in _Q2_0 if all(codec in fits for fits in fitting.values())]
+    if mine and len(common) != 1:
+      found = ", ".join(f"{n!r} is {f[0].name}" for n, f in fitting.items() if len(f) == 1)
+      why = f"do not agree ({found[:200]})" if found else "are too small to tell their groups apart"
+      raise self._fail(
+        min(info.offset for info in mine.values()), f"the Q2_0 tensors {why}: convert it again"
+      )
+    return tensors | {
+      name: dataclasses.replace(info, type=common[0].name, nbytes=sizes[name][common[0]])
+      for name, info in mine.items()
+    }
+
 
 def _storage(kind_id: int, shape: tuple[int, ...]) -> tuple[str, int | None]:
   """Type name and bytes of a tensor: None for an unknown type, -1 for rows of broken blocks."""
+  width = shape[-1] if shape else 1
+  if kind_id == _Q2_0[0].type_id:
+    return "Q2_0", -1 if width % _Q2_0[0].block else None
+  if kind_id in _TERNARY:
+    codec = _TERNARY[kind_id]
+    rows = math.prod(shape[:-1])
+    return codec.name, -1 if width % codec.block else codec.nbytes(rows, width)
   try:
     kind = GGMLQuantizationType(kind_id)
     block, block_bytes = GGML_QUANT_SIZES[kind]
   except (ValueError, KeyError):
     return _LATER_TYPES.get(kind_id, f"unknown({kind_id})"), None
-  if (shape[-1] if shape else 1) % block:
+  if width % block:
     return kind.name, -1
   return kind.name, math.prod(shape) // block * block_bytes
 
 
 @functools.cache
 def _can_decode(kind: str) -> bool:
+  if kind in codecs.CODECS:
+    return True
   if kind not in GGMLQuantizationType.__members__:
     return False
   qtype = GGMLQuantizationType[kind]

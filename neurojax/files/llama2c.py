@@ -163,6 +163,12 @@ class Llama2cFile:
     values = self.stored_bytes(name, layer).view("<f4").astype(np.float32)
     return names.to_canonical(values, name, names.LLAMA2C[name].axes, self.config)
 
+  def read_ternary(
+    self, name: str, layer: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray, int | None]:
+    kind = self.info(name, layer).type
+    raise ValueError(f"{self.path}: {name} is {kind}, which is not ternary: read it as numbers")
+
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
     info = self.info(name, layer)
     if self._map is None:

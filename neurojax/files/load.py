@@ -14,8 +14,11 @@ from neurojax.files.source import ModelFile
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.quant.array import Int8Array
-from neurojax.scaling.count import Weights
+from neurojax.scaling.count import Scales, Weights
+from neurojax.ternary.array import TernaryArray
+from neurojax.ternary.codecs import CODECS
 
+_ALIGNMENT = 64
 _CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
 """Axes that a product sums over: leading ones, or trailing ones if negative; 1 unless listed."""
 
@@ -32,29 +35,56 @@ def load_span(
 
   Args:
     dtype: Of activations, cache, norms, and of matrices if `weights` is "dense".
+    weights: "w2a16" and "w2a8" keep what `ternary_matrices` lists packed, without any change, and
+      the other matrices dense.
     progress: Called with the number of layers read so far.
   Raises: ValueError: a tensor has another shape than the configuration says, or holds NaN or
-    infinity; and whatever the file's reader raises.
+    infinity; the file has no ternary matrix to keep; and whatever the file's reader raises.
   """
   config = file.config
   span = span or Span.whole(config)
+  packed = _packed(file, weights)
   graph, state = nnx.split(NeuroLLM.abstract(config, span=span, dtype=dtype))
   shapes = nnx.to_pure_dict(state)
   pure: dict[str, Any] = {}
+
+  def read(name: str, layer: int | None, shape: tuple[int, ...]) -> Any:
+    if name in packed:
+      return _ternary(file, name, layer, shape, weights)
+    return _narrow(_checked(file, name, layer, shape), name, dtype, weights)
+
   for name, path in params.outer_names(config, span):
-    array = _checked(file, name, None, params.get(shapes, path).shape)
-    params.put(pure, path, jax.tree.map(jnp.asarray, _narrow(array, name, dtype, weights)))
-  columns: dict[str, list[Any]] = {name: [] for name in params.LAYER}
-  for done, layer in enumerate(range(span.first_layer, span.last_layer + 1), start=1):
-    for name, path in params.LAYER.items():
-      array = _checked(file, name, layer, params.get(shapes, path).shape[1:])
-      columns[name].append(_narrow(array, name, dtype, weights))
+    value = read(name, None, params.get(shapes, path).shape)
+    params.put(pure, path, jax.tree.map(jax.device_put, value))
+  inner = dict(params.layer_names(config))
+  stacks: dict[str, Any] = {}
+  for place, layer in enumerate(range(span.first_layer, span.last_layer + 1)):
+    for name, path in inner.items():
+      value = read(name, layer, params.get(shapes, path).shape[1:])
+      if name not in stacks:
+        stacks[name] = jax.tree.map(lambda leaf: _buffer(len(span), leaf), value)
+      for stack, leaf in zip(*map(jax.tree.leaves, (stacks[name], value)), strict=True):
+        stack[place] = leaf
     if progress:
-      progress(done)
-  for name, path in params.LAYER.items():
-    params.put(pure, path, _stack(columns.pop(name)))
+      progress(place + 1)
+  for name, path in inner.items():
+    params.put(pure, path, jax.tree.map(jax.device_put, stacks.pop(name)))
   nnx.replace_by_pure_dict(state, pure)
   return nnx.merge(graph, state)
+
+
+def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
+  """The matrices that are ternary in the file, in every layer and with the same form of scales."""
+  config = file.config
+  names = {name: None for name, _ in params.outer_names(config, Span.whole(config))}
+  names |= {name: range(config.num_layers) for name, _ in params.layer_names(config)}
+  found = {}
+  for name, layers in names.items():
+    kinds = {file.info(name, layer).type for layer in layers or [None]}
+    forms = {_scales(kind) for kind in kinds} if _is_matrix(name) else {None}
+    if len(forms) == 1 and (form := forms.pop()) is not None:
+      found[name] = form
+  return found
 
 
 def parameter_bytes(model: NeuroLLM) -> int:
@@ -82,5 +112,36 @@ def _narrow(array: np.ndarray, name: str, dtype: DTypeLike, weights: Weights) ->
   return array.astype(dtype)
 
 
-def _stack(layers: list[Any]) -> Any:
-  return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
+def _packed(file: ModelFile, weights: Weights) -> dict[str, Scales]:
+  """The matrices to keep packed."""
+  if weights not in ("w2a16", "w2a8"):
+    return {}
+  if found := ternary_matrices(file):
+    return found
+  kinds = ", ".join(sorted({info.type for info in file.tensors.values()}))
+  raise ValueError(
+    f"{file.path}: weights = {weights!r}, and no matrix of the file is ternary ({kinds}): choose"
+    " 'dense' or 'int8'"
+  )
+
+
+def _scales(kind: str) -> Scales | None:
+  codec = CODECS.get(kind)
+  return None if codec is None else Scales(codec.group_size, codec.scale_dtype.itemsize)
+
+
+def _ternary(
+  file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...], weights: Weights
+) -> TernaryArray:
+  codes, scales, group_size = file.read_ternary(name, layer)
+  return TernaryArray.from_rows(
+    codes, scales, shape, _CONTRACTED.get(name, 1), group_size=group_size, mode=weights
+  )
+
+
+def _buffer(layers: int, leaf: Any) -> np.ndarray:
+  """Room for a leaf of each layer, placed so that XLA:CPU takes it over without a copy."""
+  nbytes = layers * leaf.nbytes
+  room = np.empty(nbytes + _ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % _ALIGNMENT
+  return room[start : start + nbytes].view(leaf.dtype).reshape(layers, *leaf.shape)

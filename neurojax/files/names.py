@@ -17,7 +17,8 @@ from neurojax.files.source import TensorInfo
 
 WHOLE_MODEL = ("embedding_VD", "final_norm_D", "head_DV")
 PER_LAYER = (
-  "attn_norm_D", "q_DNH", "k_DKH", "v_DKH", "o_NHD", "ffn_norm_D", "gate_DF", "up_DF", "down_FD",
+  "attn_norm_D", "q_DNH", "k_DKH", "v_DKH", "q_norm_H", "k_norm_H", "o_NHD", "ffn_norm_D",
+  "gate_DF", "up_DF", "down_FD",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ class Architecture:
 
   Attributes:
     rope_style: How the converter left the rows of q and k.
-    tensors: Canonical name to the tensor in the file.
+    tensors: Canonical name to the tensor in the file; "q_norm_H" among them says: qk_norm.
     keys: ModelConfig field to metadata key.
     defaults: What the format says a field is when its key is absent.
     same_as: Keys that must repeat a ModelConfig field, because the model has no second number.
@@ -59,58 +60,70 @@ class Architecture:
 
 # Source: gguf-py, constants.py and tensor_mapping.py; convert_hf_to_gguf.py, LlamaModel.permute:
 # q and k rows are permuted so that rotary pairs are neighbours.
+_LLAMA = Architecture(
+  rope_style="interleaved",
+  tensors={
+    "embedding_VD": Stored("token_embd.weight", "V D"),
+    "final_norm_D": Stored("output_norm.weight", "D"),
+    "head_DV": Stored("output.weight", "V D"),
+    "attn_norm_D": Stored("blk.{layer}.attn_norm.weight", "D"),
+    "q_DNH": Stored("blk.{layer}.attn_q.weight", "NH D"),
+    "k_DKH": Stored("blk.{layer}.attn_k.weight", "KH D"),
+    "v_DKH": Stored("blk.{layer}.attn_v.weight", "KH D"),
+    "o_NHD": Stored("blk.{layer}.attn_output.weight", "D NH"),
+    "ffn_norm_D": Stored("blk.{layer}.ffn_norm.weight", "D"),
+    "gate_DF": Stored("blk.{layer}.ffn_gate.weight", "F D"),
+    "up_DF": Stored("blk.{layer}.ffn_up.weight", "F D"),
+    "down_FD": Stored("blk.{layer}.ffn_down.weight", "D F"),
+  },
+  keys={
+    "model_dim": "embedding_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "ffn_dim": "feed_forward_length",
+    "context_length": "context_length",
+    "rope_base": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+  },
+  defaults={"rope_base": 10_000.0},
+  same_as={"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"},
+  neutral={
+    "vocab_size": None,  # the embedding's rows count
+    "tensor_data_layout": ("Meta AI original pth",),
+    "use_parallel_residual": (False,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "rope.scaling.type": ("none", "linear"),  # linear is neutral while its factor is
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (1,),  # the old spelling
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.original_context_length": None,  # used by yarn and longrope only
+    "rope.scaling.finetuned": None,
+  },
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = {
-  "llama": Architecture(
-    rope_style="interleaved",
+  "llama": _LLAMA,
+  # Source: llama.cpp, src/models/qwen3.cpp. Its converter leaves q and k as they are trained.
+  "qwen3": dataclasses.replace(
+    _LLAMA,
+    rope_style="half",
     tensors={
-      "embedding_VD": Stored("token_embd.weight", "V D"),
-      "final_norm_D": Stored("output_norm.weight", "D"),
-      "head_DV": Stored("output.weight", "V D"),
-      "attn_norm_D": Stored("blk.{layer}.attn_norm.weight", "D"),
-      "q_DNH": Stored("blk.{layer}.attn_q.weight", "NH D"),
-      "k_DKH": Stored("blk.{layer}.attn_k.weight", "KH D"),
-      "v_DKH": Stored("blk.{layer}.attn_v.weight", "KH D"),
-      "o_NHD": Stored("blk.{layer}.attn_output.weight", "D NH"),
-      "ffn_norm_D": Stored("blk.{layer}.ffn_norm.weight", "D"),
-      "gate_DF": Stored("blk.{layer}.ffn_gate.weight", "F D"),
-      "up_DF": Stored("blk.{layer}.ffn_up.weight", "F D"),
-      "down_FD": Stored("blk.{layer}.ffn_down.weight", "D F"),
-    },
-    keys={
-      "model_dim": "embedding_length",
-      "num_layers": "block_count",
-      "num_heads": "attention.head_count",
-      "num_kv_heads": "attention.head_count_kv",
-      "head_dim": "attention.key_length",
-      "ffn_dim": "feed_forward_length",
-      "context_length": "context_length",
-      "rope_base": "rope.freq_base",
-      "norm_eps": "attention.layer_norm_rms_epsilon",
-    },
-    defaults={"rope_base": 10_000.0},
-    same_as={"rope.dimension_count": "head_dim", "attention.value_length": "head_dim"},
-    neutral={
-      "vocab_size": None,  # the embedding's rows count
-      "tensor_data_layout": ("Meta AI original pth",),
-      "use_parallel_residual": (False,),
-      "expert_count": (0,),
-      "expert_used_count": (0,),
-      "attention.causal": (True,),
-      "attention.sliding_window": (0,),
-      "attention.clamp_kqv": (0,),
-      "attention.max_alibi_bias": (0,),
-      "attention.scale": (0,),
-      "attn_logit_softcapping": (0,),
-      "final_logit_softcapping": (0,),
-      "logit_scale": (0, 1),
-      "residual_scale": (0, 1),
-      "embedding_scale": (0, 1),
-      "rope.scaling.type": ("none", "linear"),  # linear is neutral while its factor is
-      "rope.scaling.factor": (0, 1),
-      "rope.scale_linear": (1,),  # the old spelling
-      "rope.scaling.attn_factor": (1,),
-      "rope.scaling.original_context_length": None,  # used by yarn and longrope only
-      "rope.scaling.finetuned": None,
+      **_LLAMA.tensors,
+      "q_norm_H": Stored("blk.{layer}.attn_q_norm.weight", "H"),
+      "k_norm_H": Stored("blk.{layer}.attn_k_norm.weight", "H"),
     },
   ),
 }
@@ -139,6 +152,9 @@ _GENERAL_NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
   ("split.count", (0, 1), "join the parts first: llama-gguf-split --merge"),
 )
 
+# A namespace that says: products need their activations rotated first (PrismML's llama.cpp).
+_ROTATED = "prism.hadamard."
+
 # Why a tensor has no canonical name, by what its name contains; the first match counts.
 _UNMAPPED: tuple[tuple[str, str], ...] = (
   ("rope_freqs.", "rotary factors per dimension"),
@@ -159,7 +175,8 @@ class Interpretation:
   Attributes:
     architecture: As the file names it, or None.
     config: The numbers as stated, even where the file is refused; None when they make no model.
-    tensors: Canonical name to stored tensor; without "head_DV" when the embedding is tied.
+    tensors: Canonical name to stored tensor; without "head_DV" when the embedding is tied, and
+      without names that the architecture does not have.
     demands: What the file asks for and the model does not compute.
     faults: Where the file contradicts itself or lacks something.
   """
@@ -189,6 +206,8 @@ def interpret(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo])
   for key, neutral, remedy in _GENERAL_NEUTRAL:
     if metadata.get(key, neutral[0]) not in neutral:
       demands.append(f"{key} = {_short(metadata[key])}: {remedy}")
+  if rotated := [key for key in metadata if key.startswith(_ROTATED)]:
+    demands.append(f"{rotated[0]}: its weights are folded into a Hadamard rotation of activations")
   name = metadata.get("general.architecture")
   if not isinstance(name, str):
     fault = f"general.architecture = {_short(name)}: it must be a string"
@@ -224,7 +243,8 @@ def locate(
       f"{name!r} is no parameter; choose one of {', '.join(WHOLE_MODEL + PER_LAYER)}"
     )
   if name not in tensors:
-    raise ValueError(f"{name!r}: the model ties it to its embedding: read 'embedding_VD'")
+    why = "the model ties it to its embedding: read 'embedding_VD'"
+    raise ValueError(f"{name!r}: {why if name == 'head_DV' else 'this architecture has none'}")
   stored = tensors[name]
   if name in WHOLE_MODEL:
     if layer is not None:
@@ -294,7 +314,12 @@ def _config(
     return None, faults
   tied = arch.tensors["head_DV"].name not in tensors
   try:
-    return ModelConfig(**values, rope_style=arch.rope_style, tied_embedding=tied), []  # type: ignore[arg-type]
+    return ModelConfig(
+      **values,  # type: ignore[arg-type]
+      rope_style=arch.rope_style,
+      tied_embedding=tied,
+      qk_norm="q_norm_H" in arch.tensors,
+    ), []
   except ValueError as error:
     return None, [str(error)]
 

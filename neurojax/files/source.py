@@ -21,7 +21,8 @@ class TensorInfo:
 
   Attributes:
     name: The file's own name.
-    type: The element type as ggml spells it ("Q4_1"); "unknown(57)" for an id nobody documents.
+    type: The element type as ggml spells it ("Q4_1"), with the group where two share a number
+      ("Q2_0 (group 128)"); "unknown(57)" for an id nobody documents.
     shape: Row-major: the last axis is contiguous.
     offset: Of the first byte, from the start of the file.
     nbytes: Of the data. For a type whose block size the reader does not know: everything up to
@@ -84,6 +85,17 @@ class ModelFile(Protocol):
     Raises:
       ValueError: no such name, a layer out of range, `head_DV` of a tied model.
       NotImplementedError: the stored type has no decoder here, or as `config`.
+    """
+    ...
+
+  def read_ternary(
+    self, name: str, layer: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Codes, scales and group size of a ternary matrix, as `ternary.array.TernaryArray` has them.
+
+    A row is an output channel, or an entry of the vocabulary. Scales keep the file's bits.
+
+    Raises: ValueError: the stored type is not ternary, or the data are damaged; and like `read`.
     """
     ...
 

@@ -4,6 +4,8 @@ Layers are stacked on a leading axis L, so that a stage is a slice: a NeuroLLM h
 layers, with the embedding if the span is the first and the head if it is the last.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,10 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig, Span
+from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.model.attention import attend, attend_cache
 from neurojax.model.cache import KVCache
 from neurojax.model.project import Matrix, project, project_all
 from neurojax.model.rope import rotate
+from neurojax.ternary.array import TernaryArray
 
 _INIT_STD = 0.02
 
@@ -34,7 +38,8 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions; causal, no biases."""
+  """Grouped-query attention with rotary positions; causal, no biases. Heads of queries and keys are
+  normalised first where the configuration says so."""
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -43,6 +48,8 @@ class Attention(nnx.Module):
     self.k_DKH = _normal(rngs, (d, k, h), dtype)
     self.v_DKH = _normal(rngs, (d, k, h), dtype)
     self.o_NHD = _normal(rngs, (n, h, d), dtype)
+    self.q_norm = RMSNorm(h, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
+    self.k_norm = RMSNorm(h, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
 
   def __call__(
     self,
@@ -57,6 +64,8 @@ class Attention(nnx.Module):
       ("BTD,DKH->BTKH", self.k_DKH),
       ("BTD,DKH->BTKH", self.v_DKH),
     )
+    if self.q_norm is not None and self.k_norm is not None:
+      q_BTNH, k_BTKH = _each_head(self.q_norm, q_BTNH), _each_head(self.k_norm, k_BTKH)
     q_BTNH = rotate(q_BTNH, position_BT, base=self.rope_base, style=self.rope_style)
     k_BTKH = rotate(k_BTKH, position_BT, base=self.rope_base, style=self.rope_style)
     if cache is None:
@@ -66,6 +75,11 @@ class Attention(nnx.Module):
       cache = cache.write(layer, k_BTKH, v_BTKH, start_B)
       out_BTNH = attend_cache(q_BTNH, cache, layer, start_B)
     return project("BTNH,NHD->BTD", out_BTNH, self.o_NHD), cache
+
+
+def _each_head(norm: RMSNorm, x_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+  b, t, n, h = x_BTNH.shape
+  return norm(x_BTNH.reshape(b, t * n, h)).reshape(b, t, n, h)
 
 
 class SwiGLU(nnx.Module):
@@ -182,9 +196,7 @@ class NeuroLLM(nnx.Module):
     if cache is not None:
 
       def step(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        params = jax.tree.map(
-          lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked
-        )
+        params = jax.tree.map(functools.partial(_layer, index=index), stacked, is_leaf=_is_ternary)
         return nnx.merge(graph, params)(carry[0], position_BT, carry[1], index)
 
       # XLA dissolves a loop of one round into what surrounds it, with other roundings, and a stage of
@@ -224,6 +236,17 @@ class NeuroLLM(nnx.Module):
   ) -> "NeuroLLM":
     """The module with shapes in place of arrays: costs no memory."""
     return nnx.eval_shape(lambda: cls(config, span=span, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _is_ternary(leaf: object) -> bool:
+  return isinstance(leaf, TernaryArray)
+
+
+def _layer(leaf: object, index: jax.Array) -> object:
+  """One layer of stacked parameters; a ternary matrix is not copied out of its stack."""
+  if isinstance(leaf, TernaryArray):
+    return TernaryLayer(leaf, index)
+  return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:

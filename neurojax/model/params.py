@@ -10,19 +10,28 @@ LAYER: Mapping[str, tuple[str, ...]] = {
   "q_DNH": ("layers", "attention", "q_DNH"),
   "k_DKH": ("layers", "attention", "k_DKH"),
   "v_DKH": ("layers", "attention", "v_DKH"),
+  "q_norm_H": ("layers", "attention", "q_norm", "scale_D"),
+  "k_norm_H": ("layers", "attention", "k_norm", "scale_D"),
   "o_NHD": ("layers", "attention", "o_NHD"),
   "ffn_norm_D": ("layers", "ffn_norm", "scale_D"),
   "gate_DF": ("layers", "ffn", "gate_DF"),
   "up_DF": ("layers", "ffn", "up_DF"),
   "down_FD": ("layers", "ffn", "down_FD"),
 }
-"""One per layer; stacked over the layers of a span on a leading axis L."""
+"""One per layer; stacked over the layers of a span on a leading axis L. See `layer_names`."""
 
 FIRST: Mapping[str, tuple[str, ...]] = {"embedding_VD": ("embedding_VD",)}
 LAST: Mapping[str, tuple[str, ...]] = {
   "final_norm_D": ("final_norm", "scale_D"),
   "head_DV": ("head_DV",),
 }
+
+
+def layer_names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Names and places of the parameters that every layer of this architecture has."""
+  for name, path in LAYER.items():
+    if config.qk_norm or name not in ("q_norm_H", "k_norm_H"):
+      yield name, path
 
 
 def outer_names(config: ModelConfig, span: Span) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -8,6 +8,10 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from neurojax.kernels.gemm import api as gemm
+from neurojax.kernels.gemm.layer import TernaryLayer
+from neurojax.ternary.array import TernaryArray
+
 
 class Matrix(Protocol):
   """A weight kept narrower than the activations: it knows how to multiply and to look up rows."""
@@ -25,10 +29,12 @@ def project(
 ) -> jax.Array:
   """`einsum(spec, x, weight)`, accumulated in float32, returned as `dtype` or the dtype of x.
 
-  The weight is a jax.Array or any `Matrix`.
+  The weight is a jax.Array, a ternary matrix or any other `Matrix`.
   """
   value = weight.get_value()
   dtype = dtype or x.dtype
+  if isinstance(value, TernaryArray | TernaryLayer):
+    return gemm.contract(spec, x, value).astype(dtype)
   if not isinstance(value, jax.Array):
     return value.contract(spec, x.astype(jnp.float32)).astype(dtype)
   return jnp.einsum(
@@ -37,9 +43,13 @@ def project(
 
 
 def project_all(x: jax.Array, *products: tuple[str, nnx.Param]) -> list[jax.Array]:
-  """`project(spec, x, weight)` for each (spec, weight): a `Matrix` prepares x once for all."""
+  """`project(spec, x, weight)` for each (spec, weight): x is prepared once for weights of a kind."""
   values = [(spec, weight.get_value()) for spec, weight in products]
-  if isinstance(values[0][1], jax.Array):
+  kinds = {type(value) for _, value in values}
+  if kinds <= {TernaryArray, TernaryLayer}:
+    results = gemm.contract_all(x, *values)
+  elif len(kinds) == 1 and not isinstance(values[0][1], jax.Array):
+    results = kinds.pop().contract_all(x.astype(jnp.float32), *values)
+  else:
     return [project(spec, x, weight) for spec, weight in products]
-  results = type(values[0][1]).contract_all(x.astype(jnp.float32), *values)
   return [result.astype(x.dtype) for result in results]

@@ -16,7 +16,7 @@ from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline import wire
 from neurojax.pipeline.errors import HandshakeError, PipelineError, StageLost, StageTimeout
 from neurojax.pipeline.onward import Outlet
-from neurojax.scaling.count import Weights
+from neurojax.scaling.count import Ternary, Weights
 from neurojax.scaling.fleet import Host
 
 NAME = "coordinator"
@@ -27,6 +27,7 @@ class PipelineOptions:
   """How a pipeline is set up and how patient it is.
 
   Attributes:
+    ternary: Which matrices of the file are ternary, for `weights` that keep those packed.
     connect_s: For each answer to a first contact.
     load_s: For a stage to read and compile its layers.
     step_s: Longest time in which no stage finishes any step of a sequence that waits.
@@ -34,6 +35,7 @@ class PipelineOptions:
 
   dtype: str = "float32"
   weights: Weights = "dense"
+  ternary: Ternary | None = None
   context_length: int = 2048
   max_sequences: int = 4
   connect_s: float = 10.0

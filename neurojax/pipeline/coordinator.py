@@ -158,6 +158,7 @@ class PipelineEngine(DrivenEngine):
       weights=self._options.weights,
       capacity=count.capacity_for(self._options.context_length),
       max_sequences=self._options.max_sequences,
+      ternary=self._options.ternary,
     )
     try:
       self.placements = plan.proportional(self._config, list(free.items()), load)

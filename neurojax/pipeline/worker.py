@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import typing
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from neurojax.config import Span
-from neurojax.files.load import load_span
+from neurojax.files.load import load_span, ternary_matrices
 from neurojax.files.source import ModelFile
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
@@ -211,8 +212,9 @@ class StageServer(rpc.StageServicer):
       raise _Refused(f"{difference}: run the same version on the same model file at both ends")
     if wanted.dtype not in count.DTYPE_BYTES:
       raise ValueError(f"dtype {wanted.dtype[:40]!r}: choose one of {', '.join(count.DTYPE_BYTES)}")
-    if request.weights not in ("dense", "int8"):
-      raise ValueError(f"weights {request.weights[:40]!r}: choose dense or int8")
+    kinds = typing.get_args(count.Weights)
+    if request.weights not in kinds:
+      raise ValueError(f"weights {request.weights[:40]!r}: choose one of {', '.join(kinds)}")
     if not 1 <= wanted.context_length <= wire.MAX_CONTEXT:
       raise ValueError(f"context length {wanted.context_length}: choose 1 to {wire.MAX_CONTEXT}")
     if not 1 <= request.max_sequences <= 4096:
@@ -238,6 +240,7 @@ class StageServer(rpc.StageServicer):
       weights=request.weights,
       capacity=count.capacity_for(wanted.context_length),
       max_sequences=request.max_sequences,
+      ternary=ternary_matrices(self._file),
     )
     # Both references go, so that the memory is free before it is asked for.
     self._loaded = loaded = None

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count
-from neurojax.scaling.count import Weights
+from neurojax.scaling.count import Ternary, Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,22 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-  """What every stage has to hold: the form of weights and caches."""
+  """What every stage has to hold: the form of weights and caches.
+
+  Attributes:
+    ternary: Which matrices are ternary, where `weights` keeps those packed.
+  """
 
   dtype: str
   weights: Weights
   capacity: int
   max_sequences: int
+  ternary: Ternary | None = None
+
+  @property
+  def form(self) -> dict[str, Any]:
+    """How weights are held, as the functions of `count` want it."""
+    return {"dtype": self.dtype, "weights": self.weights, "ternary": self.ternary}
 
 
 def proportional(
@@ -64,7 +75,7 @@ def proportional(
 
 def stage_bytes(config: ModelConfig, span: Span, load: Load) -> int:
   """Weights and all caches of one stage."""
-  weights = count.span_bytes(config, span, dtype=load.dtype, weights=load.weights)
+  weights = count.span_bytes(config, span, **load.form)
   cache = count.cache_bytes(config, len(span), capacity=load.capacity, dtype=load.dtype)
   return weights + load.max_sequences * cache
 
@@ -86,11 +97,12 @@ def _shares(config: ModelConfig, free: list[int], load: Load) -> list[tuple[int,
 def _counts(config: ModelConfig, free: list[int], load: Load) -> list[int] | None:
   """Layers of each host, some perhaps 0, if all of them hold their part; None if they cannot."""
   per_layer = _layer_bytes(config, load)
-  table = count.embedding_bytes(config, dtype=load.dtype, weights=load.weights)
+  embedding = count.embedding_bytes(config, **load.form)
+  head = count.head_bytes(config, **load.form)
   norm = config.model_dim * count.DTYPE_BYTES[load.dtype]
   room = list(free)
-  room[0] -= table
-  room[-1] -= norm + (table if len(free) > 1 or not config.tied_embedding else 0)
+  room[0] -= embedding
+  room[-1] -= norm + (head if len(free) > 1 or not config.tied_embedding else 0)
   most = [max(0, space // per_layer) for space in room]
   total = config.num_layers
   if sum(most) < total:
@@ -125,5 +137,5 @@ def _too_small(config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load
 
 def _layer_bytes(config: ModelConfig, load: Load) -> int:
   cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
-  weights = count.layer_bytes(config, dtype=load.dtype, weights=load.weights)
+  weights = count.layer_bytes(config, **load.form)
   return weights + load.max_sequences * cache

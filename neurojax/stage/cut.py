@@ -21,7 +21,7 @@ def cut(model: NeuroLLM, span: Span) -> NeuroLLM:
   whole = nnx.to_pure_dict(nnx.state(model))
   pure = {}
   layers = slice(span.first_layer, span.last_layer + 1)
-  for path in params.LAYER.values():
+  for _, path in params.layer_names(model.config):
     params.put(pure, path, jax.tree.map(lambda leaf: leaf[layers], params.get(whole, path)))
   for _, path in params.outer_names(model.config, span):
     params.put(pure, path, params.get(whole, path))

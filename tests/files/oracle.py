@@ -1,4 +1,4 @@
-"""The Llama decoder in plain numpy, from canonical arrays: what the reader's axes must mean."""
+"""The Llama and Qwen3 decoders in plain numpy, from canonical arrays: what the reader's axes must mean."""
 
 import numpy as np
 
@@ -10,13 +10,14 @@ from neurojax.files.source import ModelFile
 class Oracle:
   def __init__(self, model: ModelFile) -> None:
     self.config = model.config
+    known = model.interpretation.tensors
     self.whole = {
       name: model.read(name)
       for name in names.WHOLE_MODEL
       if name != "head_DV" or not self.config.tied_embedding
     }
     self.layers = [
-      {name: model.read(name, layer) for name in names.PER_LAYER}
+      {name: model.read(name, layer) for name in names.PER_LAYER if name in known}
       for layer in range(self.config.num_layers)
     ]
 
@@ -25,8 +26,10 @@ class Oracle:
     x_TD = self.whole["embedding_VD"][ids_T]
     for w in self.layers:
       h_TD = _norm(x_TD, c) * w["attn_norm_D"]
-      q_TNH = _rotate(np.tensordot(h_TD, w["q_DNH"], 1), c)
-      k_TKH = _rotate(np.tensordot(h_TD, w["k_DKH"], 1), c)
+      q_TNH, k_TKH = np.tensordot(h_TD, w["q_DNH"], 1), np.tensordot(h_TD, w["k_DKH"], 1)
+      if c.qk_norm:
+        q_TNH, k_TKH = _norm(q_TNH, c) * w["q_norm_H"], _norm(k_TKH, c) * w["k_norm_H"]
+      q_TNH, k_TKH = _rotate(q_TNH, c), _rotate(k_TKH, c)
       v_TKH = np.tensordot(h_TD, w["v_DKH"], 1)
       k_TNH, v_TNH = (a.repeat(c.group_size, axis=1) for a in (k_TKH, v_TKH))
       scores_NTS = np.einsum("tnh,snh->nts", q_TNH, k_TNH) / np.sqrt(c.head_dim)
@@ -47,11 +50,16 @@ def _norm(x: np.ndarray, c: ModelConfig) -> np.ndarray:
 
 
 def _rotate(x_TNH: np.ndarray, c: ModelConfig) -> np.ndarray:
-  assert c.rope_style == "interleaved"
   inverse = c.rope_base ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
   angle = (np.arange(len(x_TNH))[:, None] * inverse).astype(np.float32)[:, None, :]
-  even, odd = x_TNH[..., ::2], x_TNH[..., 1::2]
+  h = c.head_dim
+  first, second = (
+    (np.arange(0, h, 2), np.arange(1, h, 2))
+    if c.rope_style == "interleaved"
+    else (np.arange(h // 2), np.arange(h // 2, h))
+  )
+  a, b = x_TNH[..., first], x_TNH[..., second]
   out = np.empty_like(x_TNH)
-  out[..., ::2] = even * np.cos(angle) - odd * np.sin(angle)
-  out[..., 1::2] = even * np.sin(angle) + odd * np.cos(angle)
+  out[..., first] = a * np.cos(angle) - b * np.sin(angle)
+  out[..., second] = a * np.sin(angle) + b * np.cos(angle)
   return out

@@ -62,7 +62,7 @@ def test_every_axis(tmp_path: Path, tied: bool) -> None:
         "up_DF": blocks["w3"][layer].T,
         "down_FD": blocks["w2"][layer].T,
       }
-      assert set(expected) == set(names.PER_LAYER)
+      assert set(expected) == set(names.PER_LAYER) - {"q_norm_H", "k_norm_H"}
       for name, values in expected.items():
         read = model.read(name, layer)
         np.testing.assert_array_equal(read, values, err_msg=name)

@@ -1,7 +1,9 @@
 """From a file to the parameters of a span: the right tensors, in the right form, and no others."""
 
+import dataclasses
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,15 @@ import pytest
 from flax import nnx
 
 from neurojax.config import Span
-from neurojax.files.load import load_span, parameter_bytes
+from neurojax.files.dummy import write_dummy
+from neurojax.files.load import load_span, parameter_bytes, ternary_matrices
 from neurojax.files.source import open_model
+from neurojax.model import params
 from neurojax.scaling import count
+from neurojax.scaling.count import Scales
 from neurojax.stage.cut import cut
+from neurojax.ternary.array import TernaryArray
+from neurojax.ternary.codecs import CODECS
 from tests import tinymodel
 from tests.files import tiny
 
@@ -81,3 +88,116 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: fl
       load_span(file)
     # A stage that does not hold that layer does not care.
     load_span(file, Span(first_layer=0, last_layer=2, num_layers=6))
+
+
+WIDE = dataclasses.replace(
+  tiny.WIDE, num_layers=3, num_kv_heads=2, ffn_dim=512, rope_style="half", qk_norm=True
+)
+MATRICES = {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD", "embedding_VD"}
+
+
+def values(model) -> dict[str, object]:
+  """The parameters of a model by canonical name, TernaryArrays whole."""
+  pure = nnx.to_pure_dict(nnx.state(model))
+  names = {**params.LAYER, **params.FIRST, **params.LAST}
+  found = {}
+  for name, path in names.items():
+    try:
+      found[name] = params.get(pure, path)
+    except KeyError:
+      continue
+  return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", CODECS)
+def test_ternary_matrices_stay_packed_and_mean_the_same(tmp_path: Path, kind: str, tied: bool):
+  config = dataclasses.replace(WIDE, tied_embedding=tied)
+  write_dummy(tmp_path / "m.gguf", config, kind)
+  with open_model(tmp_path / "m.gguf") as file:
+    packed = values(load_span(file, weights="w2a8"))
+    dense = values(load_span(file))
+    for layer in range(3):
+      codes, scales, _ = file.read_ternary("down_FD", layer)
+      np.testing.assert_array_equal(packed["down_FD"].codes[layer], codes)
+      np.testing.assert_array_equal(packed["down_FD"].scales[layer], scales)
+  assert (
+    packed.keys()
+    == dense.keys()
+    == set(params.LAYER) | set(params.FIRST) | set(params.LAST) - ({"head_DV"} if tied else set())
+  )
+  for name, value in packed.items():
+    assert isinstance(value, TernaryArray) == (name in MATRICES | {"head_DV"})
+    if isinstance(value, TernaryArray):
+      assert (value.mode, value.group_size) == ("w2a8", CODECS[kind].group_size)
+      assert value.scales.dtype == CODECS[kind].scale_dtype
+      assert value.shape == dense[name].shape
+      value = value.dequantize()
+    np.testing.assert_array_equal(value, dense[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (0, 0), (1, 1), (1, 2)])
+@pytest.mark.parametrize("kind", ["TQ2_0", "I2_S", "Q2_0 (group 64)"])
+@pytest.mark.parametrize("outer", [None, "Q8_0"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_span_is_the_cut_of_the_packed_whole_and_as_large_as_counted(
+  tmp_path: Path, first: int, last: int, kind: str, outer: str | None, tied: bool
+):
+  config = dataclasses.replace(WIDE, tied_embedding=tied)
+  write_dummy(tmp_path / "m.gguf", config, kind, outer=outer)
+  span = Span(first_layer=first, last_layer=last, num_layers=3)
+  with open_model(tmp_path / "m.gguf") as file:
+    part = load_span(file, span, weights="w2a16", dtype=jnp.bfloat16)
+    whole = load_span(file, weights="w2a16", dtype=jnp.bfloat16)
+    ternary = ternary_matrices(file)
+  assert len(ternary) == (9 if outer is None and not tied else 8 if outer is None else 7)
+  assert jax.tree.structure(nnx.state(part)) == jax.tree.structure(nnx.state(cut(whole, span)))
+  for a, b in zip(leaves(part), leaves(cut(whole, span)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  wanted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a16", ternary=ternary)
+  assert parameter_bytes(part) == wanted
+  table = values(part).get("embedding_VD")
+  if table is not None and outer is not None:
+    assert table.dtype == jnp.bfloat16, "a matrix of another type is dense in the dtype"
+
+
+def test_a_matrix_is_packed_where_all_its_layers_can_be_stacked(tmp_path: Path):
+  config = dataclasses.replace(tiny.WIDE, num_layers=2)
+  arrays = tiny.parameters(config)
+  kind = gguf.GGMLQuantizationType
+
+  def other(name: str, to: gguf.GGMLQuantizationType):
+    return gguf.quantize(tiny.as_stored(arrays[name], name), to), to
+
+  raw = {"gate_DF/0": other("gate_DF/0", kind.Q8_0), "up_DF/1": other("up_DF/1", kind.TQ1_0)}
+  tiny.write_gguf(tmp_path / "m.gguf", config, arrays, kind=kind.TQ2_0, raw=raw)
+  with open_model(tmp_path / "m.gguf") as file:
+    # A span without the odd layer is held as the whole model is.
+    span = Span(first_layer=1, last_layer=1, num_layers=2)
+    for model in (load_span(file, weights="w2a16"), load_span(file, span, weights="w2a16")):
+      found = values(model)
+      assert isinstance(found["gate_DF"], jax.Array)
+      assert isinstance(found["up_DF"], TernaryArray)
+    assert ternary_matrices(file) == {name: Scales(256, 2) for name in MATRICES - {"gate_DF"}}
+
+
+def test_a_file_without_ternary_matrices_is_refused_with_the_remedy(path: Path):
+  with open_model(path) as file:
+    assert ternary_matrices(file) == {}
+    with pytest.raises(ValueError, match=r"'w2a16', .*\(F32\): choose 'dense' or 'int8'") as caught:
+      load_span(file, weights="w2a16")
+  assert str(path) in str(caught.value)
+
+
+def test_damage_is_found_on_loading(tmp_path: Path):
+  path = tmp_path / "m.gguf"
+  write_dummy(path, WIDE, "Q2_0 (group 128)")
+  with open_model(path) as file:
+    info = file.info("up_DF", 1)
+  raw = bytearray(path.read_bytes())
+  raw[info.offset : info.offset + 2] = np.float16(np.nan).tobytes()
+  path.write_bytes(raw)
+  with open_model(path) as file:
+    with pytest.raises(ValueError, match=r"'blk.1.ffn_up.weight': row 0, .* scale is nan"):
+      load_span(file, weights="w2a16")
+    load_span(file, Span(first_layer=2, last_layer=2, num_layers=3), weights="w2a16")

@@ -41,6 +41,23 @@ def test_plain_model() -> None:
   assert found.model_config("x") == tiny.CONFIG
 
 
+def test_a_qwen3_model_normalises_its_heads_and_turns_halves() -> None:
+  metadata = {key.replace("llama.", "qwen3."): value for key, value in METADATA.items()}
+  metadata["general.architecture"] = "qwen3"
+  tensors = {
+    tiny.file_name(name): TensorInfo(
+      tiny.file_name(name), "F32", tiny.as_stored(value, name).shape, 0, 4 * value.size
+    )
+    for name, value in tiny.parameters(tiny.QWEN).items()
+  }
+  assert names.interpret(metadata, tensors).model_config("x") == tiny.QWEN
+  del tensors["blk.1.attn_k_norm.weight"]
+  with pytest.raises(ValueError, match=r"'blk\.1\.attn_k_norm\.weight' is missing"):
+    names.interpret(metadata, tensors).model_config("x")
+  refused = names.interpret(metadata | {"qwen3.rope.scaling.type": "yarn"}, tensors)
+  assert refused.demands == ("qwen3.rope.scaling.type = 'yarn'",)
+
+
 def test_untied_model() -> None:
   found = interpret(tensors={"output.weight": TensorInfo("output.weight", "F32", (24, 32), 0, 1)})
   assert found.model_config("x") == dataclasses.replace(tiny.CONFIG, tied_embedding=False)
@@ -112,6 +129,7 @@ REFUSED: list[tuple[str, object]] = [
   ("general.type", "adapter"),
   ("general.quantization_version", 1),
   ("general.architecture", "qwen99"),
+  ("prism.hadamard.block_size", 128),
 ]
 
 

@@ -1,5 +1,6 @@
 """Tiny model files: real ones by the gguf package, and hostile ones byte by byte."""
 
+import dataclasses
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,20 @@ WIDE = ModelConfig(
 )  # fmt: skip
 
 
+QWEN = dataclasses.replace(CONFIG, rope_style="half", qk_norm=True)
+
+
+def per_layer(config: ModelConfig) -> list[str]:
+  """The canonical names that each layer of this configuration has."""
+  return [n for n in names.PER_LAYER if config.qk_norm or n not in ("q_norm_H", "k_norm_H")]
+
+
 def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   """Random float32 arrays under "name" or "name/layer", axes as the canonical name spells them."""
   generator = np.random.default_rng(seed)
   sizes = config.sizes()
   wanted = [name for name in names.WHOLE_MODEL if name != "head_DV" or not config.tied_embedding]
-  wanted += [f"{name}/{layer}" for layer in range(config.num_layers) for name in names.PER_LAYER]
+  wanted += [f"{name}/{layer}" for layer in range(config.num_layers) for name in per_layer(config)]
   return {
     name: generator.standard_normal(
       [sizes[letter] for letter in name.split("/")[0].rpartition("_")[2]], np.float32
@@ -39,7 +48,7 @@ def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 def as_stored(values: np.ndarray, name: str) -> np.ndarray:
   """Canonical values as a llama GGUF file keeps them, written down by hand per name."""
   match name.split("/")[0]:
-    case "embedding_VD" | "final_norm_D" | "attn_norm_D" | "ffn_norm_D":
+    case "embedding_VD" | "final_norm_D" | "attn_norm_D" | "ffn_norm_D" | "q_norm_H" | "k_norm_H":
       return values
     case "head_DV" | "gate_DF" | "up_DF" | "down_FD":
       return values.T.copy()
@@ -56,7 +65,7 @@ def as_stored(values: np.ndarray, name: str) -> np.ndarray:
 FILE_NAMES = {
   "embedding_VD": "token_embd", "final_norm_D": "output_norm", "head_DV": "output",
   "attn_norm_D": "attn_norm", "q_DNH": "attn_q", "k_DKH": "attn_k", "v_DKH": "attn_v",
-  "o_NHD": "attn_output", "ffn_norm_D": "ffn_norm", "gate_DF": "ffn_gate", "up_DF": "ffn_up",
+  "q_norm_H": "attn_q_norm", "k_norm_H": "attn_k_norm", "o_NHD": "attn_output", "ffn_norm_D": "ffn_norm", "gate_DF": "ffn_gate", "up_DF": "ffn_up",
   "down_FD": "ffn_down",
 }  # fmt: skip
 
@@ -74,9 +83,9 @@ def write_gguf(
   kind: GGMLQuantizationType = GGMLQuantizationType.F32,
   raw: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
 ) -> Path:
-  """A llama model by the gguf package. `kind` holds for matrices; `raw` replaces tensors by
-  encoded bytes."""
-  writer = gguf.GGUFWriter(path, "llama")
+  """A llama or qwen3 model by the gguf package. `kind` holds for matrices; `raw` replaces tensors
+  by encoded bytes."""
+  writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
   writer.add_name("tiny")
   writer.add_embedding_length(config.model_dim)
   writer.add_block_count(config.num_layers)
@@ -87,6 +96,7 @@ def write_gguf(
   writer.add_rope_freq_base(config.rope_base)
   writer.add_layer_norm_rms_eps(config.norm_eps)
   writer.add_rope_dimension_count(config.head_dim)
+  writer.add_key_length(config.head_dim)
   writer.add_vocab_size(config.vocab_size)
   for name, value in values.items():
     stored = as_stored(value, name)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.config import Sampling
+from neurojax.config import ModelConfig, Sampling
 from neurojax.engine.api import Request, Token
 from neurojax.engine.local import LocalEngine
-from neurojax.files.load import load_span
+from neurojax.files.dummy import write_dummy
+from neurojax.files.load import load_span, ternary_matrices
 from neurojax.files.source import open_model
 from neurojax.scaling import count
 from neurojax.scaling.fleet import Fleet, Host
@@ -101,6 +102,36 @@ def test_a_stage_of_a_single_layer_gives_the_same_bits(tiny_path: Path, form: di
       )
     )
     assert run(work(servers)) == answers(tiny_path, **form)
+
+
+@pytest.fixture(scope="module")
+def ternary_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  config = ModelConfig(
+    vocab_size=300, model_dim=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64,
+    ffn_dim=512, context_length=512, rope_base=1e6, qk_norm=True,
+  )  # fmt: skip
+  path = tmp_path_factory.mktemp("ternary") / "tiny.gguf"
+  write_dummy(path, config, "Q2_0 (group 128)")
+  return path
+
+
+@pytest.mark.parametrize("weights", ["w2a8", "w2a16"])
+def test_packed_ternary_weights_give_the_same_bits_in_any_cut(ternary_path: Path, weights: str):
+  async def work(servers: Cluster) -> list[dict[str, list[Token]]]:
+    found = []
+    for stages in (2, 3):
+      with open_model(ternary_path) as file:
+        ternary = ternary_matrices(file)
+      engine = await servers.connect(*range(stages), weights=weights, ternary=ternary)
+      found.append({name: await collect(engine, wanted) for name, wanted in REQUESTS.items()})
+      await engine.close()
+    return found
+
+  with cluster(ternary_path, 3) as servers:
+    found = run(work(servers))
+  alone = answers(ternary_path, weights=weights)
+  assert len({tuple(t.id for t in tokens) for tokens in alone.values()}) == len(alone), "all differ"
+  assert found == [alone, alone]
 
 
 def test_concurrent_requests_do_not_touch_each_other(three: Cluster, tiny_path: Path, alone):

@@ -8,9 +8,12 @@ import pytest
 from flax import nnx
 
 from neurojax.config import ModelConfig, Span
+from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.quant.array import Int8Array
 from neurojax.scaling import count
+from neurojax.scaling.count import Scales
+from neurojax.ternary.array import TernaryArray, row_bytes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.toml"))
 
@@ -66,3 +69,71 @@ def test_the_seed_pages_parameter_table(path: Path):
 def test_int8_bytes_equal_the_real_array(contracted: int, output: int):
   array = Int8Array.quantize(np.ones((contracted, output), np.float32), contracted_axes=1)
   assert array.nbytes == count._matrix_bytes(contracted, output, "float32", "int8")
+
+
+def packed_bytes(config: ModelConfig, span: Span, dtype: str, ternary: count.Ternary) -> int:
+  """Bytes of the real tree with TernaryArrays, shapes in place of arrays, where `ternary` says."""
+  tree = nnx.to_pure_dict(nnx.state(NeuroLLM.abstract(config, span=span, dtype=jnp.dtype(dtype))))
+  total = 0
+  names = [*params.layer_names(config), *params.outer_names(config, span)]
+  for name, path in names:
+    leaf = params.get(tree, path)
+    if name not in ternary:
+      total += leaf.size * leaf.dtype.itemsize
+      continue
+    lead, shape = (leaf.shape[:1], leaf.shape[1:]) if name in params.LAYER else ((), leaf.shape)
+    axes = {"o_NHD": 2, "embedding_VD": -1}.get(name, 1)
+    form = ternary[name]
+    scale_dtype = {2: jnp.float16, 4: jnp.float32}[form.scale_bytes]
+    array = TernaryArray(None, None, shape, axes, form.group_size)
+    n, k = array.contraction.n, array.contraction.k
+    groups = (1, 1) if form.group_size is None else (n, -(-k // form.group_size))
+    array = dataclasses.replace(
+      array,
+      codes=jax.ShapeDtypeStruct((*lead, n, row_bytes(k)), jnp.uint8),
+      scales=jax.ShapeDtypeStruct((*lead, *groups), scale_dtype),
+    )
+    assert array.shape == leaf.shape
+    total += array.nbytes
+  return total
+
+
+MATRICES = ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD")
+OUTER = ("embedding_VD", "head_DV")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("form", [Scales(64, 2), Scales(256, 2), Scales(None, 4)], ids=str)
+@pytest.mark.parametrize("names", [MATRICES, (*MATRICES[2:], *OUTER), OUTER[1:]], ids=len)
+def test_packed_bytes_equal_the_real_tree(path: Path, form: Scales, names: tuple[str, ...]):
+  loaded = ModelConfig.load(path)
+  ternary = {name: form for name in names}
+  if "gate_DF" in ternary:
+    ternary["gate_DF"] = Scales(128, 2)
+  for tied in (True, False):
+    config = dataclasses.replace(loaded, tied_embedding=tied)
+    end = config.num_layers - 1
+    for first, last in ((0, end), (0, 0), (1, 3), (end, end)):
+      span = Span(first_layer=first, last_layer=last, num_layers=config.num_layers)
+      counted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a8", ternary=ternary)
+      assert counted == packed_bytes(config, span, "bfloat16", ternary)
+
+
+def test_packed_bytes_cannot_be_counted_without_knowing_what_is_ternary():
+  config = ModelConfig.load(CONFIGS[0])
+  span = Span.whole(config)
+  with pytest.raises(ValueError, match="is not said: see files"):
+    count.span_bytes(config, span, dtype="float32", weights="w2a16")
+  with pytest.raises(ValueError, match="choose 'dense' or 'int8'"):
+    count.span_bytes(config, span, dtype="float32", weights="w2a16", ternary={})
+  # Whoever does not keep it packed need not know.
+  for ternary in (None, {}, {"q_DNH": Scales(64, 2)}):
+    dense = count.span_bytes(config, span, dtype="float32", weights="dense", ternary=ternary)
+    assert dense == 4 * count.parameters(config)
+
+
+def test_parameters_of_published_models():
+  folder = CONFIGS[0].parent
+  qwen = count.parameters(ModelConfig.load(folder / "bonsai-8b.toml"))
+  assert qwen == 8_190_735_360, "the published checkpoint's sum"
+  assert count.parameters(ModelConfig.load(folder / "tinyllama-1.1b.toml")) == 1_100_048_384

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import plan
+from neurojax.scaling.count import Scales
 from neurojax.scaling.fleet import Fleet, Host, check_address, parse_bytes, read_fleet
 
 
@@ -30,12 +31,19 @@ LOAD = plan.Load(dtype="float32", weights="dense", capacity=256, max_sequences=2
   layers=st.integers(1, 40),
   free=st.lists(st.integers(0, 20_000_000), min_size=1, max_size=7),
   tied=st.booleans(),
-  weights=st.sampled_from(["dense", "int8"]),
+  weights=st.sampled_from(["dense", "int8", "w2a16"]),
+  ternary=st.sets(st.sampled_from(["q_DNH", "down_FD", "embedding_VD", "head_DV"]), min_size=1),
 )
 @settings(max_examples=150, deadline=None)
-def test_a_plan_covers_each_layer_once_in_order_and_fits(layers, free, tied, weights):
+def test_a_plan_covers_each_layer_once_in_order_and_fits(layers, free, tied, weights, ternary):
   model = config(layers, tied)
-  load = plan.Load(dtype="float32", weights=weights, capacity=256, max_sequences=2)
+  load = plan.Load(
+    dtype="float32",
+    weights=weights,
+    capacity=256,
+    max_sequences=2,
+    ternary={name: Scales(64, 2) for name in ternary},
+  )
   hosts = [(f"h{i}", space) for i, space in enumerate(free)]
   try:
     placements = plan.proportional(model, hosts, load)
