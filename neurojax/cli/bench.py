@@ -1,11 +1,11 @@
-"""`neurojax bench decode` and `neurojax bench int8`."""
+"""`neurojax bench decode`, `neurojax bench gemm` and `neurojax bench int8`."""
 
 import asyncio
 import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich import box
@@ -14,20 +14,43 @@ from rich.table import Table
 from tyro.conf import subcommand
 
 from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, stderr
+from neurojax.scaling.count import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decode(ModelOptions, EngineOptions):
-  """Decode and prefill speed, beside the bound that memory sets and llama.cpp on the same file.
+class Decode(EngineOptions):
+  """Decode and prefill speed: of a model file, or of a named architecture with random weights.
 
-  Each repetition runs ours, then llama-bench, so that both meet the same machine. llama-bench is
-  taken from --llama-bench or the PATH; without one its columns stay empty.
+  Of a file: the engine, beside the bound that memory sets and llama.cpp on the same file. Each
+  repetition runs ours, then llama-bench, so that both meet the same machine. llama-bench is taken
+  from --llama-bench or the PATH; without one its columns stay empty.
+
+  Of an architecture: the fused programs, all tokens on the device, on random ternary weights, for
+  each batch, context and prompt, beside what the device can read and multiply.
 
   Example: neurojax bench decode --model smollm2 --weights int8 --llama-bench build/bin/llama-bench
+  Example: neurojax bench decode --arch bonsai-8b --random --batch 1 64 --context 128 2048
   """
 
-  prefill: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 512
+  model: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+  """A model file (GGUF, or llama2.c's .bin), or "smollm2" for the one in the installed extra."""
+  tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """The tokenizer, for formats that keep it apart (llama2.c)."""
+  arch: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
+  """An architecture in place of a file: bonsai-8b, for example, or a TOML file."""
+  random: bool = False
+  """Random ternary weights; an architecture has no others."""
+  weights: Weights | None = None
+  """As for `neurojax generate`; "dense" for a file and "w2a8" for an architecture if absent."""
+  batch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1,)
+  """Sequences at once (--arch)."""
+  context: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS ...")] = ()
+  """--arch: positions before the first timed token, 128 and 2048 if absent. --model: one number,
+  positions for prompt and answer."""
+  prefill: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS ...")] = (512,)
+  """Lengths of a prompt; one for --model."""
   decode: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 64
+  """Tokens to generate (--model)."""
   repetitions: Annotated[int, tyro.conf.arg(metavar="N")] = 5
   llama_bench: Annotated[str | None, tyro.conf.arg(metavar="PROGRAM")] = None
   out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
@@ -36,28 +59,68 @@ class Decode(ModelOptions, EngineOptions):
   """Print one JSON object."""
 
   def run(self) -> int:
-    return asyncio.run(self._bench())
+    if (self.model is None) == (self.arch is None):
+      raise ValueError("give either --model FILE or --arch NAME --random")
+    if self.repetitions < 1:
+      raise ValueError(f"--repetitions {self.repetitions}: at least 1")
+    return self._bench_random() if self.arch else asyncio.run(self._bench_file())
 
-  async def _bench(self) -> int:
+  def _bench_random(self) -> int:
+    from neurojax.config import ModelConfig
+    from neurojax.kernels import measure
+    from neurojax.stage import bench
+
+    weights = self.weights or "w2a8"
+    if not self.random:
+      raise ValueError(f"--arch {self.arch}: a name has no weights; add --random for random ones")
+    if weights not in ("w2a8", "w2a16"):
+      raise ValueError(f"--weights {weights}: an architecture's are ternary, 'w2a8' or 'w2a16'")
+    assert self.arch is not None
+    rows = []
+    with stderr.status("measuring"):
+      for row in bench.run(
+        ModelConfig.named(self.arch),
+        arch=Path(self.arch).stem if self.arch.endswith(".toml") else self.arch,
+        mode=weights,
+        batches=self.batch,
+        contexts=self.context or (128, 2048),
+        prompts=self.prefill,
+        runs=self.repetitions,
+      ):
+        rows.append(row)
+        if self.out:
+          measure.append_csv(self.out, [row])
+    if self.json:
+      print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
+    else:
+      print(bench.describe(rows))
+    return 0
+
+  async def _bench_file(self) -> int:
     from neurojax.engine import bench
 
-    for name in ("prefill", "decode", "repetitions"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+    if len(self.prefill) != 1 or len(self.context) > 1 or self.batch != (1,):
+      raise ValueError("--model takes one --prefill, at most one --context and no --batch")
+    [prefill] = self.prefill
+    for name, value in (("prefill", prefill), ("decode", self.decode)):
+      if value < 1:
+        raise ValueError(f"--{name} {value}: at least 1")
     program = self.llama_bench or shutil.which("llama-bench")
     if self.llama_bench and not shutil.which(self.llama_bench):
       raise FileNotFoundError(f"--llama-bench {self.llama_bench}: no such program")
-    with self.open() as file:
-      options = dataclasses.replace(
-        self, context=self.context or max(self.prefill, self.decode) + 2
-      )
+    assert self.model is not None
+    values = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineOptions)}
+    values["context"] = self.context[0] if self.context else max(prefill, self.decode) + 2
+    values["weights"] = self.weights or "dense"
+    options = EngineOptions(**values)
+    with ModelOptions(model=self.model, tokenizer=self.tokenizer).open() as file:
       async with open_engine(file, options) as engine:
         work = bench.decode_and_prefill(
           engine,
           model=file.path,
-          weights=f"{self.weights} {self.dtype}" if self.weights == "dense" else self.weights,
+          weights=f"dense {self.dtype}" if options.weights == "dense" else options.weights,
           stages=len(await engine.reports()),
-          prefill=self.prefill,
+          prefill=prefill,
           decode=self.decode,
           repetitions=self.repetitions,
           llama_bench=program,
@@ -91,6 +154,50 @@ class Decode(ModelOptions, EngineOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemm:
+  """Products with ternary weights, by each implementation that the device has, beside XLA's with
+  bfloat16 weights.
+
+  Example: neurojax bench gemm --shapes 24576x4096 --rows 1 8 64 2048
+  """
+
+  shapes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NxK ...")] = ()
+  """Output channels x contracted elements; those of an 8B model if absent."""
+  rows: Annotated[tuple[int, ...], tyro.conf.arg(metavar="M ...")] = (1, 8, 64, 2048)
+  """Activation rows: 1 is decode, many are prefill."""
+  weights: tuple[Literal["w2a8", "w2a16"], ...] = ("w2a8", "w2a16")
+  repetitions: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+  out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
+  """Append the rows to this file; made with a header if it is not there."""
+
+  def run(self) -> int:
+    from neurojax.kernels import measure
+    from neurojax.kernels.gemm import bench
+
+    if self.repetitions < 1:
+      raise ValueError(f"--repetitions {self.repetitions}: at least 1")
+    shapes = tuple(map(_shape, self.shapes)) or bench.SHAPES
+    rows = []
+    with stderr.status("measuring"):
+      for row in bench.run(
+        shapes, self.rows, self.weights, runs=self.repetitions, skipped=stderr.print
+      ):
+        rows.append(row)
+        if self.out:
+          measure.append_csv(self.out, [row])
+    if rows:
+      print(bench.describe(rows))
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+  n, _, k = text.partition("x")
+  if not (n.isdecimal() and k.isdecimal()):
+    raise ValueError(f"--shapes {text}: write output channels x contracted elements, 24576x4096")
+  return int(n), int(k)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8:
   """The int8 matrix product beside float32, on the shapes of SmolLM2-135M.
 
@@ -116,7 +223,11 @@ class Int8:
 class Bench:
   """Measure speed, beside a baseline and a bound from the same run."""
 
-  what: Annotated[Decode, subcommand("decode")] | Annotated[Int8, subcommand("int8")]
+  what: (
+    Annotated[Decode, subcommand("decode")]
+    | Annotated[Gemm, subcommand("gemm")]
+    | Annotated[Int8, subcommand("int8")]
+  )
 
   def run(self) -> int:
     return self.what.run()

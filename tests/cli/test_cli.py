@@ -39,7 +39,7 @@ def generated(capsys, model: str, *argv: str) -> dict:
 
 @pytest.mark.parametrize("verb", [
   ["demo"], ["inspect"], ["generate"], ["chat"], ["stage"], ["eval", "golden"], ["eval", "ppl"],
-  ["bench", "decode"], ["bench", "int8"],
+  ["bench", "decode"], ["bench", "gemm"], ["bench", "int8"],
 ], ids=" ".join)  # fmt: skip
 def test_every_verb_has_help_with_an_example(capsys, verb: list[str]):
   with pytest.raises(SystemExit) as caught:
@@ -139,6 +139,41 @@ def test_bench_writes_its_results(capsys, model: str, tmp_path: Path):
   rows = list(csv.DictReader(out_file.open()))
   assert [row["what"] for row in rows] == ["decode", "prefill"] * 2
   assert all(float(row["tokens_per_s"]) > 0 and row["jax"] and row["date"] for row in rows)
+
+
+def test_bench_of_an_architecture(capsys, tmp_path: Path):
+  arch = tmp_path / "small.toml"
+  arch.write_text(
+    "vocab_size = 64\nmodel_dim = 128\nnum_layers = 1\nnum_heads = 2\nnum_kv_heads = 1\n"
+    "head_dim = 64\nffn_dim = 128\n"
+  )
+  out_file = tmp_path / "results" / "decode.csv"
+  arguments = ("bench", "decode", "--arch", str(arch), "--context", "8", "--prefill", "8", "16")
+  assert run(capsys, *arguments)[0] == 2
+  few = ("--repetitions", "1", "--batch", "2", "--out", str(out_file))
+  code, out, _ = run(capsys, *arguments, "--random", *few)
+  assert code == 0 and "small w2a8" in out
+  rows = list(csv.DictReader(out_file.open()))
+  assert [(row["what"], row["length"]) for row in rows] == [
+    ("decode", "8"),
+    ("prefill", "8"),
+    ("prefill", "16"),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("argv", "named"),
+  [
+    (["--arch", "bonsai-8b"], "--random"),
+    (["--arch", "gpt-9", "--random"], "bonsai-8b"),
+    (["--arch", "bonsai-8b", "--random", "--weights", "int8"], "--weights int8"),
+    ([], "either --model FILE or --arch"),
+    (["--model", "a.gguf", "--batch", "2"], "no --batch"),
+  ],
+)
+def test_wrong_benchmarks_are_named(capsys, argv: list[str], named: str):
+  code, _, err = run(capsys, "bench", "decode", *argv)
+  assert code == 2 and named in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,419 @@
+"""A span of a ternary model as programs for a GPU: few large kernels, no copy of a weight.
+
+Products that share an input are one product, over rows that were put together when the model was
+loaded. Every matrix stays stacked on L: a kernel gets the stack and the number of a layer, so that a
+loop over layers copies nothing.
+
+The residual stream is float32: each layer adds little to much, and the kernel for one token keeps
+it so too. What passes between the other kernels is of the programs' `dtype`.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from neurojax.config import RopeStyle
+from neurojax.kernels.attention import api as attention
+from neurojax.kernels.attention.reference import turn
+from neurojax.kernels.decode.weights import LayerWeights, Shape, fuse_rows
+from neurojax.kernels.gemm import mosaic, reference
+from neurojax.model.cache import KVCache
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.ternary.array import TernaryArray
+
+Product = Literal["reference", "mosaic", "dense"]
+Cache = tuple[Array, Array]
+"""Keys and values [L, B, K, S, H]."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+  """What a program is made of; static, so that each choice is a program of its own.
+
+  Attributes:
+    product: "mosaic" multiplies by packed weights; "dense" writes them out, one matrix at a time,
+      for cuBLAS; "reference" is slow and runs anywhere.
+    attention: "gpu": cuDNN for whole prompts, Triton over the cache.
+    programs: Multiprocessors that the kernel for a single token fills; 0: no such kernel, one
+      sequence is a batch of one. It rounds activations, so it is for "w2a8" only.
+    unroll: Layers one after the other in the program: one graph for all, but more to compile.
+    interpret: The kernel for a single token in interpret mode.
+  """
+
+  product: Product = "mosaic"
+  attention: Literal["reference", "gpu"] = "gpu"
+  programs: int = 0
+  unroll: bool = False
+  interpret: bool = False
+
+
+REFERENCE = Kernels("reference", "reference")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fused:
+  """A span of a model.
+
+  Attributes:
+    embedding: [V, D], an array or something with `take`; None unless the span is the first.
+    final_norm: float32 [D]; None unless the span is the last. Likewise head.
+    head: Rows of V outputs: [D, V], or [V, D] where it is the embedding.
+  """
+
+  layers: LayerWeights
+  embedding: Any
+  final_norm: Any
+  head: TernaryArray | None
+  rope_base: float = field(metadata={"static": True})
+
+  @property
+  def nbytes(self) -> int:
+    """Of memory: what is shared counts once."""
+    return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(self)}.values())
+
+  @property
+  def step_nbytes(self) -> int:
+    """Read by every step: all but the embedding, of which a step reads a row per token."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.final_norm, self.head)))
+
+  def new_cache(
+    self, *, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
+  ) -> tuple[Array, Array]:
+    """Keys and values [L, B, K, S, H]."""
+    s = self.layers.shape
+    cache = KVCache.zeros(
+      num_layers=self.layers.num_layers,
+      batch=batch,
+      num_kv_heads=s.k,
+      capacity=capacity,
+      head_dim=s.h,
+      dtype=dtype,
+    )
+    return cache.k_LBKSH, cache.v_LBKSH
+
+
+def fuse(model: NeuroLLM) -> Fused:
+  """The parameters of a model in the form that the programs read.
+
+  Rows of queries and keys are put in the order of rotary style "half"; no score changes.
+
+  Raises: ValueError: names a matrix that is not ternary, or matrices that share an input and
+    differ in group size, scale dtype or mode.
+  """
+  config, block = model.config, model.layers
+
+  def ternary(name: str, value: Any) -> TernaryArray:
+    if isinstance(value, TernaryArray):
+      return value
+    raise ValueError(
+      f"{name} is {type(value).__name__}: fused programs multiply by ternary matrices alone; load"
+      " the file with weights 'w2a8' or 'w2a16', or run the model as it is"
+    )
+
+  def together(**params: nnx.Param) -> TernaryArray:
+    parts = {name: ternary(name, param.get_value()) for name, param in params.items()}
+    kinds = {name: (p.group_size, p.mode, p.scales.dtype.name) for name, p in parts.items()}
+    if len(set(kinds.values())) > 1:
+      raise ValueError(
+        f"matrices that share an input must be quantised alike (group size, mode, scales): {kinds}"
+      )
+    order = functools.partial(_half_rows, head_dim=config.head_dim, style=config.rope_style)
+    return fuse_rows(*(order(p) if name in ("q_DNH", "k_DKH") else p for name, p in parts.items()))
+
+  def norm(param: nnx.Param) -> Array:
+    return param.get_value().astype(jnp.float32)
+
+  def head_norm(module: Any) -> Array | None:
+    order = _half_order(config.head_dim, config.rope_style)
+    return None if module is None else norm(module.scale_D)[:, order]
+
+  attn, ffn = block.attention, block.ffn
+  layers = LayerWeights(
+    qkv=together(q_DNH=attn.q_DNH, k_DKH=attn.k_DKH, v_DKH=attn.v_DKH),
+    o=ternary("o_NHD", attn.o_NHD.get_value()),
+    gate_up=together(gate_DF=ffn.gate_DF, up_DF=ffn.up_DF),
+    down=ternary("down_FD", ffn.down_FD.get_value()),
+    attn_norm=norm(block.attn_norm.scale_D),
+    ffn_norm=norm(block.ffn_norm.scale_D),
+    q_norm=head_norm(attn.q_norm),
+    k_norm=head_norm(attn.k_norm),
+    shape=shape_of(config),
+  )
+  span = model.span
+  head = None
+  if span.is_last:
+    name = "embedding_VD" if config.tied_embedding else "head_DV"
+    head = ternary(name, getattr(model, name).get_value())
+  return Fused(
+    layers=layers,
+    embedding=model.embedding_VD.get_value() if span.is_first else None,
+    final_norm=norm(model.final_norm.scale_D) if span.is_last else None,
+    head=head,
+    rope_base=config.rope_base,
+  )
+
+
+def shape_of(config: Any) -> Shape:
+  return Shape(
+    d=config.model_dim,
+    f=config.ffn_dim,
+    n=config.num_heads,
+    k=config.num_kv_heads,
+    h=config.head_dim,
+    norm_eps=config.norm_eps,
+  )
+
+
+def _half_order(head_dim: int, style: RopeStyle) -> np.ndarray:
+  """For each element of a head in style "half", where `style` has it."""
+  order = np.arange(head_dim)
+  return order if style == "half" else np.concatenate([order[0::2], order[1::2]])
+
+
+def _half_rows(w: TernaryArray, *, head_dim: int, style: RopeStyle) -> TernaryArray:
+  if style == "half":
+    return w
+  order = _half_order(head_dim, style)
+
+  def permute(rows: Array) -> Array:
+    heads = rows.reshape(*rows.shape[:-2], -1, head_dim, rows.shape[-1])
+    return heads[..., order, :].reshape(rows.shape)
+
+  scales = w.scales if w.group_size is None else permute(w.scales)
+  return dataclasses.replace(w, codes=permute(w.codes), scales=scales)
+
+
+def embed(model: Fused, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+  """float32 rows of the embedding."""
+  table = model.embedding
+  rows = table[tokens] if isinstance(table, jax.Array) else table.take(tokens)
+  return rows.astype(jnp.float32)
+
+
+def prefill(
+  model: Fused,
+  x_BTD: Float[Array, "B T D"],
+  keys: Float[Array, "L B K S H"],
+  values: Float[Array, "L B K S H"],
+  start_B: Int[Array, "B"] | None = None,
+  *,
+  kernels: Kernels,
+  dtype: DTypeLike = jnp.bfloat16,
+) -> tuple[Float[Array, "B T D"], Array, Array]:
+  """T tokens of each sequence through all layers.
+
+  Args:
+    start_B: Position of each first token; None: all start at 0, and the cache is not read.
+    dtype: Of what passes between kernels.
+  Returns: float32 [B, T, D] after the last layer, and the caches with the new positions.
+  """
+  s = model.layers.shape
+  batch, length, width = x_BTD.shape
+  starts_B = jnp.zeros(batch, jnp.int32) if start_B is None else start_B
+  position_BT = starts_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+  rotation = attention.rotation(position_BT.reshape(-1), s.h, base=model.rope_base, style="half")
+
+  def attend(qkv_MX: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+    heads_MNH = qkv_MX.astype(jnp.float32).reshape(batch * length, -1, s.h)
+    q, k, v = jnp.split(heads_MNH, (s.n, s.n + s.k), axis=1)
+    if model.layers.q_norm is not None:
+      q = _normalise(q, model.layers.q_norm[layer], s.norm_eps)
+      k = _normalise(k, model.layers.k_norm[layer], s.norm_eps)
+    q, k = (turn(heads, rotation, "half") for heads in (q, k))
+    q_BTNH, k_BTKH, v_BTKH = (
+      heads.reshape(batch, length, -1, s.h).astype(dtype) for heads in (q, k, v)
+    )
+    keys, values = (
+      _write(cache_LBKSH, new_BTKH, layer, start_B)
+      for cache_LBKSH, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
+    )
+    on_gpu = kernels.attention == "gpu"
+    if start_B is None:
+      out_BTNH = attention.attend(
+        q_BTNH, k_BTKH, v_BTKH, implementation="cudnn" if on_gpu else "reference"
+      )
+    else:
+      out_BTNH = attention.attend_cache(
+        q_BTNH, keys, values, layer, start_B,
+        implementation="triton" if on_gpu else "reference",
+      )  # fmt: skip
+    return out_BTNH.reshape(batch * length, -1), (keys, values)
+
+  x_MD, cache = _run_layers(
+    model.layers, x_BTD.reshape(-1, width), (keys, values), attend, kernels, dtype
+  )
+  return x_MD.reshape(x_BTD.shape), *cache
+
+
+def decode_batch(
+  model: Fused,
+  x_BD: Float[Array, "B D"],
+  keys: Float[Array, "L B K S H"],
+  values: Float[Array, "L B K S H"],
+  position_B: Int[Array, "B"],
+  *,
+  kernels: Kernels,
+) -> tuple[Float[Array, "B D"], Array, Array]:
+  """One token of each sequence through all layers; what passes between kernels is float32.
+
+  Returns: float32 [B, D] after the last layer, and the caches with `position_B` written.
+  """
+  layers, s = model.layers, model.layers.shape
+  rotation = attention.rotation(position_B, s.h, base=model.rope_base, style="half")
+
+  def attend(qkv_BX: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+    norms = None if layers.q_norm is None else (layers.q_norm[layer], layers.k_norm[layer])
+    out_BY, keys, values = attention.decode(
+      qkv_BX, *cache, layer, position_B,
+      rotation_B2H=rotation, norms=norms, norm_eps=s.norm_eps,
+      implementation="triton" if kernels.attention == "gpu" else "reference",
+    )  # fmt: skip
+    return out_BY, (keys, values)
+
+  x_BD, cache = _run_layers(layers, x_BD, (keys, values), attend, kernels, jnp.float32)
+  return x_BD, *cache
+
+
+def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
+  """float32 logits of what the last layer gave."""
+  x_BD = _normalise(x_BD, model.final_norm, model.layers.shape.norm_eps)
+  return multiply(x_BD, model.head, None, kernels.product)
+
+
+def step(
+  model: Fused,
+  tokens_B: Int[Array, "B"],
+  keys: Float[Array, "L B K S H"],
+  values: Float[Array, "L B K S H"],
+  position_B: Int[Array, "B"],
+  *,
+  kernels: Kernels,
+) -> tuple[Float[Array, "B V"], Array, Array]:
+  """One token of each sequence, from its id to the logits of the next one, and the caches."""
+  x_BD = embed(model, tokens_B)
+  if tokens_B.shape[0] > 1 or not kernels.programs or model.layers.qkv.mode != "w2a8":
+    x_BD, keys, values = decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
+    return logits(model, x_BD, kernels=kernels), keys, values
+  # Imported when needed: it loads the GPU's compiler.
+  from neurojax.kernels.decode import triton
+
+  h = model.layers.shape.h
+  rotation = attention.rotation(position_B, h, base=model.rope_base, style="half")
+  _, logits_V, keys, values = triton.decode(
+    x_BD[0], model.layers, keys, values,
+    rotation[0, 0, : h // 2], rotation[0, 1, h // 2 :], position_B[0],
+    final_norm=model.final_norm, head=model.head,
+    programs=kernels.programs, interpret=kernels.interpret,
+  )  # fmt: skip
+  return logits_V[None], keys, values
+
+
+def generate(
+  model: Fused,
+  tokens_B: Int[Array, "B"],
+  keys: Float[Array, "L B K S H"],
+  values: Float[Array, "L B K S H"],
+  position_B: Int[Array, "B"],
+  key: Array | None = None,
+  *,
+  steps: int,
+  temperature: float = 0.0,
+  kernels: Kernels,
+) -> tuple[Int[Array, "B T"], Array, Array]:
+  """`steps` tokens of each sequence, all on the device: each step reads what the last one chose.
+
+  Args:
+    tokens_B: The last token of each sequence so far, which is not in the cache yet.
+    position_B: Its position; position_B + steps must not exceed the capacity.
+    key: For temperature > 0; 0 takes the likeliest token (ties: the lowest id).
+  Returns: The tokens, and the caches: donate them, and they are written in place.
+  """
+  if temperature and key is None:
+    raise ValueError(f"temperature = {temperature}: sampling needs a key")
+
+  def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    out_BT, tokens_B, keys, values = carry
+    logits_BV, keys, values = step(model, tokens_B, keys, values, position_B + i, kernels=kernels)
+    if temperature:
+      tokens_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
+    else:
+      tokens_B = jnp.argmax(logits_BV, axis=-1)
+    tokens_B = tokens_B.astype(jnp.int32)
+    return lax.dynamic_update_index_in_dim(out_BT, tokens_B, i, 1), tokens_B, keys, values
+
+  out_BT = jnp.zeros((tokens_B.shape[0], steps), jnp.int32)
+  # A count that XLA knows spares a look at the device after every token.
+  out_BT, _, keys, values = lax.fori_loop(
+    0, steps, body, (out_BT, tokens_B.astype(jnp.int32), keys, values)
+  )
+  return out_BT, keys, values
+
+
+def multiply(
+  x_MK: Float[Array, "M K"],
+  w: TernaryArray,
+  layer: Int[Array, ""] | None,
+  product: Product,
+  dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "M N"]:
+  """x times the rows of a matrix, or of layer `layer` of a stack, in the weight's mode."""
+  if product == "reference":
+    return reference.matmul(x_MK, w, layer=layer).astype(dtype)
+  if product == "dense":
+    from neurojax.kernels.gemm import triton
+
+    return triton.prefill(x_MK, w, layer=layer).astype(dtype)
+  if w.mode == "w2a16":
+    return mosaic.matmul(x_MK, w, layer, dtype=dtype)
+  levels, steps = reference.quantize_rows(x_MK)
+  return mosaic.matmul(levels, w, layer, row_scales=steps, dtype=dtype)
+
+
+def _run_layers(
+  layers: LayerWeights, x_MD: Array, cache: Cache, attend: Any, kernels: Kernels, dtype: DTypeLike
+) -> tuple[Array, Cache]:
+  """M tokens through all layers; attend: (qkv, cache, layer) to (attended, cache)."""
+  eps = layers.shape.norm_eps
+  product = functools.partial(multiply, product=kernels.product)
+
+  def layer(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+    x_MD, cache = carry
+    qkv_MX = product(_normalise(x_MD, layers.attn_norm[i], eps), layers.qkv, i, dtype=dtype)
+    attended_MY, cache = attend(qkv_MX, cache, i)
+    x_MD = x_MD + product(attended_MY, layers.o, i)
+    both = product(_normalise(x_MD, layers.ffn_norm[i], eps), layers.gate_up, i, dtype=dtype)
+    gate_MF, up_MF = jnp.split(both.astype(jnp.float32), 2, axis=1)
+    hidden_MF = (jax.nn.silu(gate_MF) * up_MF).astype(dtype)
+    return x_MD + product(hidden_MF, layers.down, i), cache
+
+  start = (x_MD.astype(jnp.float32), cache)
+  if not kernels.unroll:
+    return lax.fori_loop(0, layers.num_layers, layer, start)
+  for i in range(layers.num_layers):
+    start = layer(jnp.int32(i), start)
+  return start
+
+
+def _write(cache_LBKSH: Array, new_BTKH: Array, layer: Array, start_B: Array | None) -> Array:
+  new_BKTH = new_BTKH.astype(cache_LBKSH.dtype).swapaxes(1, 2)
+  if start_B is None:
+    return lax.dynamic_update_slice(cache_LBKSH, new_BKTH[None], (layer, 0, 0, 0, 0))
+  for b in range(new_BKTH.shape[0]):
+    at = (layer, b, 0, start_B[b], 0)
+    cache_LBKSH = lax.dynamic_update_slice(cache_LBKSH, new_BKTH[None, b : b + 1], at)
+  return cache_LBKSH
+
+
+def _normalise(x: Float[Array, "... D"], scale_D: Array, eps: float) -> Float[Array, "... D"]:
+  x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+  return x * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))

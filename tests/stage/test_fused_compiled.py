@@ -1,0 +1,85 @@
+"""The fused programs of two layers of an 8B model compiled for an H200, on a machine without one."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from neurojax.config import ModelConfig
+from neurojax.stage import fused
+from neurojax.stage.bench import abstract_model
+from neurojax.stage.fused import Kernels
+from tests.kernels import aot
+
+REASON = aot.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+CONFIG = ModelConfig.load(Path(__file__).parents[2] / "configs" / "model" / "bonsai-8b.toml")
+LAYERS, CAPACITY = 2, 2304
+
+
+@functools.cache
+def model(mode: str) -> fused.Fused:
+  return abstract_model(CONFIG, mode, num_layers=LAYERS)
+
+
+def caches(batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+  shape = (LAYERS, batch, CONFIG.num_kv_heads, CAPACITY, CONFIG.head_dim)
+  return (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 2
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def copied(text: str) -> list[str]:
+  """Copies, and slices that are copies, of codes or of a cache."""
+  wide = r"(?:u8|s8)\[[\d,]{9,}\]|bf16\[\d+,\d+,8,2304,128\]"
+  return re.findall(rf"^.* = (?:{wide})\S* (?:copy|dynamic-slice|slice)\(.*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_a_step_of_64_sequences(mode: str, unroll: bool):
+  step = functools.partial(fused.step, kernels=Kernels(unroll=unroll))
+  keys, values = caches(64)
+  compiled = aot.compile_for_h200(
+    step, model(mode), ints(64), keys, values, ints(64), donate=(2, 3)
+  )
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert "mosaic_gpu" in text
+  assert copied(text) == []
+  assert memory.alias_size_in_bytes == 2 * 2 * keys.size
+  codes = model(mode).layers.gate_up.codes
+  assert memory.temp_size_in_bytes < codes.size // LAYERS
+
+
+@pytest.mark.parametrize("product", ["mosaic", "dense"])
+def test_a_prompt_of_2048_tokens(product: str):
+  def prompt(model, tokens, keys, values):
+    kernels = Kernels(product)
+    x, keys, values = fused.prefill(
+      model, fused.embed(model, tokens), keys, values, kernels=kernels
+    )
+    return fused.logits(model, x[:, -1], kernels=kernels), keys, values
+
+  keys, values = caches(1)
+  compiled = aot.compile_for_h200(
+    prompt, model("w2a16"), ints(1, 2048), keys, values, donate=(2, 3)
+  )
+  text = compiled.as_text()
+  assert "cudnn$fmha" in text
+  assert copied(text) == []
+  assert compiled.memory_analysis().alias_size_in_bytes == 2 * 2 * keys.size
+
+
+def test_a_copy_would_be_found():
+  def copy(codes):
+    return jax.lax.dynamic_index_in_dim(codes, 1) * jnp.uint8(1), codes
+
+  codes = model("w2a8").layers.gate_up.codes
+  text = aot.compile_for_h200(copy, codes).as_text()
+  assert copied(text), text
