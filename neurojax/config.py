@@ -190,7 +190,9 @@ class Sampling:
         raise ValueError(f"{field.name} = {value!r}: it must be finite")
     # Bounds beyond which float32 would turn a factor into 0 or infinity.
     check("temperature", 0 <= self.temperature <= 1e6, "0 (greedy) or positive, at most 1e6")
-    check("top_k", self.top_k is None or 1 <= self.top_k < 2**31, "at least 1, or absent")
+    check(
+      "top_k", self.top_k is None or 1 <= self.top_k < 2**31, "between 1 and 2**31 - 1, or absent"
+    )
     check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
     check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
     check("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "between 1e-6 and 1e6")

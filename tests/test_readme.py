@@ -1,11 +1,15 @@
 """What the README shows comes from what experiments measured."""
 
-from experiments.cpu_decode import run
+import pytest
+
+import experiments.cpu_decode.run
+import experiments.cpu_ternary.run
 from experiments.readme import block
 
 
-def test_the_readmes_table_is_the_one_of_the_results_file():
-  assert block("cpu_decode") == run.table()
+@pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary"])
+def test_the_readmes_tables_are_those_of_the_results_files(name: str):
+  assert block(name) == getattr(experiments, name).run.table()
 
 
 def test_the_readme_shows_the_demo_and_its_verdict():

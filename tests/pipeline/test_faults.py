@@ -506,7 +506,7 @@ def test_a_model_file_overwritten_in_place_after_its_digest_is_not_loaded(tmp_pa
   [
     ({"first_layer": 4, "last_layer": 2}, "no range"),
     ({"last_layer": 6}, "no range"),
-    ({"weights": "int3"}, "choose dense or int8"),
+    ({"weights": "int3"}, "choose one of dense, int8, w2a16, w2a8"),
     ({"max_sequences": 0}, "max_sequences"),
     ({"dtype": "float8"}, "choose one of float32"),
     ({"context_length": 0}, "context length"),
