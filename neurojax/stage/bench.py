@@ -68,10 +68,10 @@ COLUMNS = {
   "length": lambda row: str(row.length),
   "tok/s": lambda row: f"{row.tokens_per_s:,.0f}",
   "us": lambda row: f"{row.us:,.0f}",
-  "TB/s": lambda row: _show(row.weight_bytes_per_s, 1e12, ".2f"),
+  "GB/s": lambda row: _show(row.weight_bytes_per_s, 1e9, ".1f"),
   "of read": lambda row: _show(row.read_fraction, 1, ".0%"),
   "of copy": lambda row: _show(row.copy_fraction, 1, ".0%"),
-  "TFLOP/s": lambda row: _show(row.flops_per_s, 1e12, ".0f"),
+  "GFLOP/s": lambda row: _show(row.flops_per_s, 1e9, ".0f"),
   "of bf16": lambda row: _show(row.matmul_fraction, 1, ".0%"),
   "kernels": lambda row: row.kernels,
 }
@@ -149,9 +149,9 @@ def describe(rows: Sequence[Row]) -> str:
   row = rows[0]
   return (
     f"{row.arch} {row.weights}, {row.weight_gib:.2f} GiB of weights; {row.device}, jax {row.jax},"
-    f" jaxlib {row.jaxlib}, {row.date}\nat best: read {row.read_bytes_per_s / 1e12:.2f} TB/s, copy"
-    f" {row.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 product {row.bf16_flops_per_s / 1e12:.0f}"
-    f" TFLOP/s\n{measure.table(rows, COLUMNS)}"
+    f" jaxlib {row.jaxlib}, {row.date}\nat best: read {row.read_bytes_per_s / 1e9:.1f} GB/s, copy"
+    f" {row.copy_bytes_per_s / 1e9:.1f} GB/s, bf16 product {row.bf16_flops_per_s / 1e9:.0f}"
+    f" GFLOP/s\n{measure.table(rows, COLUMNS)}"
   )
 
 

@@ -84,9 +84,9 @@ COLUMNS = {
   "weights": lambda row: row.weights,
   "by": lambda row: row.implementation,
   "us": lambda row: f"{row.us:.1f}",
-  "TB/s": lambda row: f"{row.bytes_per_s / 1e12:.2f}",
+  "GB/s": lambda row: f"{row.bytes_per_s / 1e9:.1f}",
   "of read": lambda row: f"{row.read_fraction:.0%}",
-  "TFLOP/s": lambda row: f"{row.flops_per_s / 1e12:.0f}",
+  "GFLOP/s": lambda row: f"{row.flops_per_s / 1e9:.0f}",
   "of bf16": lambda row: f"{row.matmul_fraction:.0%}",
   "speedup": lambda row: f"{row.speedup:.2f}x",
 }
@@ -166,10 +166,10 @@ def describe(rows: Sequence[Row]) -> str:
   """A table, under what it was measured on."""
   row = rows[0]
   return (
-    f"{row.device}, jax {row.jax}, jaxlib {row.jaxlib}, {row.date}; TB/s are of weights as stored"
-    f"\nat best: read {row.read_bytes_per_s / 1e12:.2f} TB/s, copy"
-    f" {row.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 product {row.bf16_flops_per_s / 1e12:.0f}"
-    f" TFLOP/s\n{measure.table(rows, COLUMNS)}"
+    f"{row.device}, jax {row.jax}, jaxlib {row.jaxlib}, {row.date}; GB/s are of weights as stored"
+    f"\nat best: read {row.read_bytes_per_s / 1e9:.1f} GB/s, copy"
+    f" {row.copy_bytes_per_s / 1e9:.1f} GB/s, bf16 product {row.bf16_flops_per_s / 1e9:.0f}"
+    f" GFLOP/s\n{measure.table(rows, COLUMNS)}"
   )
 
 
