@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "neurojax"
 
 ROOMS = (
   "config*",
+  "folders*",
   "scaling*",
   "tokenizer*",
   "quant",

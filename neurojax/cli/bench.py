@@ -98,6 +98,7 @@ class Decode(EngineOptions):
 
   async def _bench_file(self) -> int:
     from neurojax.engine import bench
+    from neurojax.kernels import measure
 
     if len(self.prefill) != 1 or len(self.context) > 1 or self.batch != (1,):
       raise ValueError("--model takes one --prefill, at most one --context and no --batch")
@@ -128,7 +129,7 @@ class Decode(EngineOptions):
         with stderr.status("measuring"):
           rows = await work
     if self.out:
-      bench.append_csv(self.out, rows)
+      measure.append_csv(self.out, rows)
     if self.json:
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
       return 0

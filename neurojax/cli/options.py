@@ -161,8 +161,8 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
   import jax.numpy as jnp
 
   from neurojax.engine.local import LocalEngine
-  from neurojax.files.digest import cache_dir
   from neurojax.files.load import load_span, ternary_matrices
+  from neurojax.folders import cache_dir
   from neurojax.scaling import count, plan
   from neurojax.stage.compile import CompiledStage, use_compilation_cache
   from neurojax.stage.memory import free_memory_bytes

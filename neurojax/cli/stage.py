@@ -52,7 +52,7 @@ class Stage(ModelOptions):
       config = file.config
       name = self.name or f"{socket.gethostname()}-{os.getpid()}"
       # JAX takes seconds to import: only after everything that can be wrong was looked at.
-      from neurojax.files.digest import cache_dir
+      from neurojax.folders import cache_dir
       from neurojax.pipeline.worker import StageServer
       from neurojax.stage.compile import use_compilation_cache
 

@@ -1,21 +1,19 @@
 """How fast an engine is, beside what memory allows and what llama.cpp does on the same file."""
 
 import contextlib
-import csv
 import dataclasses
 import datetime
 import json
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from neurojax.engine.api import Engine, Request
+from neurojax.kernels import measure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ async def decode_and_prefill(
     ours["prefill"].append(prefill / first_s)
     first_s, total_s = await _generate(engine, prompt[:1], decode + 1)
     ours["decode"].append(decode / (total_s - first_s))
-    bandwidths.append(read_bandwidth())
+    bandwidths.append(measure.read_rate())
     if llama_bench:
       for name, speed in _llama(llama_bench, model, prefill, decode).items():
         theirs[name].append(speed)
@@ -98,51 +96,13 @@ async def decode_and_prefill(
         bytes_per_s=moved,
         bound_bytes_per_s=bound if moved else None,
         bound_fraction=moved / bound if moved else None,
-        device=device_name(),
+        device=measure.device_name(),
         cores=_cores(),
         jax=jax.__version__,
         date=datetime.date.today().isoformat(),
       )
     )
   return rows
-
-
-def append_csv(path: Path, rows: Sequence[Row]) -> None:
-  """Add rows to a results file, with a header if it is new."""
-  names = [field.name for field in dataclasses.fields(Row)]
-  is_new = not path.exists()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a", newline="", encoding="utf-8") as out:
-    writer = csv.DictWriter(out, names)
-    if is_new:
-      writer.writeheader()
-    for row in rows:
-      values = dataclasses.asdict(row)
-      writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-
-
-def read_bandwidth(size_bytes: int = 1 << 29) -> float:
-  """Bytes per second of summing an array, on the default device: what reading alone can reach."""
-  values = jnp.ones(size_bytes // 4, jnp.float32).reshape(-1, 1024)
-  # A plain sum of floats is bound by its additions; the sum over the leading axis runs at memory speed.
-  total = jax.jit(lambda x: jnp.sum(x, axis=0)).lower(values).compile()
-  best_s = float("inf")
-  for _ in range(4):
-    began_s = time.perf_counter()
-    total(values).block_until_ready()
-    best_s = min(best_s, time.perf_counter() - began_s)
-  return size_bytes / best_s
-
-
-def device_name() -> str:
-  device = jax.devices()[0]
-  if device.platform != "cpu":
-    return device.device_kind
-  with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-    for line in lines:
-      if line.startswith("model name"):
-        return line.split(":", 1)[1].strip()
-  return "cpu"
 
 
 def _cores() -> int:

@@ -9,17 +9,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import platformdirs
+from neurojax.folders import cache_dir
 
 # A file system may stamp two writes within one tick with the same time: a younger file is hashed
 # anew each time rather than remembered (Git's "racy" rule).
 _SETTLED_NS = 2_000_000_000
-
-
-def cache_dir() -> Path:
-  """The folder for what can be computed again: NEUROJAX_CACHE_DIR, else the user's cache folder."""
-  override = os.environ.get("NEUROJAX_CACHE_DIR")
-  return Path(override) if override else Path(platformdirs.user_cache_dir("neurojax"))
 
 
 def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> str:

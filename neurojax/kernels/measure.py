@@ -1,5 +1,6 @@
 """What benchmarks of kernels share: time on the device, and the rates that bound it."""
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+_PASSES = 4
 _ROUNDS = 16
 """Passes in one call: what starting a call costs must not count."""
 
@@ -42,11 +44,8 @@ def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
   on_gpu = jax.default_backend() == "gpu"
   size_bytes = size_bytes or (1 << 31 if on_gpu else 1 << 27)
   width = width or (8192 if on_gpu else 512)
+  read_bytes_per_s = read_rate(size_bytes)
   array = jnp.ones((_ROUNDS, size_bytes // 4 // _ROUNDS), jnp.int32)
-
-  # Each pass depends on the one before, or XLA would make one of them all.
-  def read(array: Array) -> Array:
-    return lax.fori_loop(0, _ROUNDS, lambda _, total: jnp.sum(array ^ total), jnp.int32(0))
 
   def copy(array: Array) -> Array:
     return lax.fori_loop(0, _ROUNDS, lambda i, a: a + i, array)
@@ -54,7 +53,6 @@ def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
   def square(x: Array, y: Array) -> Array:
     return lax.fori_loop(0, _ROUNDS, lambda _, x: x @ y, x)
 
-  read_s = seconds(jax.jit(read), array)
   copy_s = seconds(jax.jit(copy), array)
   del array
   x, y = (jax.random.normal(jax.random.key(i), (width, width), jnp.bfloat16) for i in range(2))
@@ -62,10 +60,36 @@ def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
   y = y * jnp.bfloat16(width**-0.5)
   square_s = seconds(jax.jit(square), x, y)
   return Rates(
-    read_bytes_per_s=_ROUNDS * size_bytes / read_s,
+    read_bytes_per_s=read_bytes_per_s,
     copy_bytes_per_s=_ROUNDS * 2 * size_bytes / copy_s,
     bf16_flops_per_s=_ROUNDS * 2 * width**3 / square_s,
   )
+
+
+def read_rate(size_bytes: int = 1 << 29, runs: int = 3) -> float:
+  """Bytes per second of summing an array, on the default device: what reading alone can reach."""
+  array = jnp.ones((size_bytes // 4 // 1024, 1024), jnp.int32)
+
+  # Each pass depends on the one before, or XLA would make one of them all. Over the leading axis: a
+  # plain sum is bound by its additions.
+  def read(array: Array) -> Array:
+    start = jnp.zeros((1, 1024), jnp.int32)
+    return lax.fori_loop(
+      0, _PASSES, lambda _, total: jnp.sum(array ^ total, axis=0, keepdims=True), start
+    )
+
+  return _PASSES * array.nbytes / seconds(jax.jit(read), array, runs=runs)
+
+
+def device_name() -> str:
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    return device.device_kind
+  with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+    for line in lines:
+      if line.startswith("model name"):
+        return line.split(":", 1)[1].strip()
+  return "cpu"
 
 
 def seconds(f: Callable[..., Any], *args: Any, runs: int = 5) -> float:
@@ -84,7 +108,7 @@ def origin() -> dict[str, str]:
   import jaxlib
 
   return {
-    "device": jax.devices()[0].device_kind,
+    "device": device_name(),
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "date": datetime.date.today().isoformat(),

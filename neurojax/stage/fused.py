@@ -373,10 +373,7 @@ def multiply(
     from neurojax.kernels.gemm import triton
 
     return triton.prefill(x_MK, w, layer=layer).astype(dtype)
-  if w.mode == "w2a16":
-    return mosaic.matmul(x_MK, w, layer, dtype=dtype)
-  levels, steps = reference.quantize_rows(x_MK)
-  return mosaic.matmul(levels, w, layer, row_scales=steps, dtype=dtype)
+  return mosaic.matmul(x_MK, w, layer, dtype=dtype)
 
 
 def _run_layers(

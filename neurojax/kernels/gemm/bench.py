@@ -227,11 +227,7 @@ def product_s(
 
 
 def _mosaic(x: Array, w: TernaryArray, index: Any) -> Array:
-  layer = jnp.int32(index)
-  if w.mode == "w2a16":
-    return mosaic.matmul(x, w, layer)
-  levels, steps = reference.quantize_rows(x)
-  return mosaic.matmul(levels, w, layer, row_scales=steps)
+  return mosaic.matmul(x, w, jnp.int32(index))
 
 
 def _xla(x: Array, w: Array) -> Array:

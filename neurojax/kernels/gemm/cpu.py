@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-import platformdirs
 from jaxtyping import Array, Float, Float32, Int
 
+from neurojax.folders import cache_dir
 from neurojax.kernels.gemm.layer import TernaryLayer, take_out
 from neurojax.ternary.array import TernaryArray
 
@@ -160,9 +160,7 @@ def _compile(command: list[str], library: Path) -> None:
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
   """Where libraries are kept, or a temporary folder where none can be."""
-  override = os.environ.get("NEUROJAX_CACHE_DIR")
-  root = Path(override) if override else Path(platformdirs.user_cache_dir("neurojax"))
-  kept = root / "kernels"
+  kept = cache_dir() / "kernels"
   try:
     kept.mkdir(parents=True, exist_ok=True)
     # Whoever can write there can run code here. Fails if the folder is another user's.

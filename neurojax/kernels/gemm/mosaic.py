@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int8
 
+from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.ternary.array import BLOCK, TernaryArray
 
 ROWS = 64
@@ -118,7 +119,8 @@ def matmul(
   """x times the weight, sums within a scale group in float32 ("w2a16") or exact ("w2a8").
 
   Args:
-    x: Of float dtype it enters as bfloat16; int8 needs `row_scales`.
+    x: Of float dtype it is rounded as the weight's mode says, to bfloat16 or by `quantize_rows`.
+      int8 is rounded already, and needs `row_scales`.
     w: One weight, or a stack of them with one leading axis.
     layer: Which of the stack; the codes are not copied.
     row_scales: What one unit of each row of an int8 x is worth.
@@ -142,7 +144,7 @@ def matmul(
     raise NotImplementedError(reason)
   cut = cut or tiling(m, n, k, w)
   if x.dtype != jnp.int8:
-    x = x.astype(jnp.bfloat16)
+    x, row_scales = quantize_rows(x) if w.mode == "w2a8" else (x.astype(jnp.bfloat16), None)
   # Whole tiles of 8 rows: the copy engine fills in what is missing of a block, not of a tile.
   padding = -m % 8
   x = jnp.pad(permute(x, x.dtype.itemsize), ((0, padding), (0, 0)))

@@ -38,13 +38,17 @@ def matmul(
   """x W in the weight's mode, float32.
 
   Args:
-    x: Rows, or rows that `prepare` or `norm` has split already.
+    x: Rows, or rows that `prepare` has split already.
     w: [..]; with one axis in front (layers) if `layer` is given: that slice is read in place.
     layer: int32 scalar.
     tiles: How to cut the work; None: a choice for the shape.
     interpret: Run on any backend, slowly.
   Raises: ValueError: the weight is of a form `supports` rejects.
   """
+  if not isinstance(x, Planes) and tiles is None and x.shape[0] >= PREFILL_ROWS:
+    if reason := supports(x.shape[0], w.codes.shape[-2], x.shape[1], w):
+      raise ValueError(reason)
+    return prefill(x, w, layer=layer, interpret=interpret)
   return _product(x, (w,), layer, tiles, interpret)
 
 

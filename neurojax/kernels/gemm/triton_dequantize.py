@@ -10,12 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from neurojax.kernels.gemm.triton_planes import (
-  FIELDS,
-  quantize_rows,
-  unpack,
-  unpacked_unit,
-)
+from neurojax.kernels.gemm.reference import quantize_rows
+from neurojax.kernels.gemm.triton_planes import FIELDS, unpack, unpacked_unit
 from neurojax.ternary.array import TernaryArray
 
 _N = 32

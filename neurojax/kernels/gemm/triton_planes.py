@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, UInt8
 
+from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.ternary.array import Mode
 
 FIELDS = 4
@@ -69,14 +70,6 @@ def _asm(text: str, outputs: int, dtype: Any, words: Array) -> Array:
     pack=4,
     result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, dtype)],
   )[0]
-
-
-def quantize_rows(x: Float[Array, "M K"]) -> tuple[Array, Float32[Array, " M"]]:
-  """int8 values and the scale of each row, absmax / 127: rounded half to even, zeros stay zeros."""
-  x = x.astype(jnp.float32)
-  absmax = jnp.abs(x).max(-1)
-  inverse = jnp.where(absmax > 0, 127 / jnp.where(absmax > 0, absmax, 1), 0)
-  return jnp.round(x * inverse[:, None]).astype(jnp.int8), absmax / 127
 
 
 def prepare(x: Float[Array, "M K"], width: int, mode: Mode) -> Planes:

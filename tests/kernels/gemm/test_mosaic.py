@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from neurojax.kernels.gemm.mosaic import FRAGMENTS, matmul, permute, supports
+from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.ternary.array import TernaryArray
 from tests.kernels import aot
 
@@ -89,6 +90,33 @@ def test_a_stack_needs_a_layer_and_int8_needs_scales():
     matmul(x, abstract(lead=(2,)))
   with pytest.raises(ValueError, match="row_scales"):
     matmul(jax.ShapeDtypeStruct((8, 4096), jnp.int8), abstract(mode="w2a8"))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_floats_are_rounded_as_the_weights_mode_says(dtype, monkeypatch: pytest.MonkeyPatch):
+  from neurojax.kernels.gemm import mosaic_kernel
+
+  given = []
+
+  def launch(m, group_size, cut, out_dtype):
+    def kernel(x, codes, scales, at, rows):
+      given.append((x, rows))
+      return jnp.zeros((m, 128), out_dtype)
+
+    return kernel
+
+  monkeypatch.setattr(mosaic_kernel, "launch", launch)
+  x = jax.random.normal(jax.random.key(0), (8, 256), dtype)
+  codes, scales = jnp.zeros((128, 64), jnp.uint8), jnp.ones((128, 2), jnp.float16)
+  for mode in ("w2a8", "w2a16"):
+    matmul(x, TernaryArray(codes, scales, (256, 128), 1, 128, mode))
+  (rounded, [steps, *_]), (same, none) = given
+  levels, expected = quantize_rows(x)
+  np.testing.assert_array_equal(rounded, permute(levels, 1))
+  np.testing.assert_array_equal(steps, expected)
+  assert same.dtype == jnp.bfloat16 and none == []
+  np.testing.assert_array_equal(same, permute(x.astype(jnp.bfloat16), 2))
 
 
 REASON = aot.why_not()

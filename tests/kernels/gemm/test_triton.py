@@ -14,8 +14,6 @@ import pytest
 
 from neurojax.kernels.gemm import triton, triton_dot
 from neurojax.kernels.gemm.triton_dequantize import dequantize
-from neurojax.kernels.gemm.triton_norm import norm
-from neurojax.kernels.gemm.triton_planes import prepare
 from neurojax.ternary.array import TernaryArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -123,22 +121,11 @@ def test_dequantize_rounds_only_the_scale():
 
 
 @pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
-def test_norm_prepares_what_prepare_does(mode):
-  x, g = rows(3, 330), np.random.default_rng(2).random(330).astype(np.float32)
-  np.testing.assert_array_equal(
-    norm(jnp.asarray(x), None, width=96, mode=mode, interpret=True).values,
-    prepare(jnp.asarray(x), 96, mode).values,
-  )
-  normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * g
-  planes = norm(jnp.asarray(x), jnp.asarray(g), width=96, mode=mode, interpret=True)
-  values = np.asarray(planes.values, np.float64)
-  if planes.row_scales is not None:
-    values = values * np.asarray(planes.row_scales)[None, :, None]
-  values = values.transpose(1, 2, 0).reshape(3, -1)
-  # Half a step of int8, or 8 bits.
-  bound = np.abs(normed).max(-1, keepdims=True) / 254 if mode == "w2a8" else np.abs(normed) * 2**-8
-  assert (np.abs(values[:, :330] - normed) <= bound * 1.0001).all()
-  assert (values[:, 330:] == 0).all()
+def test_many_rows_are_multiplied_by_the_weight_written_out(mode, monkeypatch):
+  x, w = jnp.asarray(rows(triton.PREFILL_ROWS, 320)), weight(40, 320, 64, mode)
+  expected = triton.prefill(x, w, interpret=True)
+  monkeypatch.setattr(triton_dot, "dot", None)
+  np.testing.assert_array_equal(triton.matmul(x, w, interpret=True), expected)
 
 
 def test_unknown_forms_are_refused_with_the_reason():
