@@ -137,9 +137,9 @@ class Unit:
   def part(self) -> Array:
     return lax.div(jnp.arange(self.count), self.rows * self.tiles)
 
-  def add_tiles(self, v: Array) -> Array:
-    """[count] to [parts, rows]."""
-    return v.reshape(self.parts, self.tiles, self.rows).sum(1)
+  def add_up(self, v: Array) -> Array:
+    """[count, 32] to [parts, rows]: tiles first, which a lane does alone."""
+    return v.reshape(self.parts, self.tiles, self.rows, _LANES).sum(1).sum(-1)
 
   def load(
     self, codes_ref, scales_ref, layer: Array, first: Array, end: int, tile: Array, group: int

@@ -3,7 +3,8 @@
 A grid of one program per multiprocessor walks through all layers. A layer is five phases (q, k and
 v; attention; output projection; gate and up; down) with a barrier over the grid after each, since
 every program needs all that the others computed. What would be idle time at a barrier is used to
-read ahead: the first weights of the next phase are requested before the wait.
+read ahead: the first weights of the next phase, the norm's scale and the keys are requested before
+the wait.
 
 Activations are int8 with one scale per token ("w2a8"): sums of a block of 64 products are exact
 integers, which float32 adds up after multiplication by the scale. Each program normalises and
@@ -14,6 +15,7 @@ Grid barriers need all programs on the chip at once: one per multiprocessor, no 
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -26,11 +28,20 @@ from neurojax.kernels.decode.tiles import TILE, Ops, Unit, round_bits, store_pla
 from neurojax.kernels.decode.weights import LayerWeights, Shape
 from neurojax.ternary.array import TernaryArray
 
-WARPS = 16
+WARPS = 8
+"""Few, so that each thread has many registers: they hold what is requested ahead."""
 _ROWS = 16
-"""Outputs of a unit of work: one for each warp."""
+"""Outputs of a unit of work: two for each warp."""
+_AHEAD = 1 << 15
+"""Bytes of codes that a program requests ahead."""
 _KEYS = 64
 """Keys that attention takes at once."""
+_LEAST = 64
+"""Keys of a share at least, if there are so many."""
+_SHARE = 16
+"""Keys are dealt out to programs in multiples of this."""
+_HEADS = 16
+"""Rows of the smallest product that tensor cores do: the queries of a key-value head, padded."""
 _LOG2E = 1.4426950408889634
 _MASKED = -1e30
 """Below any score, yet finite: a row of masked keys gives no NaN."""
@@ -79,8 +90,8 @@ class Product:
 
   @property
   def slots(self) -> int:
-    """Units that are requested ahead: about 48 KiB of codes."""
-    return min(max(1, 96 // self.unit.count), self.rounds)
+    """Units that are requested ahead."""
+    return min(max(1, _AHEAD // (self.unit.count * TILE // 4)), self.rounds)
 
 
 class _Kernel:
@@ -95,18 +106,36 @@ class _Kernel:
     capacity: int,
     head: int,
     groups: dict[str, int],
+    qk_norm: bool,
     interpret: bool,
   ):
     s = shape
     self.shape, self.layers, self.programs, self.capacity = s, layers, programs, capacity
-    self.ops = Ops(interpret)
+    self.qk_norm, self.ops = qk_norm, Ops(interpret)
     product = functools.partial(Product, programs=programs)
     self.qkv = product((s.n + 2 * s.k) * s.h, s.d, groups["qkv"])
     self.o = product(s.d, s.n * s.h, groups["o"])
     self.gate_up = product(2 * s.f, s.d, groups["gate_up"], paired=True)
     self.down = product(s.d, s.f, groups["down"])
     self.head = product(head, s.d, groups["head"]) if head else None
-    self.splits = max(1, min(programs // s.k, -(-capacity // _KEYS)))
+    # A program by itself takes several shares too, or nothing would be joined in interpret mode.
+    self.splits = min(max(3, programs // s.k), -(-capacity // _SHARE))
+    self.columns = -(-s.g * s.h // self.splits)
+    sizes = {
+      "x": s.d,
+      "x_mid": s.d,
+      "qkv": self.qkv.outputs,
+      "sums": s.k * self.splits * s.g,
+      "shares": s.k * self.splits * s.g * s.h,
+      "attended": s.n * s.h,
+      "o": self.o.chunks * s.d,
+      "hidden": s.f,
+      "tops": programs,
+      "down": self.down.chunks * s.d,
+    }
+    starts = itertools.accumulate(sizes.values(), initial=0)
+    *starts, self.scratch = starts
+    self.starts = dict(zip(sizes, starts, strict=True))
 
   # --- weights -----------------------------------------------------------------------------------
 
@@ -130,33 +159,36 @@ class _Kernel:
     codes, scales = loaded
     planes, x_sums = x
     sums = (self.ops.dot(codes, planes) - x_sums).astype(jnp.float32) * scales.astype(jnp.float32)
-    y = p.unit.add_tiles(sums.sum(1)) * scale
+    y = p.unit.add_up(sums) * scale
     if not p.paired:
       return y.reshape(_ROWS)
     part = lax.broadcasted_iota(jnp.int32, y.shape, 0)
     gate, up = [jnp.sum(jnp.where(part == i, y, 0), axis=0) for i in range(2)]
     return gate / (1 + jnp.exp2(gate * -_LOG2E)) * up
 
-  def multiply(self, p: Product, refs, layer, slots, x, scale, out_ref, then):
-    """Multiply this program's rows by x; `then` requests what the next phase starts with.
+  def multiply(self, p: Product, refs, layer, slots, x, scale, post) -> Array:
+    """Multiply this program's rows by x; the largest |result| of each row of a unit.
 
-    Returns: What `then` returned, and the largest |result|.
+    Args:
+      post: Called with indices of results, results, and which of them count.
     """
-    chunk = lax.rem(self.pid, p.chunks)
+    first = lax.rem(self.pid, p.chunks) * p.outputs
     depth = len(slots)
 
     def put(index, loaded, top):
       y = self._sums(p, loaded, x, scale)
       rows = self._first(p, index) + jnp.arange(_ROWS)
+      inside = rows < p.outputs
+      top = jnp.maximum(top, jnp.where(inside, jnp.abs(y), 0))
       if self.ops.interpret:
-        plgpu.store(out_ref.at[chunk, rows], y, mask=rows < p.outputs)
-        return jnp.maximum(top, jnp.where(rows < p.outputs, jnp.abs(y), 0))
+        post(first + rows, y, inside)
+        return top
       # In the layout that the sums have: any other would be a detour through shared memory.
       wide = jnp.broadcast_to(y[:, None], (_ROWS, 32))
       row = self.ops.opaque(jnp.broadcast_to(rows[:, None], (_ROWS, 32)))
       lane = lax.broadcasted_iota(jnp.int32, (_ROWS, 32), 1)
-      plgpu.store(out_ref.at[chunk, row], wide, mask=(row < p.outputs) & (lane == 0))
-      return jnp.maximum(top, jnp.where(rows < p.outputs, jnp.abs(y), 0))
+      post(first + row, wide, (row < p.outputs) & (lane == 0))
+      return top
 
     def body(j, carry):
       slots, top = carry
@@ -168,8 +200,26 @@ class _Kernel:
 
     # Units past the last row request nothing and store nothing.
     turns = -(-p.rounds // depth)
-    _, top = lax.fori_loop(0, turns, body, (slots, jnp.zeros(_ROWS, jnp.float32)))
-    return then(), jnp.max(top)
+    return lax.fori_loop(0, turns, body, (slots, jnp.zeros(_ROWS, jnp.float32)))[1]
+
+  # --- what programs tell each other ---------------------------------------------------------------
+
+  def post(self, refs, name: str):
+    """Function of indices, float32 values and a mask that writes what others will read."""
+
+    def write(index: Array, value: Array, mask: Array) -> None:
+      at = self.starts[name] + index
+      if self.ops.interpret:
+        # The interpreter writes what is masked out too: there it goes past the end.
+        at = jnp.where(mask, at, self.scratch)
+      plgpu.store(refs.scratch.at[at], value, mask=mask)
+
+    return write
+
+  def read(self, refs, name: str, index: Array, mask: Array) -> Array:
+    """What others wrote before a barrier, float32, zeros where masked out."""
+    at = refs.scratch.at[self.starts[name] + index]
+    return plgpu.load(at, mask=mask, other=0.0, volatile=True)
 
   # --- activations -------------------------------------------------------------------------------
 
@@ -184,159 +234,189 @@ class _Kernel:
     planes = p.unit.load_planes(refs.rounded, self.pid)
     return (planes, self.ops.block_sums(planes)), top * (1 / 127)
 
-  def _residual(self, x_ref, parts_ref, parts: Product, keep_ref, live) -> Array:
-    """x + sum of parts, float32, zero from D on; program 0 keeps it.
+  def _residual(self, refs, x: str, name: str, parts: Product, keep, live=True) -> Array:
+    """x + sum of a product's chunks, float32, zero from D on; program 0 keeps it.
 
-    live: False in the first layer, whose input has no parts yet.
+    Args:
+      keep: Called like what `post` returns.
+      live: False in the first layer, whose input has no parts yet.
     """
     i = jnp.arange(_padded(self.shape.d))
     inside = i < self.shape.d
-    v = plgpu.load(x_ref.at[i], mask=inside, other=0.0, volatile=True)
+    v = self.read(refs, x, i, inside)
     for c in range(parts.chunks):
-      v += plgpu.load(parts_ref.at[c, i], mask=inside & live, other=0.0, volatile=True)
-    plgpu.store(keep_ref.at[i], v, mask=inside & (self.pid == 0))
+      v += self.read(refs, name, c * self.shape.d + i, inside & live)
+    keep(i, v, inside & (self.pid == 0))
     return v
 
-  def _normalise(self, p: Product, refs, v: Array, gain_ref, layer):
+  def _gain(self, ref, layer: Array) -> Array:
+    i = jnp.arange(_padded(self.shape.d))
+    return plgpu.load(ref.at[layer, i], mask=i < self.shape.d, other=0.0)
+
+  def _normalise(self, p: Product, refs, v: Array, gain: Array):
     """RMSNorm, rounded to int8: planes and block sums, and the scale."""
-    i = jnp.arange(v.shape[0])
-    scaled = v * plgpu.load(gain_ref.at[layer, i], mask=i < self.shape.d, other=0.0)
+    scaled = v * gain
     mean = jnp.sum(v * v) / self.shape.d
     x, scale = self._quantise(p, refs, scaled, jnp.max(jnp.abs(scaled)))
     return x, scale * lax.rsqrt(mean + self.shape.norm_eps)
 
   # --- attention ---------------------------------------------------------------------------------
 
-  def _head(self, qkv_ref, head, cos, sin, norm_ref, layer, rows: int, valid: int):
-    """Heads head .. head+valid, normalised and rotated: two halves, float32 [rows, H/2]."""
+  def _turning(self, refs, norm_ref, layer) -> tuple[Array, Array]:
+    """Factors of a head's elements and of their partners, float32 [1, H]: norm's scale, rotation."""
     half = self.shape.h // 2
-    r = jnp.arange(rows)[:, None]
-    column = jnp.arange(half)[None, :]
-    inside = jnp.broadcast_to(r < valid, (rows, half))
-    at = (head + r) * self.shape.h + column
-    a = plgpu.load(qkv_ref.at[0, at], mask=inside, other=0.0, volatile=True)
-    b = plgpu.load(qkv_ref.at[0, at + half], mask=inside, other=0.0, volatile=True)
-    if norm_ref is not None:
-      mean = (jnp.sum(a * a, axis=1) + jnp.sum(b * b, axis=1)) / self.shape.h
-      r = lax.rsqrt(mean + self.shape.norm_eps)[:, None]
-      a = a * r * norm_ref[layer, pl.ds(0, half)][None, :]
-      b = b * r * norm_ref[layer, pl.ds(half, half)][None, :]
-    return a * cos - b * sin, b * cos + a * sin
+    i = jnp.arange(self.shape.h)[None, :]
+    cos = plgpu.load(refs.cos.at[lax.rem(i, half)])
+    sin = plgpu.load(refs.sin.at[lax.rem(i, half)])
+    sin = jnp.where(i < half, -sin, sin)
+    if norm_ref is None:
+      return cos, sin
+    scale = plgpu.load(norm_ref.at[layer, i])
+    return cos * scale, sin * plgpu.load(norm_ref.at[layer, self._partner(i)])
 
-  def attend(self, layer, refs, position):
-    """This program's share of the keys of one key-value head; the last one of a head joins all."""
+  def _partner(self, i: Array) -> Array:
+    half = self.shape.h // 2
+    return jnp.where(i < half, i + half, i - half)
+
+  def _turn(self, own: Array, other: Array, turning: tuple[Array, Array]) -> Array:
+    """Heads [R, H], normalised if the family does that, and rotated; other: elements' partners."""
+    out = own * turning[0] + other * turning[1]
+    if not self.qk_norm:
+      return out
+    mean = jnp.sum(own * own, axis=1, keepdims=True) / self.shape.h
+    return out * lax.rsqrt(mean + self.shape.norm_eps)
+
+  def _keys(self, refs, layer, head, first, end) -> tuple[Array, Array]:
+    """Keys and values [_KEYS, H] from position `first` on; zeros from `end` on."""
+    key = first + jnp.arange(_KEYS)
+    column = jnp.arange(self.shape.h)[None, :]
+    mask = jnp.broadcast_to((key < end)[:, None], (_KEYS, self.shape.h))
+    at = (layer, 0, head, key[:, None], column)
+    return tuple(plgpu.load(ref.at[at], mask=mask, other=0.0) for ref in (refs.keys, refs.values))
+
+  def attention(self, layer, refs, position):
+    """Attention in two parts: what can be requested before q, k and v are there, and the rest.
+
+    Each program takes a share of the keys of one key-value head, then joins some columns of all.
+    Returns: A function to call when q, k and v are there.
+    """
     s, splits = self.shape, self.splits
-    length = position + 1
-    # Whole blocks of keys for each split; splits past the last key have nothing to do.
-    share = lax.div(length + splits * _KEYS - 1, splits * _KEYS) * _KEYS
-    active = lax.div(length + share - 1, share)
+    step = splits * _SHARE
+    share = jnp.maximum(lax.div(position + step - 1, step) * _SHARE, _LEAST)
+    active = jnp.maximum(lax.div(position + share - 1, share), 1)
+    units = s.k * splits
+    turning = [self._turning(refs, ref, layer) for ref in (refs.q_norm, refs.k_norm)]
 
-    def unit(u):
+    def place(u):
       head, split = lax.div(u, splits), lax.rem(u, splits)
+      live = (u < units) & (split < active)
+      first = split * share
+      end = jnp.where(live, jnp.minimum(first + share, position), 0)
+      return live, (head, split, first, end)
 
-      @pl.when(split < active)
+    def request(u):
+      _, (head, _, first, end) = place(u)
+      return self._keys(refs, layer, lax.rem(head, s.k), first, end)
+
+    def attend(u, tiles):
+      live, (head, *keys) = place(u)
+
+      @pl.when(live)
       def _():
-        self._attend_share(layer, refs, head, split, split * share, share, position)
-        self._join(layer, refs, head, active)
+        self._attend_share(layer, refs, head, *keys, position, tiles, turning)
+        self._count(refs.sync, _APART + layer * s.k + head)
 
-    if self.programs >= s.k * splits:
-      pl.when(self.pid < s.k * splits)(lambda: unit(self.pid))
-    else:
-      count = -(-s.k * splits // self.programs)
-
-      def step(i, _):
-        u = self.pid + i * self.programs
-        pl.when(u < s.k * splits)(lambda: unit(u))
-        return 0
-
-      lax.fori_loop(0, count, step, 0)
-
-  def _attend_share(self, layer, refs, head, split, start, share, position):
-    s, half = self.shape, self.shape.h // 2
-    rows = 16
-    kind = refs.keys.dtype
-    column = jnp.arange(half)
-    cos, sin = refs.cos[column][None, :], refs.sin[column][None, :]
-
-    @pl.when((start <= position) & (position < start + share))
-    def _():
-      a, b = self._head(refs.qkv_out, s.n + head, cos, sin, refs.k_norm, layer, 1, 1)
-      plgpu.store(refs.keys.at[layer, 0, head, position, column], a.reshape(half).astype(kind))
-      plgpu.store(
-        refs.keys.at[layer, 0, head, position, half + column], b.reshape(half).astype(kind)
+    def join(u):
+      pl.when(u < units)(
+        lambda: self._join(layer, refs, lax.div(u, splits), lax.rem(u, splits), active)
       )
-      whole = jnp.arange(s.h)
-      v = plgpu.load(refs.qkv_out.at[0, (s.n + s.k + head) * s.h + whole], volatile=True)
-      plgpu.store(refs.values.at[layer, 0, head, position, whole], v.astype(kind))
 
-    self._block_barrier()
-    a, b = self._head(refs.qkv_out, head * s.g, cos, sin, refs.q_norm, layer, rows, s.g)
-    factor = s.h**-0.5 * _LOG2E
-    qa, qb = (a * factor).astype(kind), (b * factor).astype(kind)
+    if self.programs >= units:
+      tiles = request(self.pid)
+
+      def run():
+        attend(self.pid, tiles)
+        join(self.pid)
+
+      return run
+
+    def each(f):
+      count = -(-units // self.programs)
+      lax.fori_loop(0, count, lambda i, _: (f(self.pid + i * self.programs), 0)[1], 0)
+
+    def run():
+      each(lambda u: attend(u, request(u)))
+      each(join)
+
+    return run
+
+  def _attend_share(self, layer, refs, head, split, first, end, position, tiles, turning):
+    """Keys first .. end of one head; the first share has the new key too, and stores it."""
+    s = self.shape
+    kind = refs.keys.dtype
+    column = jnp.arange(s.h)[None, :]
+    row = jnp.arange(_HEADS)[:, None]
+    query = (head * s.g + row) * s.h
+    key = jnp.broadcast_to((s.n + head) * s.h, (1, s.h))
+    live = jnp.broadcast_to(row < s.g, (_HEADS, s.h))
+    partner = self._partner(column)
+    q, q_other = (self.read(refs, "qkv", query + at, live) for at in (column, partner))
+    k, k_other, v = (
+      self.read(refs, "qkv", key + at, key >= 0) for at in (column, partner, s.k * s.h + column)
+    )
+    q = (self._turn(q, q_other, turning[0]) * (s.h**-0.5 * _LOG2E)).astype(kind)
+    k = self._turn(k, k_other, turning[1]).astype(kind)
+    v = v.astype(kind)
+    owner = split == 0
+
+    @pl.when(owner)
+    def _():
+      at = (layer, 0, head, position + jnp.zeros((1, 1), jnp.int32), column)
+      plgpu.store(refs.keys.at[at], k)
+      plgpu.store(refs.values.at[at], v)
+
+    score = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1)
+    top = jnp.where(owner, score, _MASKED)
+    total = jnp.where(owner, jnp.ones(_HEADS, jnp.float32), 0.0)
+    out = jnp.broadcast_to(jnp.where(owner, v.astype(jnp.float32), 0.0), (_HEADS, s.h))
 
     def block(i, carry):
-      top, total, out = carry
-      key = start + i * _KEYS + jnp.arange(_KEYS)
-      seen = key <= position
-      mask = jnp.broadcast_to(seen[:, None], (_KEYS, half))
-      ka = plgpu.load(
-        refs.keys.at[layer, 0, head, key[:, None], column[None, :]], mask=mask, other=0
-      )
-      kb = plgpu.load(
-        refs.keys.at[layer, 0, head, key[:, None], half + column[None, :]], mask=mask, other=0
-      )
-      score = _dot(qa, ka.T) + _dot(qb, kb.T)
-      score = jnp.where(seen[None, :], score, _MASKED)
+      (k, v), top, total, out = carry
+      at = first + i * _KEYS
+      seen = at + jnp.arange(_KEYS) < end
+      score = jnp.where(seen[None, :], _dot(q, k.T), _MASKED)
       new_top = jnp.maximum(top, score.max(1))
       weight = jnp.exp2(score - new_top[:, None])
+      weight = jnp.where(seen[None, :], weight, 0.0)
       shrink = jnp.exp2(top - new_top)
-      v = plgpu.load(
-        refs.values.at[layer, 0, head, key[:, None], jnp.arange(s.h)[None, :]],
-        mask=jnp.broadcast_to(seen[:, None], (_KEYS, s.h)),
-        other=0,
-      )
       out = out * shrink[:, None] + _dot(weight.astype(kind), v)
-      return new_top, total * shrink + weight.sum(1), out
+      tiles = self._keys(refs, layer, head, at + _KEYS, end)
+      return tiles, new_top, total * shrink + weight.sum(1), out
 
-    last = jnp.minimum(start + share, position + 1)
-    count = lax.div(last - start + _KEYS - 1, _KEYS)
-    carry = (
-      jnp.full(rows, _MASKED, jnp.float32),
-      jnp.zeros(rows, jnp.float32),
-      jnp.zeros((rows, s.h), jnp.float32),
-    )
-    top, total, out = lax.fori_loop(0, count, block, carry)
-    g = jnp.arange(rows)
-    valid = g < s.g
-    plgpu.store(refs.tops.at[head, split, g], top, mask=valid)
-    plgpu.store(refs.totals.at[head, split, g], total, mask=valid)
-    plgpu.store(
-      refs.shares.at[head, split, g[:, None], jnp.arange(s.h)[None, :]],
-      out,
-      mask=jnp.broadcast_to(valid[:, None], (rows, s.h)),
-    )
+    count = lax.div(end - first + _KEYS - 1, _KEYS)
+    _, top, total, out = lax.fori_loop(0, count, block, (tiles, top, total, out))
+    r = jnp.arange(_HEADS)
+    at = (head * self.splits + split) * s.g
+    self.post(refs, "sums")(at + r, top + jnp.log2(total), r < s.g)
+    self.post(refs, "shares")((at + row) * s.h + column, out / total[:, None], live)
 
-  def _join(self, layer, refs, head, active):
-    s = self.shape
-    arrived = self._count(refs.sync, _APART + layer * s.k + head)
-
-    @pl.when(arrived == active - 1)
-    def _():
-      split = jnp.arange(pl.next_power_of_2(self.splits))
-      used = split < active
-      column = jnp.arange(s.h)
-      for g in range(s.g):
-        top = plgpu.load(refs.tops.at[head, split, g], mask=used, other=_MASKED, volatile=True)
-        total = plgpu.load(refs.totals.at[head, split, g], mask=used, other=0.0, volatile=True)
-        out = plgpu.load(
-          refs.shares.at[head, split[:, None], g, column[None, :]],
-          mask=jnp.broadcast_to(used[:, None], (split.shape[0], s.h)),
-          other=0.0,
-          volatile=True,
-        )
-        weight = jnp.exp2(top - jnp.max(top))
-        joined = jnp.sum(out * weight[:, None], axis=0) / jnp.sum(total * weight)
-        plgpu.store(refs.attended.at[(head * s.g + g) * s.h + column], joined)
+  def _join(self, layer, refs, head, piece, active):
+    """Averages the shares of one head, for some of its columns."""
+    s, width = self.shape, self.shape.g * self.shape.h
+    self._wait_for(refs.sync, _APART + layer * s.k + head, active)
+    split = jnp.arange(pl.next_power_of_2(self.splits))[:, None]
+    c = jnp.arange(pl.next_power_of_2(self.columns))
+    column = piece * self.columns + c
+    inside = (c < self.columns) & (column < width)
+    used = (split < active) & inside[None, :]
+    share = head * self.splits + split
+    sums = self.read(refs, "sums", share * s.g + lax.div(column, s.h)[None, :], used)
+    shares = self.read(refs, "shares", share * width + column[None, :], used)
+    sums = jnp.where(used, sums, _MASKED)
+    weight = jnp.where(used, jnp.exp2(sums - jnp.max(sums, axis=0)[None, :]), 0.0)
+    total = jnp.where(inside, jnp.sum(weight, axis=0), 1.0)
+    joined = jnp.sum(shares * weight, axis=0) / total
+    self.post(refs, "attended")(head * width + column, joined, inside)
 
   # --- synchronisation ---------------------------------------------------------------------------
 
@@ -344,33 +424,35 @@ class _Kernel:
     if not self.ops.interpret:
       plgpu.debug_barrier()
 
-  def _count(self, ref, at):
-    """Count this program in; how many came before. What they wrote is visible afterwards."""
-    self._block_barrier()
+  def _count(self, ref, at) -> None:
+    """Count this program in: what it wrote is there for whoever sees the count."""
     if self.ops.interpret:
-      before = ref[at]
-      ref[at] = before + 1
-      return before
-    before = plgpu.atomic_add(ref, at, jnp.int32(1))
-    self._block_barrier()
-    return before
-
-  def barrier(self, refs, round_: Array) -> None:
-    """Wait until all programs came here `round_` times. What they wrote is visible afterwards."""
-    if self.ops.interpret:
+      ref[at] = ref[at] + 1
       return
     plgpu.debug_barrier()
-    plgpu.atomic_add(refs.sync, 0, jnp.int32(1))
-    target = round_ * self.programs
+    plgpu.atomic_add(ref, at, jnp.int32(1))
+
+  def _wait_for(self, ref, at, target: Array) -> None:
+    """Until a counter has come to `target`."""
+    if self.ops.interpret:
+      return
     thread = jnp.arange(32 * WARPS)
 
-    def wait(state):
-      seen = plgpu.load(refs.sync.at[thread * 0], mask=thread == 0, other=0, volatile=True)
+    def look(state):
+      seen = plgpu.load(ref.at[at + thread * 0], mask=thread == 0, other=0, volatile=True)
       return jnp.sum(seen), state[1]
 
-    seen, _ = lax.while_loop(lambda state: state[0] < state[1], wait, (jnp.int32(0), target))
+    seen, _ = lax.while_loop(lambda state: state[0] < state[1], look, (jnp.int32(0), target))
     # Never happens; without a use of its result the loop would be dropped as dead code.
-    plgpu.store(refs.sync.at[1], seen, mask=seen < target)
+    plgpu.store(ref.at[1], seen, mask=seen < target)
+
+  def arrive(self, refs) -> None:
+    """Say that this program has written what the others wait for."""
+    self._count(refs.sync, 0)
+
+  def wait(self, refs, round_: Array) -> None:
+    """Until all programs have arrived `round_` times."""
+    self._wait_for(refs.sync, 0, round_ * self.programs)
 
   # --- the walk ----------------------------------------------------------------------------------
 
@@ -380,64 +462,69 @@ class _Kernel:
     self.pid = pl.program_id(0)
     position = refs.position[0]
     zero = jnp.int32(0)
-    start = self.prefetch(self.qkv, refs.qkv, zero)
 
-    def layer_step(layer, slots):
-      x = self._residual(refs.x_mid, refs.down_out, self.down, refs.x, layer > 0)
-      x, scale = self._normalise(self.qkv, refs, x, refs.attn_norm, layer)
-      slots, _ = self.multiply(
-        self.qkv, refs.qkv, layer, slots, x, scale, refs.qkv_out,
-        lambda: self.prefetch(self.o, refs.o, layer),
-      )  # fmt: skip
-      self.barrier(refs, 5 * layer + 1)
-      self.attend(layer, refs, position)
-      self.barrier(refs, 5 * layer + 2)
+    def layer_step(layer, carry):
+      slots, gain = carry
+      post = functools.partial(self.post, refs)
+      x = self._residual(refs, "x_mid", "down", self.down, post("x"), layer > 0)
+      x, scale = self._normalise(self.qkv, refs, x, gain)
+      self.multiply(self.qkv, refs.qkv, layer, slots, x, scale, post("qkv"))
+      self.arrive(refs)
+      attend = self.attention(layer, refs, position)
+      self.wait(refs, 5 * layer + 1)
+      attend()
+      self.arrive(refs)
+      slots = self.prefetch(self.o, refs.o, layer)
+      self.wait(refs, 5 * layer + 2)
 
       i = jnp.arange(_padded(s.n * s.h))
-      attended = plgpu.load(refs.attended.at[i], mask=i < s.n * s.h, other=0.0, volatile=True)
+      attended = self.read(refs, "attended", i, i < s.n * s.h)
       x, scale = self._quantise(self.o, refs, attended, jnp.max(jnp.abs(attended)))
-      slots, _ = self.multiply(
-        self.o, refs.o, layer, slots, x, scale, refs.o_out,
-        lambda: self.prefetch(self.gate_up, refs.gate_up, layer),
-      )  # fmt: skip
-      self.barrier(refs, 5 * layer + 3)
+      self.multiply(self.o, refs.o, layer, slots, x, scale, post("o"))
+      self.arrive(refs)
+      gain = self._gain(refs.ffn_norm, layer)
+      slots = self.prefetch(self.gate_up, refs.gate_up, layer)
+      self.wait(refs, 5 * layer + 3)
 
-      x = self._residual(refs.x, refs.o_out, self.o, refs.x_mid, True)
-      x, scale = self._normalise(self.gate_up, refs, x, refs.ffn_norm, layer)
-      slots, top = self.multiply(
-        self.gate_up, refs.gate_up, layer, slots, x, scale, refs.hidden,
-        lambda: self.prefetch(self.down, refs.down, layer),
-      )  # fmt: skip
-      plgpu.store(refs.hidden_tops.at[self.pid], top)
-      self.barrier(refs, 5 * layer + 4)
+      x = self._residual(refs, "x", "o", self.o, post("x_mid"))
+      x, scale = self._normalise(self.gate_up, refs, x, gain)
+      tops = self.multiply(self.gate_up, refs.gate_up, layer, slots, x, scale, post("hidden"))
+      plgpu.store(refs.scratch.at[self.starts["tops"] + self.pid], jnp.max(tops))
+      self.arrive(refs)
+      slots = self.prefetch(self.down, refs.down, layer)
+      self.wait(refs, 5 * layer + 4)
 
       lanes = jnp.arange(pl.next_power_of_2(self.programs))
-      tops = plgpu.load(
-        refs.hidden_tops.at[lanes], mask=lanes < self.programs, other=0.0, volatile=True
-      )
-
+      tops = self.read(refs, "tops", lanes, lanes < self.programs)
       chunk = _padded(min(s.f, self.down.unit.tiles * TILE))
       i = lax.rem(self.pid, self.down.chunks) * chunk + jnp.arange(chunk)
-      hidden = plgpu.load(refs.hidden.at[0, i], mask=i < s.f, other=0.0, volatile=True)
+      hidden = self.read(refs, "hidden", i, i < s.f)
       x, scale = self._quantise(self.down, refs, hidden, jnp.max(tops))
+      self.multiply(self.down, refs.down, layer, slots, x, scale, post("down"))
+      self.arrive(refs)
       following = jnp.minimum(layer + 1, self.layers - 1)
-      slots, _ = self.multiply(
-        self.down, refs.down, layer, slots, x, scale, refs.down_out,
-        lambda: self.prefetch(self.qkv, refs.qkv, following),
-      )  # fmt: skip
-      self.barrier(refs, 5 * layer + 5)
-      return slots
+      gain = self._gain(refs.attn_norm, following)
+      slots = self.prefetch(self.qkv, refs.qkv, following)
+      self.wait(refs, 5 * layer + 5)
+      return slots, gain
 
+    start = self.prefetch(self.qkv, refs.qkv, zero), self._gain(refs.attn_norm, zero)
     lax.fori_loop(0, self.layers, layer_step, start)
-    self._finish(refs)
-
-  def _finish(self, refs):
-    x = self._residual(refs.x_mid, refs.down_out, self.down, refs.x_out, True)
     if self.head:
-      zero = jnp.int32(0)
-      x, scale = self._normalise(self.head, refs, x, refs.final_norm, zero)
-      slots = self.prefetch(self.head, refs.head, zero)
-      self.multiply(self.head, refs.head, zero, slots, x, scale, refs.logits, lambda: None)
+      slots, gain = self.prefetch(self.head, refs.head, zero), self._gain(refs.final_norm, zero)
+
+    def store_x(index, value, mask):
+      plgpu.store(refs.x_out.at[index], value, mask=mask)
+
+    x = self._residual(refs, "x_mid", "down", self.down, store_x)
+    if not self.head:
+      return
+
+    def store_logits(index, value, mask):
+      plgpu.store(refs.logits.at[index], value, mask=mask)
+
+    x, scale = self._normalise(self.head, refs, x, gain)
+    self.multiply(self.head, refs.head, zero, slots, x, scale, store_logits)
 
 
 def _padded(width: int) -> int:
@@ -515,6 +602,7 @@ def decode(
     head=head.contraction.n if head is not None else 0,
     groups={name: m.group_size or _whole(m) for name, m in matrices.items()}
     | ({} if head is not None else {"head": 64}),
+    qk_norm=weights.q_norm is not None,
     interpret=interpret,
   )
   inputs = {"position": position.reshape(1), "cos": cos, "sin": sin}
@@ -525,32 +613,18 @@ def decode(
     inputs["final_norm"] = final_norm.reshape(1, -1)
   for name, m in matrices.items():
     inputs[f"{name}.codes"], inputs[f"{name}.scales"] = m.codes, m.scales
-  shared = {
-    "x_mid": x_D,
-    "keys": keys,
-    "values": values,
-    "sync": jnp.zeros(_APART + num_layers * s.k, jnp.int32),
-  }
-  widths = {
-    "x": (s.d,),
-    "qkv_out": (1, kernel.qkv.outputs),
-    "attended": (s.n * s.h,),
-    "o_out": (kernel.o.chunks, s.d),
-    "hidden": (1, s.f),
-    "hidden_tops": (programs,),
-    "down_out": (kernel.down.chunks, s.d),
-    "tops": (s.k, kernel.splits, s.g),
-    "totals": (s.k, kernel.splits, s.g),
-    "shares": (s.k, kernel.splits, s.g, s.h),
-    "x_out": (s.d,),
-  }
+  sync = jnp.zeros(_APART + num_layers * s.k, jnp.int32)
+  scratch = jnp.zeros(kernel.scratch + interpret, jnp.float32)
+  scratch = lax.dynamic_update_slice(scratch, x_D, (kernel.starts["x_mid"],))
+  shared = {"keys": keys, "values": values, "sync": sync, "scratch": scratch}
+  widths = {"x_out": s.d}
+  if kernel.head:
+    widths["logits"] = kernel.head.outputs
   most = max(p.unit.tiles for p in (kernel.qkv, kernel.o, kernel.down))
   rounded = jax.ShapeDtypeStruct((programs, most * TILE), jnp.int8)
-  if kernel.head:
-    widths["logits"] = (1, kernel.head.outputs)
   names = [*inputs, *shared]
   outputs = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in shared.items()}
-  outputs |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in widths.items()}
+  outputs |= {name: jax.ShapeDtypeStruct((width,), jnp.float32) for name, width in widths.items()}
   outputs["rounded"] = rounded
 
   def body(*refs):
@@ -571,7 +645,7 @@ def decode(
     name="ternary_decode",
   )(*inputs.values(), *shared.values())
   results = dict(zip(outputs, results, strict=True))
-  logits = results["logits"][0] if kernel.head else None
+  logits = results.get("logits")
   return results["x_out"], logits, results["keys"], results["values"]
 
 
