@@ -50,6 +50,9 @@ class EngineOptions:
   """"dense" keeps matrices in the dtype; "int8" as 8-bit integers with scales: smaller and faster;
   "w2a16" and "w2a8" keep a file's ternary matrices in two bits, for activations as they are or
   rounded to 8 bits."""
+  programs: Literal["auto", "model", "fused"] = "auto"
+  """"fused" runs few large kernels on a GPU, for ternary weights in bfloat16; "model" runs any model
+  anywhere; "auto" is fused where it can be."""
   context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
   """Positions for prompt and answer; the model's own, at most 2048, if absent."""
   sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
@@ -140,6 +143,7 @@ async def open_engine(
     dtype=options.dtype,
     weights=options.weights,
     ternary=ternary_matrices(file),
+    programs=options.programs,
     context_length=context,
     max_sequences=options.sequences,
     step_s=options.step_timeout,
@@ -185,5 +189,5 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
       progress=lambda done: progress.update(bar, completed=done),
     )
     progress.update(progress.add_task("compiling", total=None))
-    stage = CompiledStage(model, context_length=context)
+    stage = CompiledStage(model, context_length=context, programs=options.programs)
   return LocalEngine(stage, max_sequences=options.sequences)

@@ -28,6 +28,7 @@ class PipelineOptions:
 
   Attributes:
     ternary: Which matrices of the file are ternary, for `weights` that keep those packed.
+    programs: "model", "fused", or "auto": fused if every stage can, see `stage.programs.choose`.
     connect_s: For each answer to a first contact.
     load_s: For a stage to read and compile its layers.
     step_s: Longest time in which no stage finishes any step of a sequence that waits.
@@ -36,6 +37,7 @@ class PipelineOptions:
   dtype: str = "float32"
   weights: Weights = "dense"
   ternary: Ternary | None = None
+  programs: str = "auto"
   context_length: int = 2048
   max_sequences: int = 4
   connect_s: float = 10.0

@@ -85,12 +85,16 @@ class PipelineEngine(DrivenEngine):
         f"context_length = {options.context_length}: the model was made for {config.context_length} positions"
       )
     identity = wire.identity(
-      config, sha256=sha256, dtype=options.dtype, context_length=options.context_length
+      config,
+      sha256=sha256,
+      dtype=options.dtype,
+      context_length=options.context_length,
+      programs=options.programs,
     )
     self = cls(config, identity, options)
     try:
       await self._place(await self._meet_all(fleet))
-      await asyncio.gather(*(stage.load() for stage in self._stages))
+      await self._load()
       await asyncio.gather(*(stage.link(self._on_frame, self._on_lost) for stage in self._stages))
     except BaseException:
       await self.close()
@@ -174,6 +178,21 @@ class PipelineEngine(DrivenEngine):
       else:
         log.warning("%s is left out: the plan gives it no layer", stage.host.address)
         await stage.close()
+
+  async def _load(self) -> None:
+    """Have all stages load, and run by the same programs: others' activations are not theirs."""
+    await asyncio.gather(*(stage.load() for stage in self._stages))
+    kinds = {stage.label: stage.description.identity.programs for stage in self._stages}
+    # The message that all contacts share: what is loaded again later has to become the same.
+    self._identity.programs = "fused" if set(kinds.values()) == {"fused"} else "model"
+    fused = [stage for stage in self._stages if kinds[stage.label] != self._identity.programs]
+    if fused:
+      log.warning(
+        "not every stage can run the fused programs, so none does: %s; ask for 'model' to have these"
+        " loaded only once",
+        ", ".join(f"{label}: {kind}" for label, kind in kinds.items()),
+      )
+      await asyncio.gather(*(stage.load() for stage in fused))
 
   async def _relink(self) -> None:
     """Meet again whatever was lost since; a server that was started anew is loaded again."""

@@ -7,20 +7,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Identity(_message.Message):
-    __slots__ = ("protocol", "package", "model_sha256", "num_layers", "dtype", "context_length")
+    __slots__ = ("protocol", "package", "model_sha256", "num_layers", "dtype", "context_length", "programs")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PROGRAMS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     package: str
     model_sha256: str
     num_layers: int
     dtype: str
     context_length: int
-    def __init__(self, protocol: _Optional[int] = ..., package: _Optional[str] = ..., model_sha256: _Optional[str] = ..., num_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., context_length: _Optional[int] = ...) -> None: ...
+    programs: str
+    def __init__(self, protocol: _Optional[int] = ..., package: _Optional[str] = ..., model_sha256: _Optional[str] = ..., num_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., context_length: _Optional[int] = ..., programs: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

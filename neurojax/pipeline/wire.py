@@ -11,7 +11,7 @@ from neurojax.config import ModelConfig, Sampling
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.stage.step import StepInput
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by every change that an older peer would misread."""
 
 PACKAGE = metadata.version("neurojax")
@@ -25,6 +25,9 @@ _DTYPES: dict[str, np.dtype] = {
 
 SAME_MODEL = ("protocol", "package", "model_sha256", "num_layers")
 """What must be equal before layers are even planned."""
+
+SAME_FORM = ("model_sha256", "num_layers", "dtype", "context_length")
+"""What must be equal before any tensor crosses, and `programs`, once stages have become one kind."""
 
 MAX_CONTEXT = 1 << 24
 """Positions beyond this are no longer exact in float32."""
@@ -114,7 +117,9 @@ def sampling_request(message: pb.Sampling) -> Sampling:
   )
 
 
-def identity(config: ModelConfig, *, sha256: str, dtype: str, context_length: int) -> pb.Identity:
+def identity(
+  config: ModelConfig, *, sha256: str, dtype: str, context_length: int, programs: str = "auto"
+) -> pb.Identity:
   return pb.Identity(
     protocol=PROTOCOL,
     package=PACKAGE,
@@ -122,6 +127,7 @@ def identity(config: ModelConfig, *, sha256: str, dtype: str, context_length: in
     num_layers=config.num_layers,
     dtype=dtype,
     context_length=context_length,
+    programs=programs,
   )
 
 

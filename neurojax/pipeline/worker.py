@@ -18,11 +18,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from neurojax.config import Span
 from neurojax.files.load import load_span, ternary_matrices
 from neurojax.files.source import ModelFile
+from neurojax.model.neurollm import NeuroLLM
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline import wire
 from neurojax.pipeline.onward import HELLO_S, Lost, NextLink, Outlet
 from neurojax.scaling import count, plan
+from neurojax.stage import programs
 from neurojax.stage.compile import BUCKETS, CompiledStage
 from neurojax.stage.memory import free_memory_bytes
 from neurojax.stage.runtime import StageRuntime
@@ -35,10 +37,23 @@ SERVICE = "neurojax.pipeline.v1.Stage"
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
+  """asked: The `programs` of the request; `identity` has what they became."""
+
   runtime: StageRuntime
   identity: pb.Identity
   weights: str
   span: Span
+  asked: str
+
+  def answers(self, request: pb.LoadRequest, span: Span) -> bool:
+    """Whether a request asks for just this."""
+    wanted = request.identity
+    return (
+      wire.disagreement(self.identity, wanted, fields=wire.SAME_FORM) is None
+      and wanted.programs in (self.asked, self.identity.programs)
+      and (self.weights, self.span) == (request.weights, span)
+      and self.runtime.max_sequences == request.max_sequences
+    )
 
 
 @dataclasses.dataclass
@@ -171,7 +186,7 @@ class StageServer(rpc.StageServicer):
     sha256 = await self._digest()
     description = pb.Description(
       name=self._name,
-      identity=wire.identity(self._config, sha256=sha256, dtype="", context_length=0),
+      identity=wire.identity(self._config, sha256=sha256, dtype="", context_length=0, programs=""),
       memory_bytes=min(free, self._memory_bytes) if self._memory_bytes else free,
       loaded=loaded is not None,
       open_sequences=len(self._sequences),
@@ -215,6 +230,8 @@ class StageServer(rpc.StageServicer):
     kinds = typing.get_args(count.Weights)
     if request.weights not in kinds:
       raise ValueError(f"weights {request.weights[:40]!r}: choose one of {', '.join(kinds)}")
+    if wanted.programs not in (known := typing.get_args(programs.Wanted)):
+      raise ValueError(f"programs {wanted.programs[:40]!r}: choose one of {', '.join(known)}")
     if not 1 <= wanted.context_length <= wire.MAX_CONTEXT:
       raise ValueError(f"context length {wanted.context_length}: choose 1 to {wire.MAX_CONTEXT}")
     if not 1 <= request.max_sequences <= 4096:
@@ -223,12 +240,7 @@ class StageServer(rpc.StageServicer):
       first_layer=request.first_layer, last_layer=request.last_layer, num_layers=wanted.num_layers
     )
     loaded = self._loaded
-    if loaded and (loaded.identity, loaded.weights, loaded.span, loaded.runtime.max_sequences) == (
-      wanted,
-      request.weights,
-      span,
-      request.max_sequences,
-    ):
+    if loaded and loaded.answers(request, span):
       return
     if self._sequences:
       raise _Refused(
@@ -254,7 +266,8 @@ class StageServer(rpc.StageServicer):
     if needed > free:
       raise _Refused(f"layers {span} need {needed:,} bytes here and {free:,} are free")
     self._loaded = await self._do(lambda: self._build(request, span), timed=False)
-    log.info("%s holds layers %s", self._name, span)
+    kind = self._loaded.identity.programs
+    log.info("%s holds layers %s, run by the %r programs", self._name, span, kind)
 
   def _build(self, request: pb.LoadRequest, span: Span) -> _Loaded:
     """Raises: ValueError: the file is no longer what its digest was computed of."""
@@ -263,9 +276,19 @@ class StageServer(rpc.StageServicer):
     )
     # Once the weights are read: an overwritten file would be served under the digest of the old one.
     self._file.check_unchanged()
-    stage = CompiledStage(model, context_length=request.identity.context_length)
+    stage = self._compile(model, request.identity)
     runtime = StageRuntime(stage, max_sequences=request.max_sequences)
-    return _Loaded(runtime, request.identity, request.weights, span)
+    identity = pb.Identity()
+    identity.CopyFrom(request.identity)
+    identity.programs = stage.programs
+    return _Loaded(runtime, identity, request.weights, span, request.identity.programs)
+
+  def _compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
+    return CompiledStage(
+      model,
+      context_length=wanted.context_length,
+      programs=typing.cast(programs.Wanted, wanted.programs),
+    )
 
   # ---- Link
 
@@ -322,7 +345,7 @@ class StageServer(rpc.StageServicer):
     elif loaded is None:
       problem = "no layers are loaded here"
     else:
-      fields = ("model_sha256", "num_layers", "dtype", "context_length")
+      fields = (*wire.SAME_FORM, "programs")
       problem = wire.disagreement(loaded.identity, hello.identity, fields=fields)
       mine = (loaded.span.first_layer, loaded.span.last_layer)
       if not problem and mine != (hello.your_first_layer, hello.your_last_layer):

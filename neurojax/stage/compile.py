@@ -3,13 +3,12 @@
 import concurrent.futures
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from neurojax.config import Sampling
 from neurojax.model import sample as sampling
@@ -17,6 +16,8 @@ from neurojax.model.cache import KVCache, check_room
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.sample import SamplerState
 from neurojax.scaling.count import capacity_for
+from neurojax.stage.fused import Kernels
+from neurojax.stage.programs import Wanted, choose
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,28 @@ class CompiledStage:
   """The executables of one span, for one sequence at a time.
 
   Args:
+    model: Consumed if the fused programs run it: memory holds the weights once.
     context_length: Positions that a sequence may use; the cache holds at least as many.
     buckets: Input lengths to compile, ascending, starting with 1.
+    programs: The model as it is, "fused", or by the rule of `stage.programs.choose`.
+    kernels: Of the fused programs; None: those for the device.
+
+  Attributes:
+    programs: "model" or "fused": which of the two it became.
+    dtype: Of the cache and of what a layer computes.
+    activations: Dtype of what passes from one stage to the next.
+  Raises: ValueError, NotImplementedError: as `choose` does.
   """
 
-  def __init__(self, model: NeuroLLM, *, context_length: int, buckets: Sequence[int] = BUCKETS):
+  def __init__(
+    self,
+    model: NeuroLLM,
+    *,
+    context_length: int,
+    buckets: Sequence[int] = BUCKETS,
+    programs: Wanted = "auto",
+    kernels: Kernels | None = None,
+  ):
     if context_length < 1:
       raise ValueError(f"context_length = {context_length}: it must be at least 1")
     if not buckets or buckets[0] != 1 or list(buckets) != sorted(set(buckets)):
@@ -57,11 +75,10 @@ class CompiledStage:
     self.context_length = context_length
     self.capacity = capacity_for(context_length)
     self.buckets = tuple(b for b in buckets if b <= self.capacity)
-    graph, params = nnx.split(model)
-    self._leaves, tree = jax.tree.flatten(params)
-    self._rebuild: Callable[[list[jax.Array]], NeuroLLM] = lambda leaves: nnx.merge(
-      graph, jax.tree.unflatten(tree, leaves)
+    self._programs = choose(
+      model, programs, capacity=self.capacity, lengths=self.buckets, kernels=kernels
     )
+    self.programs, self.activations = self._programs.kind, self._programs.activations
     cache = jax.eval_shape(self._empty_cache)
     jobs: dict[tuple[str, int], Any] = {}
     for length in self.buckets:
@@ -106,7 +123,9 @@ class CompiledStage:
       raise ValueError(f"{len(inputs)} inputs at position {start}: at most {length} fit one call")
     padded = np.zeros((1, length, *inputs.shape[1:]), self._input_dtype)
     padded[0, : len(inputs)] = inputs
-    return self._run["forward", length](self._leaves, padded, cache, np.full(1, start, np.int32))
+    return self._run["forward", length](
+      self._programs.params, padded, cache, np.full(1, start, np.int32)
+    )
 
   def observe(self, sampler: SamplerState, tokens: np.ndarray) -> SamplerState:
     """Tell the sampler of up to one bucket of prompt tokens; `sampler` is consumed."""
@@ -124,7 +143,7 @@ class CompiledStage:
     """
     if x_BTD.shape[1] > 1:
       x_BTD = self._run["pick", x_BTD.shape[1]](x_BTD, np.int32(row))
-    token_B, logprob_B, sampler = self._run["sample", 1](self._leaves, x_BTD, sampler)
+    token_B, logprob_B, sampler = self._run["sample", 1](self._programs.params, x_BTD, sampler)
     # Through numpy: indexing a jax.Array would dispatch a program for it.
     return int(np.asarray(token_B)[0]), float(np.asarray(logprob_B)[0]), sampler
 
@@ -135,11 +154,14 @@ class CompiledStage:
       self._run["score", length] = self._lower_score(length).compile()
     padded = np.zeros((1, length), np.int32)
     padded[0, : len(targets)] = targets
-    return np.asarray(self._run["score", length](self._leaves, x_BTD, padded))[0, : len(targets)]
+    return np.asarray(self._run["score", length](self._programs.params, x_BTD, padded))[
+      0, : len(targets)
+    ]
 
   @property
   def weight_bytes(self) -> int:
-    return sum(leaf.nbytes for leaf in self._leaves)
+    """Of memory: what is shared counts once."""
+    return self._programs.weight_bytes
 
   @property
   def cache_bytes(self) -> int:
@@ -150,7 +172,7 @@ class CompiledStage:
 
   @property
   def _input_dtype(self) -> np.dtype:
-    return np.dtype(np.int32) if self.span.is_first else np.dtype(self.dtype)
+    return np.dtype(np.int32) if self.span.is_first else self.activations
 
   def _empty_cache(self) -> KVCache:
     return KVCache.zeros(
@@ -163,22 +185,19 @@ class CompiledStage:
     )
 
   def _lower_forward(self, length: int, cache: KVCache) -> Any:
-    def forward(leaves: list[jax.Array], inputs: jax.Array, cache: KVCache, start_B: jax.Array):
-      model = self._rebuild(leaves)
-      x_BTD = model.embed(inputs) if self.span.is_first else inputs
-      return model.run_layers(x_BTD, cache=cache, start_B=start_B)
-
     shape = (1, length) if self.span.is_first else (1, length, self.config.model_dim)
     inputs = jax.ShapeDtypeStruct(shape, self._input_dtype)
     start_B = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return jax.jit(forward, donate_argnums=2).lower(self._leaves, inputs, cache, start_B)
+    return jax.jit(self._programs.forward, donate_argnums=2).lower(
+      self._programs.params, inputs, cache, start_B
+    )
 
   def _lower_sample(self) -> Any:
-    def draw(leaves: list[jax.Array], x_BTD: jax.Array, sampler: SamplerState):
-      return sampling.sample(self._rebuild(leaves).logits(x_BTD)[:, 0], sampler)
+    def draw(params: Any, x_BTD: jax.Array, sampler: SamplerState):
+      return sampling.sample(self._programs.logits(params, x_BTD)[:, 0], sampler)
 
     return jax.jit(draw, donate_argnums=2).lower(
-      self._leaves, self._activations(1), self._sampler()
+      self._programs.params, self._activations(1), self._sampler()
     )
 
   def _lower_pick(self, length: int) -> Any:
@@ -194,14 +213,14 @@ class CompiledStage:
     return jax.jit(sampling.observe, donate_argnums=0).lower(self._sampler(), tokens, count)
 
   def _lower_score(self, length: int) -> Any:
-    def score(leaves: list[jax.Array], x_BTD: jax.Array, targets: jax.Array):
-      return sampling.score(self._rebuild(leaves).logits(x_BTD), targets)
+    def score(params: Any, x_BTD: jax.Array, targets: jax.Array):
+      return sampling.score(self._programs.logits(params, x_BTD), targets)
 
     targets = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return jax.jit(score).lower(self._leaves, self._activations(length), targets)
+    return jax.jit(score).lower(self._programs.params, self._activations(length), targets)
 
   def _activations(self, length: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, length, self.config.model_dim), self.dtype)
+    return jax.ShapeDtypeStruct((1, length, self.config.model_dim), self.activations)
 
   def _sampler(self) -> SamplerState:
     return jax.eval_shape(lambda: self.new_sampler(Sampling()))

@@ -102,26 +102,32 @@ class Fused:
     return cache.k_LBKSH, cache.v_LBKSH
 
 
-def fuse(model: NeuroLLM) -> Fused:
+def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
   """The parameters of a model in the form that the programs read.
 
   Rows of queries and keys are put in the order of rotary style "half"; no score changes.
 
+  Args:
+    consume: Take each matrix out of the model before the next ones are put together, so that
+      memory never holds more than the weights and one such matrix. The model is useless afterwards.
   Raises: ValueError: names a matrix that is not ternary, or matrices that share an input and
     differ in group size, scale dtype or mode.
   """
   config, block = model.config, model.layers
 
-  def ternary(name: str, value: Any) -> TernaryArray:
-    if isinstance(value, TernaryArray):
-      return value
-    raise ValueError(
-      f"{name} is {type(value).__name__}: fused programs multiply by ternary matrices alone; load"
-      " the file with weights 'w2a8' or 'w2a16', or run the model as it is"
-    )
+  def ternary(name: str, param: nnx.Param) -> TernaryArray:
+    value = param.get_value()
+    if not isinstance(value, TernaryArray):
+      raise ValueError(
+        f"{name} is not ternary: fused programs multiply by ternary matrices alone; load the file"
+        " with weights 'w2a8' or 'w2a16', or run the model as it is"
+      )
+    if consume:
+      param.set_value(None)
+    return value
 
   def together(**params: nnx.Param) -> TernaryArray:
-    parts = {name: ternary(name, param.get_value()) for name, param in params.items()}
+    parts = {name: ternary(name, param) for name, param in params.items()}
     kinds = {name: (p.group_size, p.mode, p.scales.dtype.name) for name, p in parts.items()}
     if len(set(kinds.values())) > 1:
       raise ValueError(
@@ -140,9 +146,9 @@ def fuse(model: NeuroLLM) -> Fused:
   attn, ffn = block.attention, block.ffn
   layers = LayerWeights(
     qkv=together(q_DNH=attn.q_DNH, k_DKH=attn.k_DKH, v_DKH=attn.v_DKH),
-    o=ternary("o_NHD", attn.o_NHD.get_value()),
+    o=ternary("o_NHD", attn.o_NHD),
     gate_up=together(gate_DF=ffn.gate_DF, up_DF=ffn.up_DF),
-    down=ternary("down_FD", ffn.down_FD.get_value()),
+    down=ternary("down_FD", ffn.down_FD),
     attn_norm=norm(block.attn_norm.scale_D),
     ffn_norm=norm(block.ffn_norm.scale_D),
     q_norm=head_norm(attn.q_norm),
@@ -150,13 +156,16 @@ def fuse(model: NeuroLLM) -> Fused:
     shape=shape_of(config),
   )
   span = model.span
+  embedding = model.embedding_VD.get_value() if span.is_first else None
   head = None
   if span.is_last:
     name = "embedding_VD" if config.tied_embedding else "head_DV"
-    head = ternary(name, getattr(model, name).get_value())
+    head = ternary(name, getattr(model, name))
+  if consume and span.is_first:
+    model.embedding_VD.set_value(None)
   return Fused(
     layers=layers,
-    embedding=model.embedding_VD.get_value() if span.is_first else None,
+    embedding=embedding,
     final_norm=norm(model.final_norm.scale_D) if span.is_last else None,
     head=head,
     rope_base=config.rope_base,
@@ -250,7 +259,7 @@ def prefill(
     return out_BTNH.reshape(batch * length, -1), (keys, values)
 
   x_MD, cache = _run_layers(
-    model.layers, x_BTD.reshape(-1, width), (keys, values), attend, kernels, dtype
+    model.layers, x_BTD.reshape(-1, width), (keys, values), attend, kernels, dtype, start_B
   )
   return x_MD.reshape(x_BTD.shape), *cache
 
@@ -280,8 +289,62 @@ def decode_batch(
     )  # fmt: skip
     return out_BY, (keys, values)
 
-  x_BD, cache = _run_layers(layers, x_BD, (keys, values), attend, kernels, jnp.float32)
+  x_BD, cache = _run_layers(layers, x_BD, (keys, values), attend, kernels, jnp.float32, position_B)
   return x_BD, *cache
+
+
+def has_token_kernel(model: Fused, batch: int, kernels: Kernels) -> bool:
+  """Whether `decode_one` takes a token of `batch` sequences, and `decode_batch` does not."""
+  return batch == 1 and kernels.programs > 0 and model.layers.qkv.mode == "w2a8"
+
+
+def decode_one(
+  model: Fused,
+  x_BD: Float[Array, "1 D"],
+  keys: Float[Array, "L 1 K S H"],
+  values: Float[Array, "L 1 K S H"],
+  position_B: Int[Array, "1"],
+  *,
+  kernels: Kernels,
+  head: bool,
+) -> tuple[Float[Array, "1 D"], Float[Array, "1 V"] | None, Array, Array]:
+  """One token of one sequence through all layers as a single kernel.
+
+  Args:
+    head: Through final norm and head too, which the span then has to have.
+  Returns: float32 [1, D] after the last layer, logits or None, and the caches.
+  Raises: NotImplementedError: the kernel does not take these shapes.
+  """
+  # Imported when needed: it loads the GPU's compiler.
+  from neurojax.kernels.decode import triton
+
+  h = model.layers.shape.h
+  rotation = attention.rotation(position_B, h, base=model.rope_base, style="half")
+  x_D, logits_V, keys, values = triton.decode(
+    x_BD[0], model.layers, keys, values,
+    rotation[0, 0, : h // 2], rotation[0, 1, h // 2 :], position_B[0],
+    final_norm=model.final_norm if head else None, head=model.head if head else None,
+    programs=kernels.programs, interpret=kernels.interpret,
+  )  # fmt: skip
+  return x_D[None], None if logits_V is None else logits_V[None], keys, values
+
+
+def decode(
+  model: Fused,
+  x_BD: Float[Array, "B D"],
+  keys: Float[Array, "L B K S H"],
+  values: Float[Array, "L B K S H"],
+  position_B: Int[Array, "B"],
+  *,
+  kernels: Kernels,
+) -> tuple[Float[Array, "B D"], Array, Array]:
+  """One token of each sequence through all layers, by `decode_one` or `decode_batch`."""
+  if not has_token_kernel(model, x_BD.shape[0], kernels):
+    return decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
+  x_BD, _, keys, values = decode_one(
+    model, x_BD, keys, values, position_B, kernels=kernels, head=False
+  )
+  return x_BD, keys, values
 
 
 def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
@@ -301,21 +364,13 @@ def step(
 ) -> tuple[Float[Array, "B V"], Array, Array]:
   """One token of each sequence, from its id to the logits of the next one, and the caches."""
   x_BD = embed(model, tokens_B)
-  if tokens_B.shape[0] > 1 or not kernels.programs or model.layers.qkv.mode != "w2a8":
-    x_BD, keys, values = decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
-    return logits(model, x_BD, kernels=kernels), keys, values
-  # Imported when needed: it loads the GPU's compiler.
-  from neurojax.kernels.decode import triton
-
-  h = model.layers.shape.h
-  rotation = attention.rotation(position_B, h, base=model.rope_base, style="half")
-  _, logits_V, keys, values = triton.decode(
-    x_BD[0], model.layers, keys, values,
-    rotation[0, 0, : h // 2], rotation[0, 1, h // 2 :], position_B[0],
-    final_norm=model.final_norm, head=model.head,
-    programs=kernels.programs, interpret=kernels.interpret,
-  )  # fmt: skip
-  return logits_V[None], keys, values
+  if has_token_kernel(model, tokens_B.shape[0], kernels):
+    _, logits_BV, keys, values = decode_one(
+      model, x_BD, keys, values, position_B, kernels=kernels, head=True
+    )
+    return logits_BV, keys, values
+  x_BD, keys, values = decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
+  return logits(model, x_BD, kernels=kernels), keys, values
 
 
 def generate(
@@ -377,7 +432,13 @@ def multiply(
 
 
 def _run_layers(
-  layers: LayerWeights, x_MD: Array, cache: Cache, attend: Any, kernels: Kernels, dtype: DTypeLike
+  layers: LayerWeights,
+  x_MD: Array,
+  cache: Cache,
+  attend: Any,
+  kernels: Kernels,
+  dtype: DTypeLike,
+  start_B: Array | None,
 ) -> tuple[Array, Cache]:
   """M tokens through all layers; attend: (qkv, cache, layer) to (attended, cache)."""
   eps = layers.shape.norm_eps
@@ -395,7 +456,11 @@ def _run_layers(
 
   start = (x_MD.astype(jnp.float32), cache)
   if not kernels.unroll:
-    return lax.fori_loop(0, layers.num_layers, layer, start)
+    count = layers.num_layers
+    if count == 1 and start_B is not None:
+      # One, but XLA cannot know it: see NeuroLLM.run_layers.
+      count = jnp.minimum(jnp.maximum(start_B[0], 0) + 1, 1)
+    return lax.fori_loop(0, count, layer, start)
   for i in range(layers.num_layers):
     start = layer(jnp.int32(i), start)
   return start

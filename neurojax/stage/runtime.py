@@ -95,9 +95,10 @@ class StageRuntime:
     if given.hidden is None:
       raise ValueError(f"no activations for the stage of layers {stage.span}")
     wanted = (n, stage.config.model_dim)
-    if given.hidden.shape != wanted or given.hidden.dtype != stage.dtype:
+    if given.hidden.shape != wanted or given.hidden.dtype != stage.activations:
       raise ValueError(
-        f"activations {given.hidden.dtype}{list(given.hidden.shape)}: expected {stage.dtype}{list(wanted)}"
+        f"activations {given.hidden.dtype}{list(given.hidden.shape)}: expected "
+        f"{stage.activations}{list(wanted)}, as the {stage.programs!r} programs give them"
       )
     if not np.isfinite(given.hidden).all():
       raise FloatingPointError("activations that came in are NaN or infinite")

@@ -12,7 +12,7 @@ class StepInput:
   Attributes:
     start: Position of the first; it must be where the sequence stands.
     tokens: int32 ids [n]; every stage gets them, for the sampler and for scoring.
-    hidden: Activations [n, D] in the compute dtype; None for the first stage.
+    hidden: Activations [n, D] as the stage before gave them; None for the first stage.
     is_answer: The tokens were drawn by the sampler, which has counted them already.
     sample: Draw the token that follows the last position (the last stage does).
     targets: int32 ids [n] whose log-probability after each position is wanted (the last stage).

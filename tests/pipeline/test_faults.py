@@ -222,11 +222,12 @@ async def _link(
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
-    ({"protocol": 99}, "protocol is 1 here and 99 there"),
+    ({"protocol": 99}, f"protocol is {wire.PROTOCOL} here and 99 there"),
     ({"package": "0.0.0"}, f"package is {wire.PACKAGE} here and 0.0.0 there"),
     ({"model_sha256": "f" * 64}, "model sha256 is .* here and ffffffffffff there"),
     ({"dtype": "bfloat16"}, "dtype is float32 here and bfloat16 there"),
     ({"context_length": 7}, "context length is 256 here and 7 there"),
+    ({"programs": "fused"}, "programs is model here and fused there"),
     ({"your_first_layer": 1}, r"layers are 2\.\.3 here, the sender expects 1\.\.3"),
     ({"has_layers": True, "last_layer": 4}, "do not follow"),
   ],
@@ -253,7 +254,9 @@ def test_a_hello_that_does_not_fit_is_refused_with_both_sides_named(
 def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
   class Old(rpc.StageServicer):
     async def Describe(self, request, context):
-      identity = pb.Identity(protocol=1, package="0.0.9", model_sha256="a" * 64, num_layers=6)
+      identity = pb.Identity(
+        protocol=wire.PROTOCOL, package="0.0.9", model_sha256="a" * 64, num_layers=6
+      )
       return pb.Description(
         name="old", identity=identity, memory_bytes=1 << 30, clock_s=time.time()
       )
@@ -509,6 +512,8 @@ def test_a_model_file_overwritten_in_place_after_its_digest_is_not_loaded(tmp_pa
     ({"weights": "int3"}, "choose one of dense, int8, w2a16, w2a8"),
     ({"max_sequences": 0}, "max_sequences"),
     ({"dtype": "float8"}, "choose one of float32"),
+    ({"programs": "fast"}, "choose one of auto, model, fused"),
+    ({"programs": "fused"}, "fused programs cannot run this model: .* this is a cpu"),
     ({"context_length": 0}, "context length"),
     ({"context_length": 1 << 24, "max_sequences": 4096}, "are free"),
     ({"model_sha256": "0" * 64}, "model sha256"),

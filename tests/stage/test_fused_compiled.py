@@ -1,17 +1,21 @@
 """The fused programs of two layers of an 8B model compiled for an H200, on a machine without one."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from neurojax.config import ModelConfig
+from neurojax.model.cache import KVCache
 from neurojax.stage import fused
 from neurojax.stage.bench import abstract_model
 from neurojax.stage.fused import Kernels
+from neurojax.stage.programs import FusedPrograms
 from tests.kernels import aot
 
 REASON = aot.why_not()
@@ -55,6 +59,31 @@ def test_a_step_of_64_sequences(mode: str, unroll: bool):
   assert memory.alias_size_in_bytes == 2 * 2 * keys.size
   codes = model(mode).layers.gate_up.codes
   assert memory.temp_size_in_bytes < codes.size // LAYERS
+
+
+@pytest.mark.parametrize("length", [1, 256])
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_a_stage_of_middle_layers(mode: str, length: int):
+  """Activations in, activations out: a token in one kernel if its activations are rounded."""
+  span = dataclasses.replace(model(mode), embedding=None, final_norm=None, head=None)
+  programs = FusedPrograms(span, Kernels(programs=132), np.dtype(jnp.bfloat16))
+  x_BTD = jax.ShapeDtypeStruct((1, length, CONFIG.model_dim), jnp.float32)
+  keys, values = caches(1)
+  compiled = aot.compile_for_h200(
+    programs.forward, span, x_BTD, KVCache(keys, values), ints(1), donate=(2,)
+  )
+  text = compiled.as_text()
+  is_one_kernel = (mode, length) == ("w2a8", 1)
+  assert ("ternary_decode" in text, "mosaic_gpu" in text) == (is_one_kernel, not is_one_kernel)
+  assert copied(text) == []
+  assert compiled.memory_analysis().alias_size_in_bytes == 2 * 2 * keys.size
+
+
+def test_a_token_is_drawn_after_the_last_layer():
+  programs = FusedPrograms(model("w2a8"), Kernels(programs=132), np.dtype(jnp.bfloat16))
+  x_BTD = jax.ShapeDtypeStruct((1, 1, CONFIG.model_dim), jnp.float32)
+  text = aot.compile_for_h200(programs.logits, model("w2a8"), x_BTD).as_text()
+  assert "mosaic_gpu" in text and copied(text) == []
 
 
 @pytest.mark.parametrize("product", ["mosaic", "dense"])

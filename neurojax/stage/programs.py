@@ -1,0 +1,240 @@
+"""What a stage's programs are made of: the model as it is, or fused for a GPU, and which of the two."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from neurojax.model.cache import KVCache
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.stage import fused
+from neurojax.stage.fused import Fused, Kernels, fuse
+from neurojax.ternary.array import TernaryArray
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["model", "fused"]
+Wanted = Literal["auto", "model", "fused"]
+
+
+class Programs(Protocol):
+  """Functions to be compiled, for one sequence at a time.
+
+  Attributes:
+    params: What they take first: a tree of arrays, all the weights.
+    activations: Dtype of what passes from one stage to the next.
+  """
+
+  kind: Kind
+  params: Any
+  activations: np.dtype
+
+  def forward(
+    self, params: Any, inputs: Array, cache: KVCache, start_B: Int[Array, "1"]
+  ) -> tuple[Float[Array, "1 T D"], KVCache]:
+    """T inputs, token ids [1, T] or activations [1, T, D], through the layers of the span."""
+    ...
+
+  def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
+    """Final norm and head, which only the last span has."""
+    ...
+
+  @property
+  def weight_bytes(self) -> int:
+    """Of memory: what is shared counts once."""
+    ...
+
+
+class ModelPrograms:
+  """The model as it is, on any device and with any weights; activations in its own dtype."""
+
+  kind: Kind = "model"
+
+  def __init__(self, model: NeuroLLM):
+    graph, state = nnx.split(model)
+    self.params, tree = jax.tree.flatten(state)
+    self._rebuild = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    self.activations = np.dtype(model.dtype)
+
+  def forward(
+    self, params: Any, inputs: Array, cache: KVCache, start_B: Int[Array, "1"]
+  ) -> tuple[Float[Array, "1 T D"], KVCache]:
+    model = self._rebuild(params)
+    x_BTD = model.embed(inputs) if model.span.is_first else inputs
+    return model.run_layers(x_BTD, cache=cache, start_B=start_B)
+
+  def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
+    return self._rebuild(params).logits(x_BTD)
+
+  @property
+  def weight_bytes(self) -> int:
+    return sum(leaf.nbytes for leaf in self.params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FusedPrograms:
+  """`stage.fused`: the residual stream, and with it what passes between stages, is float32.
+
+  Attributes:
+    dtype: Of the cache, and of what passes between the kernels of a layer.
+  """
+
+  params: Fused
+  kernels: Kernels
+  dtype: np.dtype
+
+  kind: Kind = "fused"
+  activations: np.dtype = np.dtype(np.float32)
+
+  def forward(
+    self, params: Fused, inputs: Array, cache: KVCache, start_B: Int[Array, "1"]
+  ) -> tuple[Float32[Array, "1 T D"], KVCache]:
+    x_BTD = inputs if params.embedding is None else fused.embed(params, inputs)
+    caches = cache.k_LBKSH, cache.v_LBKSH
+    if x_BTD.shape[1] > 1:
+      x_BTD, *caches = fused.prefill(
+        params, x_BTD, *caches, start_B, kernels=self.kernels, dtype=self.dtype
+      )
+      return x_BTD, KVCache(*caches)
+    x_BD, *caches = fused.decode(params, x_BTD[:, 0], *caches, start_B, kernels=self.kernels)
+    return x_BD[:, None], KVCache(*caches)
+
+  def logits(self, params: Fused, x_BTD: Float32[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
+    return fused.logits(params, x_BTD[0], kernels=self.kernels)[None]
+
+  @property
+  def weight_bytes(self) -> int:
+    return self.params.nbytes
+
+
+def choose(
+  model: NeuroLLM,
+  wanted: Wanted = "auto",
+  *,
+  capacity: int,
+  lengths: Sequence[int],
+  kernels: Kernels | None = None,
+) -> Programs:
+  """The programs that run a span; a model that is fused is consumed.
+
+  "auto" takes the fused ones if the default device is a GPU of compute capability 9.0, the dtype is
+  bfloat16, all matrices of the layers and the head are ternary, and the kernels take the shapes;
+  else the model as it is, and the log says why, once. Shapes are asked about with all the layers of
+  the model, so that a span runs as the whole would.
+
+  Args:
+    capacity: Positions of the cache.
+    lengths: Numbers of inputs that will be compiled.
+    kernels: Of the fused programs; None: those for the default device. `REFERENCE` runs anywhere.
+  Raises:
+    ValueError: `wanted` is something else, or kernels go with the model as it is.
+    NotImplementedError: "fused" is wanted and cannot be had; names the reason.
+  """
+  if wanted not in get_args(Wanted):
+    raise ValueError(f"programs = {wanted!r}: choose one of {', '.join(get_args(Wanted))}")
+  if wanted == "model":
+    if kernels is not None:
+      raise ValueError(f"kernels {kernels} are for fused programs: leave them out, or want 'fused'")
+    return ModelPrograms(model)
+  try:
+    if wanted == "auto" or kernels is None or _needs_gpu(kernels):
+      _check_gpu(model)
+    kernels = _fitting(model, kernels, capacity, lengths)
+  except NotImplementedError as reason:
+    if wanted == "fused":
+      raise NotImplementedError(f"the fused programs cannot run this model: {reason}") from reason
+    is_slow = _device().platform == "gpu" and _is_ternary(model)
+    level = logging.WARNING if is_slow else logging.INFO
+    _say(level, f"the model runs as it is, not by fused programs: {reason}")
+    return ModelPrograms(model)
+  _say(logging.INFO, f"the model runs by fused programs, {kernels}")
+  return FusedPrograms(fuse(model, consume=True), kernels, np.dtype(model.dtype))
+
+
+def _fitting(
+  model: NeuroLLM, kernels: Kernels | None, capacity: int, lengths: Sequence[int]
+) -> Kernels:
+  """The kernels given, or the device's own. Raises NotImplementedError: they do not fit."""
+  try:
+    whole = _whole(model)
+  except ValueError as error:
+    raise NotImplementedError(str(error)) from error
+  kernels = kernels or _of_device(whole, capacity)
+  programs = FusedPrograms(whole, kernels, np.dtype(model.dtype))
+  cache = jax.eval_shape(
+    lambda: KVCache(*whole.new_cache(batch=1, capacity=capacity, dtype=model.dtype))
+  )
+  start_B = jax.ShapeDtypeStruct((1,), jnp.int32)
+  # Whatever a kernel does not take, it says when it is traced.
+  for length in lengths:
+    x_BTD = jax.ShapeDtypeStruct((1, length, model.config.model_dim), jnp.float32)
+    ids_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    inputs = ids_BT if model.span.is_first else x_BTD
+    jax.eval_shape(programs.forward, whole, inputs, cache, start_B)
+    if model.span.is_last:
+      jax.eval_shape(programs.logits, whole, x_BTD)
+  return kernels
+
+
+def _whole(model: NeuroLLM) -> Fused:
+  """Shapes of the span fused, with all the layers of the model in place of the span's."""
+  graph, state = nnx.split(model)
+  part = jax.eval_shape(lambda state: fuse(nnx.merge(graph, state)), state)
+  layers = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((model.span.num_layers, *leaf.shape[1:]), leaf.dtype),
+    part.layers,
+  )
+  return dataclasses.replace(part, layers=layers)
+
+
+def _of_device(whole: Fused, capacity: int) -> Kernels:
+  # A loop over layers, not unrolled: what XLA makes of a layer is then the same in every span.
+  if whole.layers.qkv.mode != "w2a8":
+    return Kernels()
+  from neurojax.kernels.decode import triton
+
+  programs = _device().core_count
+  if reason := triton.supports(whole.layers, capacity, programs):
+    _say(logging.INFO, f"no single kernel for a token: {reason}")
+    return Kernels()
+  return Kernels(programs=programs)
+
+
+def _needs_gpu(kernels: Kernels) -> bool:
+  is_compiled = kernels.programs > 0 and not kernels.interpret
+  return is_compiled or (kernels.product, kernels.attention) != ("reference", "reference")
+
+
+def _check_gpu(model: NeuroLLM) -> None:
+  """Raises: NotImplementedError: the GPU kernels cannot run here, or not in the model's dtype."""
+  device = _device()
+  if device.platform != "gpu":
+    raise NotImplementedError(f"their kernels are for GPUs, this is a {device.platform}")
+  capability = str(getattr(device, "compute_capability", None))
+  if capability != "9.0":
+    raise NotImplementedError(
+      f"their kernels are for compute capability 9.0, {device.device_kind} has {capability}"
+    )
+  if model.dtype != jnp.bfloat16:
+    raise NotImplementedError(f"they compute in bfloat16, the dtype is {model.dtype}: choose that")
+
+
+def _device() -> jax.Device:
+  return jax.devices()[0]
+
+
+def _is_ternary(model: NeuroLLM) -> bool:
+  return isinstance(model.layers.attention.q_DNH.get_value(), TernaryArray)
+
+
+@functools.cache
+def _say(level: int, message: str) -> None:
+  """Once for each message."""
+  log.log(level, message)

@@ -1,0 +1,264 @@
+"""A compiled stage made of the fused programs, beside the one made of the model as it is."""
+
+import dataclasses
+import gc
+import itertools
+import logging
+import types
+import weakref
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.config import ModelConfig, Sampling, Span
+from neurojax.files.dummy import write_dummy
+from neurojax.files.load import load_span
+from neurojax.files.source import open_model
+from neurojax.kernels.decode import triton
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.stage import programs
+from neurojax.stage.compile import CompiledStage
+from neurojax.stage.cut import cut
+from neurojax.stage.fused import REFERENCE, Kernels, fuse
+from neurojax.stage.runtime import StageRuntime
+from neurojax.stage.step import StepInput
+
+LLAMA = ModelConfig(
+  vocab_size=97, model_dim=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
+  ffn_dim=384, rope_style="interleaved", norm_eps=1e-5, tied_embedding=True,
+)  # fmt: skip
+QWEN = dataclasses.replace(
+  LLAMA, rope_style="half", rope_base=1e6, qk_norm=True, tied_embedding=False
+)
+FAMILIES = {"llama": LLAMA, "qwen3": QWEN}
+TOKEN_KERNEL = dataclasses.replace(REFERENCE, programs=1, interpret=True)
+PROMPT = np.random.default_rng(0).integers(0, 97, 41).astype(np.int32)
+ANSWER = 4
+BUCKETS = (1, 16)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict[str, Path]:
+  folder = tmp_path_factory.mktemp("models")
+  found = {name: folder / f"{name}.gguf" for name in FAMILIES}
+  for name, path in found.items():
+    write_dummy(path, FAMILIES[name], "Q2_0 (group 64)")
+  return found
+
+
+def load(path: Path, mode: str, dtype: str = "bfloat16", span: Span | None = None) -> NeuroLLM:
+  with open_model(path) as file:
+    return load_span(file, span, weights=mode, dtype=jnp.dtype(dtype))
+
+
+def stage(model: NeuroLLM, kernels: Kernels | None = REFERENCE, **options) -> CompiledStage:
+  options = {"programs": "fused", "context_length": 100, "buckets": BUCKETS, **options}
+  return CompiledStage(model, kernels=kernels, **options)
+
+
+def answer(stages: list[CompiledStage]) -> tuple[list[int], list[float], np.ndarray]:
+  """Tokens and log-probabilities after PROMPT, and of PROMPT itself, through all stages."""
+  runtimes = [StageRuntime(stage, max_sequences=1) for stage in stages]
+  for runtime in runtimes:
+    runtime.open("s", Sampling())
+
+  def step(given: StepInput):
+    for runtime in runtimes:
+      output = runtime.step("s", given)
+      given = dataclasses.replace(given, hidden=output.hidden)
+    return output
+
+  scores = step(StepInput(start=0, tokens=PROMPT[:-1], targets=PROMPT[1:])).scores
+  output = step(StepInput(start=len(PROMPT) - 1, tokens=PROMPT[-1:], sample=True))
+  outputs = [output]
+  for position in itertools.count(len(PROMPT)):
+    if len(outputs) == ANSWER:
+      break
+    last = np.array([outputs[-1].token], np.int32)
+    outputs.append(step(StepInput(start=position, tokens=last, is_answer=True, sample=True)))
+  return [o.token for o in outputs], [o.logprob for o in outputs], scores
+
+
+@pytest.mark.parametrize(("family", "mode"), [("llama", "w2a16"), ("qwen3", "w2a8")])
+def test_in_float32_it_is_the_model(paths, family: str, mode: str):
+  """A prompt of several buckets, the last one padded, and tokens one by one."""
+  plain = answer([stage(load(paths[family], mode, "float32"), None, programs="model")])
+  fused = answer([stage(load(paths[family], mode, "float32"))])
+  assert len(set(plain[2].round(3))) > 10, "the scores differ among themselves"
+  # Of int8 a level may round the other way.
+  atol = 1e-4 if mode == "w2a16" else 0.02
+  np.testing.assert_allclose(fused[2], plain[2], atol=atol)
+  np.testing.assert_allclose(fused[1], plain[1], atol=atol)
+  assert fused[0] == plain[0]
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, TOKEN_KERNEL], ids=["reference", "token kernel"])
+def test_in_bfloat16_it_errs_no_more_than_the_model(exact, paths, kernels: Kernels):
+  wanted, plain = exact
+  _, _, scores = answer([stage(load(paths["qwen3"], "w2a8"), kernels)])
+  assert np.std(scores - wanted) < 1.2 * np.std(plain - wanted) < 0.1
+
+
+@pytest.fixture(scope="module")
+def exact(paths) -> tuple[np.ndarray, np.ndarray]:
+  """The model's scores in float32 and in bfloat16."""
+  models = (load(paths["qwen3"], "w2a8", dtype) for dtype in ("float32", "bfloat16"))
+  return tuple(answer([stage(model, None, programs="model")])[2] for model in models)
+
+
+@pytest.mark.parametrize(
+  ("family", "mode", "kernels"),
+  [
+    ("llama", "w2a16", REFERENCE),
+    ("qwen3", "w2a8", REFERENCE),
+    ("llama", "w2a8", TOKEN_KERNEL),
+  ],
+  ids=["w2a16", "w2a8", "token kernel"],
+)
+def test_any_cut_gives_the_whole_stages_bits(paths, family: str, mode: str, kernels: Kernels):
+  whole = answer([stage(load(paths[family], mode), kernels)])
+  compiled: dict[tuple[int, int], CompiledStage] = {}
+  for spans in ([(0, 1), (2, 2)], [(0, 0), (1, 1), (2, 2)]):
+    for first, last in set(spans) - set(compiled):
+      span = Span(first_layer=first, last_layer=last, num_layers=3)
+      compiled[first, last] = stage(load(paths[family], mode, span=span), kernels)
+    tokens, logprobs, scores = answer([compiled[span] for span in spans])
+    assert (tokens, logprobs) == whole[:2], spans
+    np.testing.assert_array_equal(scores, whole[2])
+
+
+def test_weights_are_in_memory_once(paths):
+  model = load(paths["qwen3"], "w2a8")
+  gone = [
+    weakref.ref(param.get_value().codes)
+    for param in (model.layers.attention.q_DNH, model.layers.ffn.up_DF)
+  ]
+  kept = weakref.ref(model.layers.ffn.down_FD.get_value().codes)
+  fused = stage(model)
+  gc.collect()
+  assert [ref() for ref in gone] == [None, None] and kept() is not None
+  assert model.head_DV.get_value() is None
+  assert fused.weight_bytes == fuse(load(paths["qwen3"], "w2a8")).nbytes
+  assert fused.cache_bytes == 2 * 3 * 2 * 128 * 32 * 2
+
+
+def test_activations_are_float32_and_others_are_refused(paths):
+  span = Span(first_layer=1, last_layer=2, num_layers=3)
+  last = stage(load(paths["qwen3"], "w2a8", span=span))
+  assert (last.programs, last.dtype, last.activations) == ("fused", jnp.bfloat16, np.float32)
+  runtime = StageRuntime(last, max_sequences=1)
+  runtime.open("s", Sampling())
+  given = StepInput(start=0, tokens=PROMPT[:2], hidden=np.ones((2, 256), jnp.bfloat16))
+  with pytest.raises(
+    ValueError, match=r"activations bfloat16\[2, 256\]: expected float32.*'fused'"
+  ):
+    runtime.step("s", given)
+
+
+def test_what_cannot_be_fused_is_refused_by_name_and_left_whole(paths, tmp_path: Path):
+  def refused(model: NeuroLLM, match: str, kernels: Kernels | None = REFERENCE) -> None:
+    with pytest.raises(NotImplementedError, match=f"fused programs cannot run this model: {match}"):
+      stage(model, kernels)
+    assert model(jnp.asarray(PROMPT[None]))[0].shape == (1, 41, 97)
+
+  refused(load(paths["qwen3"], "dense"), "q_DNH is not ternary")
+  refused(load(paths["qwen3"], "w2a8"), "their kernels are for GPUs, this is a cpu", None)
+  refused(load(paths["qwen3"], "w2a8"), "their kernels are for GPUs", Kernels())
+  odd = dataclasses.replace(QWEN, head_dim=48)
+  write_dummy(tmp_path / "odd.gguf", odd, "Q2_0 (group 64)")
+  refused(load(tmp_path / "odd.gguf", "w2a8"), "head width 48", TOKEN_KERNEL)
+
+
+def test_wishes_that_make_no_sense_are_refused(paths):
+  model = load(paths["qwen3"], "w2a8")
+  with pytest.raises(ValueError, match="programs = 'fast': choose one of auto, model, fused"):
+    stage(model, None, programs="fast")
+  with pytest.raises(ValueError, match="are for fused programs: leave them out"):
+    stage(model, programs="model")
+
+
+# ---- the rule of "auto"
+
+
+@pytest.fixture
+def said(caplog) -> list[tuple[str, str]]:
+  """Levels and messages of the rule's log."""
+  programs._say.cache_clear()
+  caplog.set_level(logging.INFO, "neurojax.stage.programs")
+
+  def records() -> list[tuple[str, str]]:
+    return [(r.levelname, r.getMessage()) for r in caplog.records]
+
+  return records
+
+
+def choose(model: NeuroLLM, **options) -> programs.Programs:
+  return programs.choose(model, capacity=128, lengths=BUCKETS, **options)
+
+
+def test_without_a_gpu_the_model_runs_as_it_is(paths, said):
+  for _ in range(2):
+    chosen = stage(load(paths["qwen3"], "w2a8"), None, programs="auto")
+    assert (chosen.programs, chosen.activations) == ("model", jnp.bfloat16)
+  [(level, message)] = said()
+  assert level == "INFO" and "for GPUs, this is a cpu" in message
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> types.SimpleNamespace:
+  device = types.SimpleNamespace(
+    platform="gpu", device_kind="H", compute_capability="9.0", core_count=132
+  )
+  monkeypatch.setattr(programs, "_device", lambda: device)
+  return device
+
+
+def test_on_a_gpu_that_could_the_log_warns(paths, said, hopper):
+  assert choose(load(paths["qwen3"], "w2a8", "float32")).kind == "model"
+  assert choose(load(paths["qwen3"], "dense")).kind == "model"
+  hopper.compute_capability = "8.0"
+  assert choose(load(paths["qwen3"], "w2a8")).kind == "model"
+  (first, dtype), (second, dense), (third, old) = said()
+  assert (first, second, third) == ("WARNING", "INFO", "WARNING")
+  assert "they compute in bfloat16, the dtype is float32" in dtype
+  assert "q_DNH is not ternary" in dense
+  assert "compute capability 9.0, H has 8.0" in old
+
+
+NEW_JAX = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11, 2), reason="the GPU kernels need jax 0.11.2 or newer"
+)
+
+
+@pytest.mark.skipif(not NEW_JAX.args[0], reason="the GPU kernels are there")
+def test_an_old_jax_is_a_reason(paths, said, hopper):
+  assert choose(load(paths["qwen3"], "w2a8")).kind == "model"
+  [(level, message)] = said()
+  assert level == "WARNING" and "0.11.2" in message
+
+
+@NEW_JAX
+def test_on_hopper_the_fused_programs_run(tmp_path, said, hopper):
+  config = dataclasses.replace(QWEN, vocab_size=256, num_heads=8, ffn_dim=512)
+  write_dummy(tmp_path / "fits.gguf", config, "Q2_0 (group 64)")
+  chosen = choose(load(tmp_path / "fits.gguf", "w2a8"))
+  assert (chosen.kind, chosen.kernels) == ("fused", Kernels(programs=132))
+  assert choose(load(tmp_path / "fits.gguf", "w2a16")).kernels == Kernels()
+  # A vocabulary of 97 is no multiple of 128.
+  odd = dataclasses.replace(config, vocab_size=97)
+  write_dummy(tmp_path / "odd.gguf", odd, "Q2_0 (group 64)")
+  assert choose(load(tmp_path / "odd.gguf", "w2a8")).kind == "model"
+  assert said()[-1][0] == "WARNING" and "n = 97 output channels" in said()[-1][1]
+
+
+def test_a_span_is_asked_about_as_the_whole_model(paths, monkeypatch):
+  """Or one of two stages would take a kernel that the whole model cannot."""
+  seen = []
+  monkeypatch.setattr(triton, "supports", lambda weights, *_: seen.append(weights.num_layers))
+  whole = load(paths["qwen3"], "w2a8")
+  part = cut(whole, Span(first_layer=1, last_layer=1, num_layers=3))
+  choose(part, wanted="fused", kernels=TOKEN_KERNEL)
+  assert set(seen) == {3}
