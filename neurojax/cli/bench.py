@@ -170,13 +170,21 @@ class Gemm:
   repetitions: Annotated[int, tyro.conf.arg(metavar="N")] = 5
   out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
   """Append the rows to this file; made with a header if it is not there."""
+  tune: bool = False
+  """From now on choose on this device what was fastest (kernels/gemm/tuned/), in place of what was
+  measured there before."""
 
   def run(self) -> int:
+    import jax
+
     from neurojax.kernels import measure
-    from neurojax.kernels.gemm import bench
+    from neurojax.kernels.gemm import bench, tuned
 
     if self.repetitions < 1:
       raise ValueError(f"--repetitions {self.repetitions}: at least 1")
+    device = jax.devices()[0].device_kind
+    if self.tune and jax.default_backend() != "gpu":
+      raise ValueError(f"--tune: tables are of GPUs, and this device is {device}")
     shapes = tuple(map(_shape, self.shapes)) or bench.SHAPES
     rows = []
     with stderr.status("measuring"):
@@ -188,6 +196,11 @@ class Gemm:
           measure.append_csv(self.out, [row])
     if rows:
       print(bench.describe(rows))
+    if rows and self.tune:
+      source = f"neurojax bench gemm --tune, jax {rows[0].jax}, {rows[0].date}"
+      path = tuned.path_for(device)
+      tuned.write(path, device, source, bench.fastest(rows))
+      stderr.print(f"wrote {path}")
     return 0
 
 

@@ -1,7 +1,9 @@
 """How fast a model of a named architecture runs, fused, with random ternary weights."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -110,10 +112,11 @@ def run(
     **dataclasses.asdict(rates),
     **measure.origin(),
   }
+  loops = _compile_loops(model, batches, max(contexts, default=0), kernels, steps)
   for batch in batches:
     chosen = kernels or kernels_for(mode, batch)
     for context in contexts:
-      step_s = decode_s(model, batch, context, chosen, steps, runs)
+      step_s = decode_s(model, batch, context, loops[batch], runs)
       bytes_per_s = model.step_nbytes / step_s
       yield Row(
         what="decode",
@@ -160,52 +163,67 @@ def kernels_for(mode: Mode, rows: int) -> Kernels:
   device = jax.devices()[0]
   if device.platform != "gpu":
     return REFERENCE
-  return Kernels(programs=device.core_count if mode == "w2a8" and rows == 1 else 0, unroll=True)
+  return Kernels(programs=device.core_count if mode == "w2a8" and rows == 1 else 0)
 
 
-def decode_s(
+Loops = dict[int, Any]
+"""By its number of steps, a compiled loop over tokens."""
+
+
+def _compile_loops(
   model: Fused,
-  batch: int,
-  context: int,
-  kernels: Kernels,
-  steps: tuple[int, int] = STEPS,
-  runs: int = 5,
-) -> float:
+  batches: Sequence[int],
+  longest: int,
+  kernels: Kernels | None,
+  steps: tuple[int, int],
+) -> dict[int, Loops]:
+  """For each batch, loops of `steps` tokens after at most `longest` positions, compiled at once."""
+  capacity = capacity_for(longest + max(steps))
+  jobs = {}
+  for batch in batches:
+    chosen = kernels or kernels_for(model.layers.qkv.mode, batch)
+    cache = jax.eval_shape(lambda batch=batch: model.new_cache(batch=batch, capacity=capacity))
+    ids = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    for count in steps:
+      loop = functools.partial(fused.generate, steps=count, kernels=chosen)
+      # The cache is given back to it: it is written in place.
+      program = jax.jit(lambda *args, loop=loop: loop(*args), donate_argnums=(2, 3))
+      jobs[batch, count] = program.lower(model, ids, *cache, ids)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    compiled = dict(zip(jobs, pool.map(lambda job: job.compile(), jobs.values()), strict=True))
+  return {batch: {count: compiled[batch, count] for count in steps} for batch in batches}
+
+
+def decode_s(model: Fused, batch: int, context: int, loops: Loops, runs: int = 5) -> float:
   """Seconds of one step of `batch` sequences after `context` positions each.
 
   The loop over tokens runs on the device and takes the likeliest token. Keys and values so far are
   random.
-  Raises: ValueError: activations are not finite.
+
+  Args:
+    loops: Two; the difference of their times is of the steps alone.
+  Raises: ValueError: activations are not finite, or times make no sense.
   """
-  capacity = capacity_for(context + max(steps))
-  cache = [_random_cache(model, batch, capacity, seed) for seed in range(2)]
+  few, many = sorted(loops)
+  shape = loops[few].in_avals[0][2].shape
+  cache = [_random_cache(shape, seed) for seed in range(2)]
   tokens_B = jnp.arange(batch, dtype=jnp.int32)
   position_B = jnp.full(batch, context, jnp.int32)
-  programs = {count: _generate(kernels, count) for count in steps}
 
   def timed(count: int) -> float:
     nonlocal cache
     began = time.perf_counter()
-    tokens, *cache = programs[count](model, tokens_B, *cache, position_B)
+    tokens, *cache = loops[count](model, tokens_B, *cache, position_B)
     jax.block_until_ready(tokens)
     return time.perf_counter() - began
 
-  for count in steps:
+  for count in (few, many):
     timed(count)
-  few, many = steps
   step_s = statistics.median((timed(many) - timed(few)) / (many - few) for _ in range(runs))
   _check_finite(cache[1][-1, :, :, context + many - 1])
   if step_s <= 0:
     raise ValueError(f"{many} steps took no longer than {few}: the machine is too busy to measure")
   return step_s
-
-
-@functools.cache
-def _generate(kernels: Kernels, steps: int) -> Any:
-  def generate(*args: Any) -> Any:
-    return fused.generate(*args, steps=steps, kernels=kernels)
-
-  return jax.jit(generate, donate_argnums=(2, 3))
 
 
 def prefill_s(model: Fused, length: int, kernels: Kernels, runs: int = 5) -> float:
@@ -297,9 +315,7 @@ def abstract_model(config: ModelConfig, mode: Mode, *, num_layers: int) -> Fused
   return jax.eval_shape(lambda: random_model(config, mode))
 
 
-def _random_cache(model: Fused, batch: int, capacity: int, seed: int) -> Array:
-  shapes = jax.eval_shape(lambda: model.new_cache(batch=batch, capacity=capacity))
-  shape = shapes[0].shape
+def _random_cache(shape: tuple[int, ...], seed: int) -> Array:
   fill = jax.jit(
     lambda key: lax.map(
       lambda key: jax.random.normal(key, shape[1:], jnp.bfloat16), jax.random.split(key, shape[0])

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,28 @@ class Entry:
   parameters: dict[str, Any]
 
 
+def path_for(device_kind: str, folder: Path = FOLDER) -> Path:
+  """Where the table of a device is, by the name that JAX gives it."""
+  name = re.sub("[^a-z0-9]+", "-", device_kind.lower()).strip("-")
+  return folder / f"{name}.json"
+
+
+def write(path: Path, device_kind: str, source: str, entries: Sequence[Entry]) -> None:
+  """A table, in place of the one that was there."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in entries)
+  head = f'  "device": {json.dumps(device_kind)},\n  "source": {json.dumps(source)},\n'
+  path.write_text(f'{{\n{head}  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+  load.cache_clear()
+
+
 @functools.cache
 def load(device_kind: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
   """The entries of a device, by the name that JAX gives it; none if nobody measured it.
 
   Raises: ValueError: the file is not a table.
   """
-  name = re.sub("[^a-z0-9]+", "-", device_kind.lower()).strip("-")
-  path = folder / f"{name}.json"
+  path = path_for(device_kind, folder)
   if not path.exists():
     return ()
   try:
