@@ -4,10 +4,11 @@ import pytest
 
 import experiments.cpu_decode.run
 import experiments.cpu_ternary.run
+import experiments.gpu_decode.run
 from experiments.readme import block
 
 
-@pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary"])
+@pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary", "gpu_decode"])
 def test_the_readmes_tables_are_those_of_the_results_files(name: str):
   assert block(name) == getattr(experiments, name).run.table()
 
