@@ -16,12 +16,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LAYERS, CAPACITY = 4, 2048
 BF16 = jnp.bfloat16
 
-
-@pytest.fixture(autouse=True)
-def _spills_are_errors(monkeypatch):
-  options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
-  compile_lowered = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=options)
-  monkeypatch.setattr(jax.stages.Lowered, "compile", compile_lowered)
+compile_without_spills = functools.partial(
+  aot.compile_for_h200, options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+)
 
 
 def abstract(*shape: int, dtype=BF16) -> jax.ShapeDtypeStruct:
@@ -50,7 +47,7 @@ def test_decode_is_two_kernels_a_layer_and_the_cache_stays_where_it_is(shape, ba
     return outs, k, v
 
   k, v = caches(shape, batch)
-  compiled = aot.compile_for_h200(
+  compiled = compile_without_spills(
     step,
     abstract(batch, (shape.num_heads + 2 * shape.num_kv_heads) * width),
     k, v, abstract(batch, dtype=jnp.int32), abstract(width), abstract(width),
@@ -69,7 +66,7 @@ def test_decode_is_two_kernels_a_layer_and_the_cache_stays_where_it_is(shape, ba
 )
 def test_a_chunk_compiles(shape, length):
   attend = functools.partial(api.attend_cache, implementation="triton")
-  compiled = aot.compile_for_h200(
+  compiled = compile_without_spills(
     attend,
     abstract(1, length, shape.num_heads, shape.head_dim),
     *caches(shape, 1),
@@ -82,7 +79,7 @@ def test_a_chunk_compiles(shape, length):
 def test_whole_prompts_take_cudnn():
   q, k = (abstract(2, 512, n, 128) for n in (QWEN3_8B.num_heads, QWEN3_8B.num_kv_heads))
   attend = functools.partial(api.attend, implementation="cudnn")
-  compiled = aot.compile_for_h200(attend, q, k, k, abstract(2, dtype=jnp.int32))
+  compiled = compile_without_spills(attend, q, k, k, abstract(2, dtype=jnp.int32))
   assert "cudnn$fmha" in compiled.as_text()
 
 
@@ -93,4 +90,4 @@ def test_a_spill_would_be_an_error():
   q = abstract(1, 512, QWEN3_8B.num_heads, QWEN3_8B.head_dim)
   number = abstract(1, dtype=jnp.int32)
   with pytest.raises(jax.errors.JaxRuntimeError, match="spill"):
-    aot.compile_for_h200(attend, q, *caches(QWEN3_8B, 1), number, number)
+    compile_without_spills(attend, q, *caches(QWEN3_8B, 1), number, number)

@@ -21,6 +21,8 @@ class Case:
   group: int = 64
   vocab: int = 77
   qk_norm: bool = True
+  least: int = 64
+  """Keys of a share at least."""
 
 
 CASES = {
@@ -31,11 +33,16 @@ CASES = {
   "the last position, more than one tile": Case(
     Shape(256, 2560, 8, 2, 32, 1e-6), 127, 128, layers=1, group=128, vocab=130
   ),
+  "three shares of keys, the last one shorter": Case(
+    Shape(128, 256, 4, 2, 32, 1e-6), 70, 128, layers=1, least=16
+  ),
+  "three whole shares of keys": Case(Shape(128, 256, 4, 2, 32, 1e-6), 96, 128, layers=1, least=16),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_step_equals_float64(case: Case):
+def test_a_step_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(triton, "_LEAST", case.least)
   s = case.shape
   w = oracle.weights(s, layers=case.layers, group=case.group, qk_norm=case.qk_norm, seed=1)
   rng = np.random.default_rng(2)

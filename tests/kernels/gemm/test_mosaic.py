@@ -1,7 +1,5 @@
 """The ternary warpgroup product: its packing by emulation, its refusals, and what the assembler says of it."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,12 +119,19 @@ def test_floats_are_rounded_as_the_weights_mode_says(dtype, monkeypatch: pytest.
 
 REASON = aot.why_not()
 
+# A tenth more than measured with jax 0.11.2.
+INSTRUCTIONS = {
+  ("w2a8", 8): 1.50,
+  ("w2a16", 8): 2.43,
+  ("w2a8", 2048): 4.67,
+  ("w2a16", 2048): 4.66,
+}
+"""By mode and rows, in groups of 128: at most so many for a weight."""
 
-@pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
-@pytest.mark.parametrize("group", [None, 64, 128, 256])
-@pytest.mark.parametrize("m", [1, 8, 16, 64, 500, 2048])
-def test_it_compiles_without_spills_and_the_products_overlap(m, group, mode, monkeypatch, capfd):
+
+def assembled(m, group, mode, monkeypatch, capfd) -> tuple[str, str]:
+  """PTX, and what ptxas says of it."""
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
   monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
   rows = jax.ShapeDtypeStruct((m,), jnp.float32) if mode == "w2a8" else None
   x = jax.ShapeDtypeStruct((m, 4096), jnp.int8 if mode == "w2a8" else jnp.bfloat16)
@@ -136,7 +141,23 @@ def test_it_compiles_without_spills_and_the_products_overlap(m, group, mode, mon
     x, abstract(group=group, mode=mode, lead=(2,)), layer, rows,
   )  # fmt: skip
   said = capfd.readouterr()
-  said = said.out + said.err
-  spills = re.findall(r"(\d+) bytes spill stores", said)
-  assert spills and set(spills) == {"0"}, said[-2000:]
-  assert "serialized" not in said, said[-2000:]
+  ptx, mark, report = said.out.partition("ptxas ")
+  return ptx, mark + report + said.err
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
+@pytest.mark.parametrize("group", [None, 64, 128, 256])
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 500, 2048])
+def test_it_compiles_without_spills_and_the_products_overlap(m, group, mode, monkeypatch, capfd):
+  _, report = assembled(m, group, mode, monkeypatch, capfd)
+  assert aot.spills(report) == 0
+  assert "serialized" not in report, report[-2000:]
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize(("mode", "m"), INSTRUCTIONS)
+def test_instructions_per_weight_do_not_creep_up(mode, m, monkeypatch, capfd):
+  ptx, _ = assembled(m, 128, mode, monkeypatch, capfd)
+  count = aot.instructions_per_weight(ptx, "wgmma.mma_async")
+  assert count < INSTRUCTIONS[mode, m]
