@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from experiments.gpu import on_gpu
 from experiments.readme import block
 
 HERE = Path(__file__).parent
@@ -18,14 +19,16 @@ RESULTS = HERE / "results.csv"
 
 def measure() -> None:
   """Run `neurojax bench decode` for each entry of the configuration; the results are written anew."""
-  RESULTS.unlink(missing_ok=True)
+  fresh = RESULTS.with_suffix(".new")
+  fresh.unlink(missing_ok=True)
   for run in tomllib.loads((HERE / "config.toml").read_text())["runs"]:
     command = [sys.executable, "-m", "neurojax", "bench", "decode", "--random"]
-    command += ["--out", str(RESULTS)]
+    command += ["--out", str(fresh)]
     for name, value in run.items():
       values = value if isinstance(value, list) else [value]
       command += [f"--{name}", *map(str, values)]
     subprocess.run(command, check=True)
+  fresh.replace(RESULTS)
 
 
 def table() -> str:
@@ -48,5 +51,5 @@ def table() -> str:
 
 if __name__ == "__main__":
   if "--table" not in sys.argv[1:]:
-    measure()
+    on_gpu(measure)
   block("gpu_decode", table())

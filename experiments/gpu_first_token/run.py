@@ -13,6 +13,7 @@ import time
 import tomllib
 from pathlib import Path
 
+from experiments.gpu import on_gpu
 from neurojax.config import ModelConfig
 from neurojax.files.dummy import write_dummy
 from neurojax.kernels import measure
@@ -78,7 +79,7 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
   if sys.argv[1:]:
-    main(Path(sys.argv[1]))
+    on_gpu(lambda: main(Path(sys.argv[1])))
   else:
     with tempfile.TemporaryDirectory() as folder:
-      main(Path(folder) / "model.gguf")
+      on_gpu(lambda: main(Path(folder) / "model.gguf"))

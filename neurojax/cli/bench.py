@@ -63,7 +63,7 @@ class Decode(EngineOptions):
       raise ValueError("give either --model FILE or --arch NAME --random")
     if self.repetitions < 1:
       raise ValueError(f"--repetitions {self.repetitions}: at least 1")
-    return self._bench_random() if self.arch else asyncio.run(self._bench_file())
+    return asyncio.run(self._bench_file()) if self.arch is None else self._bench_random()
 
   def _bench_random(self) -> int:
     from neurojax.config import ModelConfig
@@ -76,6 +76,13 @@ class Decode(EngineOptions):
     if weights not in ("w2a8", "w2a16"):
       raise ValueError(f"--weights {weights}: an architecture's are ternary, 'w2a8' or 'w2a16'")
     assert self.arch is not None
+    self._refuse(
+      "--arch", ("stages", "hosts", "programs", "dtype", "decode", "llama_bench", "tokenizer")
+    )
+    if not (self.batch or self.prefill):
+      raise ValueError("nothing to measure: give a --batch or a --prefill")
+    if self.out:
+      measure.check_csv(self.out, bench.Row)
     rows = []
     with stderr.status("measuring"):
       for row in bench.run(
@@ -96,10 +103,20 @@ class Decode(EngineOptions):
       print(bench.describe(rows))
     return 0
 
+  def _refuse(self, source: str, names: tuple[str, ...]) -> None:
+    """Raises: ValueError: one of these options, which mean nothing for the source, was given."""
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name in names:
+      if getattr(self, name) != defaults[name]:
+        raise ValueError(f"--{name.replace('_', '-')} means nothing for {source}: leave it out")
+
   async def _bench_file(self) -> int:
     from neurojax.engine import bench
     from neurojax.kernels import measure
 
+    self._refuse("--model", ("random",))
+    if self.out:
+      measure.check_csv(self.out, bench.Row)
     if len(self.prefill) != 1 or len(self.context) > 1 or self.batch != (1,):
       raise ValueError("--model takes one --prefill, at most one --context and no --batch")
     [prefill] = self.prefill
@@ -182,6 +199,10 @@ class Gemm:
 
     if self.repetitions < 1:
       raise ValueError(f"--repetitions {self.repetitions}: at least 1")
+    if not (self.rows and self.weights):
+      raise ValueError("nothing to measure: give --rows and --weights")
+    if self.out:
+      measure.check_csv(self.out, bench.Row)
     device = jax.devices()[0].device_kind
     if self.tune and jax.default_backend() != "gpu":
       raise ValueError(f"--tune: tables are of GPUs, and this device is {device}")

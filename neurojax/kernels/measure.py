@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+Pick = Callable[[Sequence[float]], float]
+
 _PASSES = 4
 _ROUNDS = 16
 """Passes in one call: what starting a call costs must not count."""
@@ -66,21 +68,19 @@ def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
   )
 
 
-def read_rate(size_bytes: int = 1 << 29, runs: int = 3) -> float:
+def read_rate(size_bytes: int = 1 << 29, runs: int = 3, pick: Pick = statistics.median) -> float:
   """Bytes per second of summing an array, on the default device: what reading alone can reach."""
   array = jnp.ones((size_bytes // 4 // 1024, 1024), jnp.int32)
-  # On a CPU over the leading axis: a plain sum is bound by its additions there. On a GPU it is the
-  # plain sum that comes near the memory's rate.
-  axis = None if jax.default_backend() == "gpu" else 0
+  if jax.default_backend() != "gpu":
+    # Over the leading axis: a plain sum is bound by its additions, and so is anything more than a sum.
+    s = seconds(jax.jit(lambda a: jnp.sum(a, axis=0)), array, runs=_PASSES * runs, pick=pick)
+    return array.nbytes / s
 
   # Each pass depends on the one before, or XLA would make one of them all.
   def read(array: Array) -> Array:
-    start = jnp.zeros((1, 1) if axis is None else (1, 1024), jnp.int32)
-    return lax.fori_loop(
-      0, _PASSES, lambda _, total: jnp.sum(array ^ total, axis=axis, keepdims=True), start
-    )
+    return lax.fori_loop(0, _PASSES, lambda _, total: jnp.sum(array ^ total), jnp.int32(0))
 
-  return _PASSES * array.nbytes / seconds(jax.jit(read), array, runs=runs)
+  return _PASSES * array.nbytes / seconds(jax.jit(read), array, runs=runs, pick=pick)
 
 
 def device_name() -> str:
@@ -94,15 +94,17 @@ def device_name() -> str:
   return "cpu"
 
 
-def seconds(f: Callable[..., Any], *args: Any, runs: int = 5) -> float:
-  """The median time of a call, the first one (which compiles) left out."""
+def seconds(
+  f: Callable[..., Any], *args: Any, runs: int = 5, pick: Pick = statistics.median
+) -> float:
+  """The median time of a call, or what `pick` takes, the first one (which compiles) left out."""
   jax.block_until_ready(f(*args))
   times = []
   for _ in range(runs):
     began = time.perf_counter()
     jax.block_until_ready(f(*args))
     times.append(time.perf_counter() - began)
-  return statistics.median(times)
+  return pick(times)
 
 
 def origin() -> dict[str, str]:
@@ -117,23 +119,38 @@ def origin() -> dict[str, str]:
   }
 
 
-def append_csv(path: Path, rows: Sequence[Any]) -> None:
-  """Add dataclass rows to a results file, with a header if it is new.
+def check_csv(path: Path, row: type) -> None:
+  """Whether `append_csv` can add rows of a dataclass there; makes the folder.
 
-  Raises: ValueError: the file has other columns.
+  Raises: ValueError: the file has other columns, or is no text. OSError: it cannot be written.
   """
-  names = [field.name for field in dataclasses.fields(rows[0])]
   path.parent.mkdir(parents=True, exist_ok=True)
-  is_new = not path.exists()
-  if not is_new:
-    with path.open(encoding="utf-8") as lines:
-      found = next(csv.reader(lines), [])
-    if found != names:
-      raise ValueError(f"{path} has the columns {found}, not {names}: name another file")
+  names = [field.name for field in dataclasses.fields(row)]
+  with path.open("a+b") as file:
+    file.seek(0)
+    first = file.readline()
+  try:
+    found = next(csv.reader([first.decode()]), [])
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f"{path}: not a results file ({error}): name another") from error
+  if first and found != names:
+    raise ValueError(f"{path} has the columns {found}, not {names}: name another file")
+
+
+def append_csv(path: Path, rows: Sequence[Any]) -> None:
+  """Add dataclass rows to a results file, with a header if it is new or empty.
+
+  Raises: as `check_csv` does.
+  """
+  check_csv(path, type(rows[0]))
+  names = [field.name for field in dataclasses.fields(rows[0])]
+  text = path.read_text(encoding="utf-8")
   with path.open("a", newline="", encoding="utf-8") as out:
     writer = csv.DictWriter(out, names)
-    if is_new:
+    if not text:
       writer.writeheader()
+    elif not text.endswith("\n"):
+      out.write("\n")
     for row in rows:
       values = dataclasses.asdict(row)
       writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})

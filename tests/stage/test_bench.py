@@ -68,3 +68,13 @@ def test_what_is_no_measurement_is_refused(tmp_path):
   assert path.read_text().splitlines()[1:] == ["2e+09,4e+09,8e+09"] * 2
   with pytest.raises(ValueError, match="columns"):
     measure.append_csv(path, [CONFIG])
+  # A file whose last line was cut, an empty one, and one that is no text.
+  path.write_bytes(path.read_bytes().rstrip())
+  measure.append_csv(path, rows)
+  assert path.read_text().splitlines()[1:] == ["2e+09,4e+09,8e+09"] * 3
+  path.write_bytes(b"")
+  measure.append_csv(path, rows)
+  assert len(path.read_text().splitlines()) == 2
+  path.write_bytes(b"\xff\xfe")
+  with pytest.raises(ValueError, match=r"x\.csv: not a results file"):
+    measure.append_csv(path, rows)

@@ -179,7 +179,7 @@ class _Kernel:
       y = self._sums(p, loaded, x, scale)
       rows = self._first(p, index) + jnp.arange(_ROWS)
       inside = rows < p.outputs
-      top = jnp.maximum(top, jnp.where(inside, jnp.abs(y), 0))
+      top = jnp.maximum(top, jnp.where(inside, _magnitude(y), 0))
       if self.ops.interpret:
         post(first + rows, y, inside)
         return top
@@ -479,7 +479,7 @@ class _Kernel:
 
       i = jnp.arange(_padded(s.n * s.h))
       attended = self.read(refs, "attended", i, i < s.n * s.h)
-      x, scale = self._quantise(self.o, refs, attended, jnp.max(jnp.abs(attended)))
+      x, scale = self._quantise(self.o, refs, attended, jnp.max(_magnitude(attended)))
       self.multiply(self.o, refs.o, layer, slots, x, scale, post("o"))
       self.arrive(refs)
       gain = self._gain(refs.ffn_norm, layer)
@@ -530,6 +530,11 @@ class _Kernel:
 def _padded(width: int) -> int:
   """Elements of an array that holds whole tiles of `width`; Triton's sizes are powers of two."""
   return max(TILE, pl.next_power_of_2(width))
+
+
+def _magnitude(v: Array) -> Array:
+  """|v|, infinite for NaN: a maximum on the GPU passes over NaN, and rounding would make it finite."""
+  return jnp.where(v == v, jnp.abs(v), jnp.inf)
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -588,6 +593,8 @@ def decode(
   s = weights.shape
   if not interpret and jax.__version_info__ < (0, 11, 2):
     raise NotImplementedError(f"needs jax 0.11.2 or newer, this is {jax.__version__}")
+  if interpret and programs != 1:
+    raise NotImplementedError(f"{programs} programs in interpret mode: they run one after another")
   if reason := supports(weights, keys.shape[3], programs):
     raise NotImplementedError(reason)
   matrices = {name: getattr(weights, name) for name in ("qkv", "o", "gate_up", "down")}

@@ -6,7 +6,7 @@
                   "implementation": "triton", "parameters": {"warps": 2}}]}
 
 An entry is about n channels, k contracted elements, and up to m rows: more than the next smaller m
-of its mode has.
+of its mode has. Between two numbers of rows that were measured, that is a guess.
 """
 
 import functools
@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from neurojax.ternary.array import Mode
 
@@ -48,11 +48,15 @@ def path_for(device_kind: str, folder: Path = FOLDER) -> Path:
 
 
 def write(path: Path, device_kind: str, source: str, entries: Sequence[Entry]) -> None:
-  """A table, in place of the one that was there."""
+  """A table, in place of the one that was there. Raises: ValueError: no entries."""
+  if not entries:
+    raise ValueError(f"no kernel was measured on {device_kind}: its table stays as it is")
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in entries)
   head = f'  "device": {json.dumps(device_kind)},\n  "source": {json.dumps(source)},\n'
-  path.write_text(f'{{\n{head}  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+  whole = path.with_suffix(".new")
+  whole.write_text(f'{{\n{head}  "entries": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+  whole.replace(path)
   load.cache_clear()
 
 
@@ -67,9 +71,23 @@ def load(device_kind: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
     return ()
   try:
     table = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(Entry(**entry) for entry in table["entries"])
-  except (KeyError, TypeError, ValueError) as error:
+    entries = tuple(Entry(**entry) for entry in table["entries"])
+    for entry in entries:
+      _check(entry)
+    return entries
+  except (KeyError, TypeError, ValueError, OSError) as error:
     raise ValueError(f"{path}: not a table of tuned products ({error!r}): measure anew") from error
+
+
+def _check(entry: Entry) -> None:
+  if entry.mode not in get_args(Mode):
+    raise ValueError(f"mode = {entry.mode!r}")
+  for name in ("m", "n", "k"):
+    value = getattr(entry, name)
+    if type(value) is not int or value < 1:
+      raise ValueError(f"{name} = {value!r}")
+  if not isinstance(entry.implementation, str) or not isinstance(entry.parameters, dict):
+    raise ValueError(f"{entry.implementation!r} with {entry.parameters!r}")
 
 
 def find(entries: Sequence[Entry], mode: Mode, m: int, n: int, k: int) -> Entry | None:

@@ -105,3 +105,30 @@ def test_rows_are_fused_in_order_and_only_if_alike():
   assert set(np.unique(oracle.dense(fuse_rows(*whole)))) == {-0.5, 0.0, 0.5}
   with pytest.raises(ValueError, match="group_size"):
     fuse_rows(parts[0], oracle.matrix(rng, 2, n=3, k=128, group=128))
+
+
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down"])
+def test_a_nan_comes_out_at_the_end(name: str):
+  s = Shape(128, 256, 4, 2, 32, 1e-6)
+  w = oracle.weights(s, layers=1, group=64, qk_norm=False, seed=1)
+  scales = np.array(getattr(w, name).scales)
+  scales[0, 3, 1] = np.nan
+  w = dataclasses.replace(w, **{name: dataclasses.replace(getattr(w, name), scales=scales)})
+  cache = jnp.zeros((1, 1, s.k, 128, s.h))
+  turn = jnp.ones(s.h // 2)
+  x, *_ = triton.decode(
+    jnp.ones(s.d), jax.tree.map(jnp.asarray, w), cache, cache, turn, turn, jnp.int32(0),
+    programs=1, interpret=True,
+  )  # fmt: skip
+  assert not np.isfinite(x).all()
+
+
+def test_several_programs_need_a_gpu():
+  s = Shape(128, 256, 4, 2, 32, 1e-6)
+  w = oracle.weights(s, layers=1, group=64, qk_norm=False, seed=1)
+  cache = jnp.zeros((1, 1, s.k, 128, s.h))
+  turn = jnp.ones(s.h // 2)
+  with pytest.raises(NotImplementedError, match="2 programs"):
+    triton.decode(
+      jnp.ones(s.d), w, cache, cache, turn, turn, jnp.int32(0), programs=2, interpret=True
+    )

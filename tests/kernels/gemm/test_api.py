@@ -282,10 +282,26 @@ def test_what_was_measured_is_chosen(fresh_choice, tmp_path):
   assert chosen(64, 4096) == ("triton", {})
 
 
-def test_a_table_that_is_none_is_named(tmp_path):
-  (tmp_path / "gpu.json").write_text('{"entries": [{"mode": "w2a8"}]}')
+@pytest.mark.parametrize(
+  "wrong", [{"m": "8"}, {"n": 0}, {"k": True}, {"mode": "w3"}, {"parameters": None}, {"extra": 1}]
+)
+def test_a_table_that_is_none_is_named(tmp_path, wrong):
+  entry = {"mode": "w2a8", "m": 1, "n": 8, "k": 8, "implementation": "triton", "parameters": {}}
+  (tmp_path / "gpu.json").write_text(json.dumps({"entries": [entry | wrong]}))
+  tuned.load.cache_clear()
   with pytest.raises(ValueError, match=r"gpu\.json: not a table"):
     tuned.load("GPU", tmp_path)
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path):
+  path = tuned.path_for("Some GPU-x1", tmp_path)
+  entries = [tuned.Entry("w2a8", 1, 8, 8, "triton", {})]
+  tuned.write(path, "Some GPU-x1", "a test", entries)
+  assert tuned.load("Some GPU-x1", tmp_path) == tuple(entries)
+  with pytest.raises(ValueError, match="stays as it is"):
+    tuned.write(path, "Some GPU-x1", "a test", [])
+  assert tuned.load("Some GPU-x1", tmp_path) == tuple(entries)
+  assert list(tmp_path.iterdir()) == [path]
 
 
 def test_tables_that_are_shipped_can_be_read():
