@@ -88,9 +88,10 @@ class Contact:
     Raises: StageLost, StageTimeout: no answer. HandshakeError: another protocol, package or model.
     """
     limit = wire.message_limit(config, PREFILL_CHUNK)
-    channel = grpc.aio.insecure_channel(host.address, options=wire.channel_options(limit))
+    address = host.reach()
+    channel = grpc.aio.insecure_channel(address, options=wire.channel_options(limit))
     stub = rpc.StageStub(channel)
-    label = f"{host.name} at {host.address}" if host.name else host.address
+    label = f"{host.name} at {address}" if host.name else address
     best_s, ahead_s = float("inf"), 0.0
     try:
       # The health check says at once whether someone is there; the first description may take as

@@ -49,6 +49,11 @@ class StageStub(object):
                 request_serializer=neurojax_dot_pipeline_dot_pipeline__pb2.Frame.SerializeToString,
                 response_deserializer=neurojax_dot_pipeline_dot_pipeline__pb2.Frame.FromString,
                 _registered_method=True)
+        self.Echo = channel.unary_unary(
+                '/neurojax.pipeline.v1.Stage/Echo',
+                request_serializer=neurojax_dot_pipeline_dot_pipeline__pb2.EchoRequest.SerializeToString,
+                response_deserializer=neurojax_dot_pipeline_dot_pipeline__pb2.EchoReply.FromString,
+                _registered_method=True)
 
 
 class StageServicer(object):
@@ -75,6 +80,13 @@ class StageServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Echo(self, request, context):
+        """The payload comes back: what measures the way here. At most neurojax.pipeline.link.PAYLOAD bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_StageServicer_to_server(servicer, server):
                     servicer.Link,
                     request_deserializer=neurojax_dot_pipeline_dot_pipeline__pb2.Frame.FromString,
                     response_serializer=neurojax_dot_pipeline_dot_pipeline__pb2.Frame.SerializeToString,
+            ),
+            'Echo': grpc.unary_unary_rpc_method_handler(
+                    servicer.Echo,
+                    request_deserializer=neurojax_dot_pipeline_dot_pipeline__pb2.EchoRequest.FromString,
+                    response_serializer=neurojax_dot_pipeline_dot_pipeline__pb2.EchoReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Stage(object):
             '/neurojax.pipeline.v1.Stage/Link',
             neurojax_dot_pipeline_dot_pipeline__pb2.Frame.SerializeToString,
             neurojax_dot_pipeline_dot_pipeline__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Echo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/neurojax.pipeline.v1.Stage/Echo',
+            neurojax_dot_pipeline_dot_pipeline__pb2.EchoRequest.SerializeToString,
+            neurojax_dot_pipeline_dot_pipeline__pb2.EchoReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,7 @@ from neurojax.model.neurollm import NeuroLLM
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline import wire
+from neurojax.pipeline.link import echo
 from neurojax.pipeline.onward import HELLO_S, Lost, NextLink, Outlet
 from neurojax.scaling import count, plan
 from neurojax.stage import programs
@@ -37,20 +38,22 @@ SERVICE = "neurojax.pipeline.v1.Stage"
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-  """asked: The `programs` of the request; `identity` has what they became."""
+  """asked: The `programs` of requests that this answers; `identity` has what they became."""
 
   runtime: StageRuntime
   identity: pb.Identity
   weights: str
   span: Span
-  asked: str
+  asked: frozenset[str]
 
   def answers(self, request: pb.LoadRequest, span: Span) -> bool:
     """Whether a request asks for just this."""
-    wanted = request.identity
+    return request.identity.programs in self.asked and self.is_like(request, span)
+
+  def is_like(self, request: pb.LoadRequest, span: Span) -> bool:
+    """Whether a request asks for this, by whatever programs."""
     return (
-      wire.disagreement(self.identity, wanted, fields=wire.SAME_FORM) is None
-      and wanted.programs in (self.asked, self.identity.programs)
+      wire.disagreement(self.identity, request.identity, fields=wire.SAME_FORM) is None
       and (self.weights, self.span) == (request.weights, span)
       and self.runtime.max_sequences == request.max_sequences
     )
@@ -254,6 +257,14 @@ class StageServer(rpc.StageServicer):
       max_sequences=request.max_sequences,
       ternary=ternary_matrices(self._file),
     )
+    reason = self._why_not_fused(wanted.dtype)
+    if wanted.programs == "fused" and reason:
+      raise ValueError(f"the fused programs cannot run this model: {reason}")
+    asked = {wanted.programs}
+    # What one coordinator found out about "auto" holds for the next that asks for it.
+    was_auto = loaded and "auto" in loaded.asked and loaded.is_like(request, span)
+    if wanted.programs == "model" and (reason or was_auto):
+      asked.add("auto")
     # Both references go, so that the memory is free before it is asked for.
     self._loaded = loaded = None
     self._replaced.set()
@@ -265,11 +276,11 @@ class StageServer(rpc.StageServicer):
     free = min(free_memory_bytes(), self._memory_bytes or 1 << 62)
     if needed > free:
       raise _Refused(f"layers {span} need {needed:,} bytes here and {free:,} are free")
-    self._loaded = await self._do(lambda: self._build(request, span), timed=False)
+    self._loaded = await self._do(lambda: self._build(request, span, asked), timed=False)
     kind = self._loaded.identity.programs
     log.info("%s holds layers %s, run by the %r programs", self._name, span, kind)
 
-  def _build(self, request: pb.LoadRequest, span: Span) -> _Loaded:
+  def _build(self, request: pb.LoadRequest, span: Span, asked: set[str]) -> _Loaded:
     """Raises: ValueError: the file is no longer what its digest was computed of."""
     model = load_span(
       self._file, span, dtype=jnp.dtype(request.identity.dtype), weights=request.weights
@@ -281,7 +292,11 @@ class StageServer(rpc.StageServicer):
     identity = pb.Identity()
     identity.CopyFrom(request.identity)
     identity.programs = stage.programs
-    return _Loaded(runtime, identity, request.weights, span, request.identity.programs)
+    asked = frozenset(asked | {stage.programs})
+    return _Loaded(runtime, identity, request.weights, span, asked)
+
+  def _why_not_fused(self, dtype: str) -> str | None:
+    return programs.why_not_here(dtype)
 
   def _compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
     return CompiledStage(
@@ -289,6 +304,9 @@ class StageServer(rpc.StageServicer):
       context_length=wanted.context_length,
       programs=typing.cast(programs.Wanted, wanted.programs),
     )
+
+  async def Echo(self, request: pb.EchoRequest, context: grpc.aio.ServicerContext) -> pb.EchoReply:
+    return await echo(request, context)
 
   # ---- Link
 

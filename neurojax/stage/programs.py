@@ -212,18 +212,23 @@ def _needs_gpu(kernels: Kernels) -> bool:
   return is_compiled or (kernels.product, kernels.attention) != ("reference", "reference")
 
 
-def _check_gpu(model: NeuroLLM) -> None:
-  """Raises: NotImplementedError: the GPU kernels cannot run here, or not in the model's dtype."""
+def why_not_here(dtype: str) -> str | None:
+  """Why the fused programs cannot run on this device, or not in this dtype; None if they can."""
   device = _device()
   if device.platform != "gpu":
-    raise NotImplementedError(f"their kernels are for GPUs, this is a {device.platform}")
+    return f"their kernels are for GPUs, this is a {device.platform}"
   capability = str(getattr(device, "compute_capability", None))
   if capability != "9.0":
-    raise NotImplementedError(
-      f"their kernels are for compute capability 9.0, {device.device_kind} has {capability}"
-    )
-  if model.dtype != jnp.bfloat16:
-    raise NotImplementedError(f"they compute in bfloat16, the dtype is {model.dtype}: choose that")
+    return f"their kernels are for compute capability 9.0, {device.device_kind} has {capability}"
+  if dtype != "bfloat16":
+    return f"they compute in bfloat16, the dtype is {dtype}: choose that"
+  return None
+
+
+def _check_gpu(model: NeuroLLM) -> None:
+  """Raises: NotImplementedError: `why_not_here` has a reason."""
+  if reason := why_not_here(str(model.dtype)):
+    raise NotImplementedError(reason)
 
 
 def _device() -> jax.Device:

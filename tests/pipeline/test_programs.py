@@ -35,6 +35,9 @@ REQUEST = request(max_tokens=6, sampling=Sampling(temperature=1.0, seed=5))
 class Fusing(StageServer):
   """Its device runs fused programs, by reference kernels."""
 
+  def _why_not_fused(self, dtype: str) -> None:
+    return None
+
   def _compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
     return compiled(model, "fused" if wanted.programs == "auto" else wanted.programs)
 
@@ -109,6 +112,27 @@ def test_stages_run_the_same_programs_and_give_the_local_bits(path: Path, kinds,
     assert warned == []
   else:
     assert len(warned) == 1 and "stage-0" in warned[0] and "layers 1..1 of 2): fused" in warned[0]
+
+
+@pytest.mark.parametrize(
+  "kinds,first",
+  [((StageServer, Fusing), "auto"), ((StageServer, StageServer), "model")],
+  ids=["unlike", "alike"],
+)
+def test_who_asks_next_shares_the_load(path: Path, kinds, first: str):
+  async def work():
+    async with fleet(path, *kinds) as hosts:
+      one = await connect(path, hosts, first)
+      tokens = one.generate(REQUEST)
+      begun = await anext(tokens)
+      # A stage with an open sequence refuses to load anything else.
+      other = await connect(path, hosts, "auto")
+      rest = [token async for token in tokens]
+      await other.close()
+      await one.close()
+    return [begun, *rest]
+
+  assert run(work()) == run(alone(path, "model"))
 
 
 def test_a_stage_that_cannot_do_what_is_insisted_on_is_named(path: Path):
