@@ -171,6 +171,11 @@ class CompiledStage:
     )
 
   @property
+  def working_bytes(self) -> int:
+    """What the compiler says the neediest program takes beside what goes in and comes out."""
+    return max(run.memory_analysis().temp_size_in_bytes for run in self._run.values())
+
+  @property
   def _input_dtype(self) -> np.dtype:
     return np.dtype(np.int32) if self.span.is_first else self.activations
 
