@@ -1,4 +1,4 @@
-"""Exact bytes of a model's parts. Imports no JAX."""
+"""Exact bytes of a model's parts, and the FLOPs of a token. Imports no JAX."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,6 +28,22 @@ class Scales:
 
 Ternary = Mapping[str, Scales]
 """Which matrices, by canonical name, are ternary in a file; `files.load.ternary_matrices` tells."""
+
+
+TERNARY_FORMATS: Mapping[str, Scales] = {
+  "ternary-g64": Scales(64, 2),
+  "ternary-g128": Scales(128, 2),
+  "ternary-g256": Scales(256, 2),
+  "ternary-tensor": Scales(None, 4),
+  "Q2_0 (group 64)": Scales(64, 2),
+  "Q2_0 (group 128)": Scales(128, 2),
+  "PQ2_0": Scales(128, 2),
+  "TQ1_0": Scales(256, 2),
+  "TQ2_0": Scales(256, 2),
+  "I2_S": Scales(None, 4),
+}
+"""Scales by the name of a format, those of files (`ternary.codecs`) too. Every one of them is two-bit
+codes on the device, whatever its file holds: TQ1_0's 1.69 bits become 2.06 there."""
 
 
 def capacity_for(context_length: int) -> int:
@@ -111,6 +127,60 @@ def span_bytes(
 def cache_bytes(config: ModelConfig, num_layers: int, *, capacity: int, dtype: str) -> int:
   """Bytes of one sequence's keys and values over `num_layers` layers."""
   return 2 * num_layers * config.num_kv_heads * capacity * config.head_dim * DTYPE_BYTES[dtype]
+
+
+def span_parameters(config: ModelConfig, span: Span) -> int:
+  """Parameters that a stage holds. Over a cut, a tied embedding is held by both ends."""
+  return span_bytes(config, span, dtype="float32", weights="dense") // DTYPE_BYTES["float32"]
+
+
+def uniform_ternary(config: ModelConfig, scales: Scales) -> Ternary:
+  """Every matrix of the model ternary alike, embedding and head too."""
+  outer = ("embedding_VD",) if config.tied_embedding else ("embedding_VD", "head_DV")
+  return dict.fromkeys((*layer_matrices(config), *outer), scales)
+
+
+def flops_per_token(
+  config: ModelConfig,
+  *,
+  context: int,
+  mode: Literal["prefill", "decode", "train"],
+  span: Span | None = None,
+) -> int:
+  """Floating-point operations of one token: what the arithmetic needs, exactly.
+
+  A multiply-add counts as 2. Counted are the products with matrices and attention's two products
+  (scores, weighted values) over the keys a query may see; norms, rotations, softmax, activations and
+  the embedding's lookup are not (below 1% of it at usual widths).
+
+    decode   the token sees `context` keys, itself included; the head once
+    prefill  mean of `context` positions, which see (context + 1) / 2 keys; no head, which a prompt
+             needs once: add `head_flops`
+    train    3 times the forward pass: mean keys as in prefill, the head for every token. The
+             backward pass multiplies each matrix twice; rematerializing layers adds a fourth pass
+
+  Implementations that compute masked scores too do up to twice the work of attention.
+
+  Args:
+    span: Of a stage; the whole model if absent.
+  Raises: ValueError: a context below 1.
+  Source: the convention is that of Hoffmann et al., arXiv:2203.15556, appendix F, without the
+    operations it counts for softmax and with the lookup free.
+  """
+  if context < 1:
+    raise ValueError(f"context = {context}: at least the token itself, 1")
+  span = span or Span.whole(config)
+  # Twice the mean keys: context + 1 of a causal triangle is odd as often as not.
+  keys_twice = 2 * context if mode == "decode" else context + 1
+  layer = 2 * sum(k * n for k, n in layer_matrices(config).values())
+  layer += 2 * config.num_heads * config.head_dim * keys_twice
+  head = head_flops(config) if span.is_last and mode != "prefill" else 0
+  return (3 if mode == "train" else 1) * (len(span) * layer + head)
+
+
+def head_flops(config: ModelConfig) -> int:
+  """Floating-point operations of the logits of one position."""
+  return 2 * config.model_dim * config.vocab_size
 
 
 def _layer_vectors(config: ModelConfig) -> int:

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from neurojax.config import ModelConfig, Span
 from neurojax.model import params
@@ -14,8 +16,8 @@ from neurojax.quant.array import Int8Array
 from neurojax.scaling import count
 from neurojax.scaling.count import Scales
 from neurojax.ternary.array import TernaryArray, row_bytes
-
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.toml"))
+from neurojax.ternary.codecs import CODECS
+from tests.scaling.shapes import CONFIGS, configs
 
 
 def tree_bytes(model: NeuroLLM) -> int:
@@ -137,3 +139,28 @@ def test_parameters_of_published_models():
   qwen = count.parameters(ModelConfig.load(folder / "bonsai-8b.toml"))
   assert qwen == 8_190_735_360, "the published checkpoint's sum"
   assert count.parameters(ModelConfig.load(folder / "tinyllama-1.1b.toml")) == 1_100_048_384
+
+
+@pytest.mark.parametrize("name", count.TERNARY_FORMATS)
+@given(config=configs())
+@settings(max_examples=2, deadline=None)
+def test_uniform_formats_equal_the_real_tree(name: str, config: ModelConfig):
+  ternary = count.uniform_ternary(config, count.TERNARY_FORMATS[name])
+  span = Span.whole(config)
+  counted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a8", ternary=ternary)
+  assert counted == packed_bytes(config, span, "bfloat16", ternary)
+
+
+def test_formats_of_files_have_the_scales_of_their_codecs():
+  for name, codec in CODECS.items():
+    assert count.TERNARY_FORMATS[name] == Scales(codec.group_size, codec.scale_dtype.itemsize)
+
+
+@given(config=configs(), first=st.integers(0, 5), length=st.integers(1, 6))
+@settings(max_examples=6, deadline=None)
+def test_any_span_of_any_architecture(config: ModelConfig, first: int, length: int):
+  first %= config.num_layers
+  last = min(first + length, config.num_layers) - 1
+  span = Span(first_layer=first, last_layer=last, num_layers=config.num_layers)
+  part = NeuroLLM.abstract(config, span=span, dtype=jnp.bfloat16)
+  assert tree_bytes(part) == 2 * count.span_parameters(config, span)

@@ -1,0 +1,157 @@
+"""Memory of a training step, by what is kept. Imports no JAX."""
+
+import dataclasses
+from typing import Literal
+
+from neurojax.config import ModelConfig, Span
+from neurojax.scaling import count
+from neurojax.scaling.count import DTYPE_BYTES
+
+Optimizer = Literal["adamw", "muon", "sgd"]
+
+_MASTER = DTYPE_BYTES["float32"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainBytes:
+  """Bytes of one host in a training step.
+
+  Attributes:
+    parameters: The float32 master weights.
+    copy: The same in the compute dtype, which the step multiplies by; 0 if that is float32.
+    gradients: float32, as those of master weights are.
+    optimizer: Its state: see `optimizer_bytes`.
+    activations: See `activation_bytes`.
+    diloco: Snapshot and outer velocity, float32, if the host is a DiLoCo worker.
+  """
+
+  parameters: int
+  copy: int
+  gradients: int
+  optimizer: int
+  activations: int
+  diloco: int
+
+  @property
+  def total(self) -> int:
+    return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def train_bytes(
+  config: ModelConfig,
+  span: Span,
+  *,
+  batch: int,
+  sequence: int,
+  optimizer: Optimizer = "adamw",
+  remat: bool = True,
+  compute_dtype: str = "bfloat16",
+  diloco: bool = False,
+) -> TrainBytes:
+  """Memory of a stage that trains its span: master weights in float32, products in `compute_dtype`.
+
+  Quantization-aware training takes the same: its ternary weights are values of the compute copy.
+
+  Args:
+    batch: Sequences whose activations are kept at once. A pipeline with m micro-batches in flight
+      keeps m of them: pass all their sequences.
+    sequence: Tokens of each.
+    diloco: Add the snapshot and the outer momentum of arXiv:2311.08105, algorithm 1.
+  """
+  parameters = count.span_parameters(config, span)
+  width = DTYPE_BYTES[compute_dtype]
+  return TrainBytes(
+    parameters=parameters * _MASTER,
+    copy=0 if width == _MASTER else parameters * width,
+    gradients=parameters * _MASTER,
+    optimizer=optimizer_bytes(config, span, optimizer),
+    activations=activation_bytes(
+      config, span, batch=batch, sequence=sequence, remat=remat, compute_dtype=compute_dtype
+    ),
+    diloco=2 * parameters * _MASTER if diloco else 0,
+  )
+
+
+def optimizer_bytes(config: ModelConfig, span: Span, optimizer: Optimizer) -> int:
+  """State of optax's optimizers at a constant learning rate, moments in float32.
+
+    adamw  two moments of every parameter, and a counter
+    muon   `optax.contrib.muon` with the matrices of layers under Muon (one momentum) and the rest
+           under AdamW; two counters and Newton-Schulz's three coefficients
+    sgd    one momentum (without momentum there is nothing)
+
+  A schedule adds a counter of 4 bytes. Source: optax 0.2.8.
+  """
+  parameters = count.span_parameters(config, span)
+  if optimizer == "sgd":
+    return parameters * _MASTER
+  if optimizer == "adamw":
+    return 2 * parameters * _MASTER + 4
+  matrices = len(span) * sum(k * n for k, n in count.layer_matrices(config).values())
+  return (2 * parameters - matrices) * _MASTER + 2 * 4 + 3 * 4
+
+
+def activation_bytes(
+  config: ModelConfig,
+  span: Span,
+  *,
+  batch: int,
+  sequence: int,
+  remat: bool,
+  compute_dtype: str = "bfloat16",
+) -> int:
+  """What the forward pass keeps for the backward one, of `batch` sequences at once.
+
+  That is what JAX's linearization of `model.neurollm` keeps, weights apart, to the byte in bfloat16
+  (float32 keeps less: casts vanish), and the gradient of the logits. With c bytes of compute dtype,
+  per token and layer:
+
+    norms         2 of (2 D + 2) float32, and D c of the result
+    attention     q, k, v and the heads' output: (2 N + 2 K) H c; with qk_norm also
+                  (N + K) (2 H + 2) float32
+    scores        N S (4 + c) of weights, 2 N float32 of their sums
+    ffn           6 F c: gate, up, its sigmoid, 1 - sigmoid, silu, and the product
+
+  outside of layers, per token: rotations 4 H/2 float32, the mask, on the first stage the id; on the
+  last the final norm, its result, the logits twice (values and gradient) and their sum in float32,
+  and the label. With
+  `remat` a layer keeps its input, D c, and one layer at a time is as above.
+
+  No flash attention is assumed: our training attention materializes scores, which dominate long
+  sequences. Not counted: the backward pass's own temporaries within a layer, which the compiler
+  places, often where kept values have been used up. A compiled float32 step comes to within 15% of
+  `train_bytes` by XLA's own account. XLA:CPU widens bfloat16 to float32, what it keeps too: there
+  take float32's figure.
+  """
+  if batch < 1 or sequence < 1:
+    raise ValueError(f"batch = {batch}, sequence = {sequence}: both must be positive")
+  c, tokens = DTYPE_BYTES[compute_dtype], batch * sequence
+  layer = _layer_bytes(config, sequence, c) * tokens
+  kept = len(span) * layer
+  if remat:
+    kept = (len(span) * config.model_dim * c) * tokens + layer
+  return kept + _outer_bytes(config, span, batch, sequence, c)
+
+
+def _layer_bytes(config: ModelConfig, sequence: int, c: int) -> int:
+  """Of one layer, per token."""
+  d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+  norms = 2 * ((2 * d + 2) * 4 + d * c)
+  heads = (2 * n + 2 * k) * h * c
+  if config.qk_norm:
+    heads += (n + k) * (2 * h + 2) * 4
+  scores = n * sequence * (4 + c) + 2 * n * 4
+  return norms + heads + scores + 6 * config.ffn_dim * c
+
+
+def _outer_bytes(config: ModelConfig, span: Span, batch: int, sequence: int, c: int) -> int:
+  tokens = batch * sequence
+  # The mask: a bit in a byte, and the float32 that stands where it is off.
+  kept = tokens * (2 * config.head_dim * 4 + config.num_heads * sequence * (1 + 4))
+  if span.is_first:
+    kept += tokens * 4
+  if span.is_last:
+    norm = (2 * config.model_dim + 2) * 4 + config.model_dim * c
+    logits = 2 * config.vocab_size * 4 + 4 + 4
+    kept += tokens * (norm + logits)
+  return kept
