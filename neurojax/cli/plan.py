@@ -1,0 +1,245 @@
+"""`neurojax plan`: which host is to hold which layers."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from neurojax.config import ModelConfig, architectures, to_toml
+from neurojax.scaling import count
+from neurojax.scaling.count import Weights
+
+if TYPE_CHECKING:
+  from neurojax.scaling.fleet import Fleet
+  from neurojax.scaling.plan import Load, Plan
+
+DEFAULT_CONTEXT = 2048
+MOST_ROWS = 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanningOptions:
+  """What is placed where."""
+
+  model: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME|TOML")] = None
+  """A model file, an architecture of configs/model, or the TOML file of one."""
+  fleet: Annotated[str | None, tyro.conf.arg(metavar="TOML")] = None
+  """The machines: what `neurojax probe` writes, or the same by hand."""
+  objective: Literal["latency", "throughput"] = "latency"
+  """Of one decoded token, or tokens per second of many sequences."""
+  context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+  """Positions of each sequence; the model's own, at most 2048, if absent."""
+  batch: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+  """Sequences that go through together. The pipeline steps each by itself: 1."""
+  sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+  """Sequences that may be in flight at once; memory for their caches is planned."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of activations and caches, and of dense weights."""
+  weights: Weights = "dense"
+  """"dense", "int8", or, two bits for each ternary weight, "w2a16" and "w2a8"."""
+  ternary: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "ternary-g128"
+  """Of an architecture without a file: how scales lie beside two-bit weights, all matrices alike."""
+  pin: Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="HOST=LAYERS"), tyro.conf.UseAppendAction
+  ] = ()
+  """Layers that a host is to hold whatever is best; 0 keeps it out. May be given several times."""
+  replicas: Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="N|auto")] = 1
+  """Whole pipelines side by side, each with all layers, over places of their own."""
+  seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 5.0
+  """For the search, where the best plan cannot be computed."""
+
+  def read(self) -> "tuple[ModelConfig, Fleet, Load]":
+    """Raises: ValueError: what is missing or does not go together."""
+    from neurojax.scaling.fleet import read_fleet
+    from neurojax.scaling.plan import Load
+
+    if self.model is None or self.fleet is None:
+      raise ValueError("give --model and --fleet: what is to be placed, and where")
+    config, ternary = _model(self.model, self.weights, self.ternary)
+    context = self.context or min(config.context_length, DEFAULT_CONTEXT)
+    if not 1 <= context <= config.context_length:
+      raise ValueError(
+        f"--context {context}: the model was made for at most {config.context_length} positions"
+      )
+    load = Load(
+      dtype=self.dtype,
+      weights=self.weights,
+      capacity=count.capacity_for(context),
+      max_sequences=self.sequences,
+      ternary=ternary,
+    )
+    return config, read_fleet(self.fleet), load
+
+  def pins(self) -> dict[str, int]:
+    found = {}
+    for text in self.pin:
+      host, equals, layers = text.rpartition("=")
+      if not (equals and host and layers.isdecimal()):
+        raise ValueError(f"--pin {text}: write HOST=LAYERS, for example gpu-1=12")
+      found[host] = int(layers)
+    return found
+
+  def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
+    from neurojax.scaling import plan
+
+    return plan.best(
+      config,
+      fleet,
+      load,
+      objective=self.objective,
+      context=self.context,
+      batch=self.batch,
+      pins=self.pins(),
+      replicas=None if self.replicas == "auto" else self.replicas,
+      time_limit_s=self.seconds,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planning(PlanningOptions):
+  """Place a model's layers on unlike machines, and say why.
+
+  Contiguous layers, each once, in memory that is there; embedding on the first stage, norm and head on
+  the last; any order of hosts, none used that only slows it down.
+
+  Example: neurojax plan --model bonsai-8b --fleet fleet.toml --weights w2a16 --compare
+  """
+
+  compare: bool = False
+  """Beside it the simple placements: proportional to memory, greedy, equal split, filled in order."""
+  json: bool = False
+  """Print one JSON object."""
+  toml: bool = False
+  """Print the plan as TOML, which `neurojax simulate --plan` reads."""
+
+  def run(self) -> int:
+    from neurojax.scaling import plan
+
+    if self.json and self.toml:
+      raise ValueError("--json and --toml: give one of them")
+    config, fleet, load = self.read()
+    made = self.plan(config, fleet, load)
+    if self.toml:
+      print(to_toml(made), end="")
+      return 0
+    added, larger = plan.one_more(config, fleet, load, made, pins=self.pins())
+    simple: dict[str, Plan | str] = {}
+    if self.compare:
+      simple = plan.compared(
+        config, fleet, load, objective=self.objective, context=self.context, batch=self.batch
+      )
+    if self.json:
+      table: dict[str, Any] = dataclasses.asdict(made)
+      table["one_more"] = {
+        "added": added,
+        "latency_s": larger.latency_s,
+        "throughput": larger.throughput,
+      }
+      if self.compare:
+        table["compared"] = {
+          name: {"error": other} if isinstance(other, str) else dataclasses.asdict(other)
+          for name, other in simple.items()
+        }
+      print(json.dumps(table, ensure_ascii=False, indent=1))
+      return 0
+    console = Console()
+    _show(console, made)
+    console.print(f"One more {added}: {_speeds(larger)}, {_change(made, larger)}.")
+    if self.compare:
+      console.print(_comparison({"ours": made, **simple}))
+    return 0
+
+
+def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.Ternary | None]:
+  """A configuration's, without JAX, or a file's."""
+  if model in architectures() or Path(model).suffix == ".toml":
+    config = ModelConfig.named(model)
+    if weights not in ("w2a16", "w2a8"):
+      return config, None
+    if form not in count.TERNARY_FORMATS:
+      raise ValueError(f"--ternary {form}: choose one of {', '.join(count.TERNARY_FORMATS)}")
+    return config, count.uniform_ternary(config, count.TERNARY_FORMATS[form])
+  from neurojax.cli.options import model_path
+  from neurojax.files.load import ternary_matrices
+  from neurojax.files.source import open_model
+
+  path = model_path(model)
+  if not path.exists():
+    raise ValueError(
+      f"--model {model}: no such file, and no architecture of this name: {', '.join(architectures())}"
+    )
+  with open_model(path) as file:
+    return file.config, ternary_matrices(file)
+
+
+def _speeds(plan: "Plan") -> str:
+  return f"{plan.latency_s * 1e3:.3g} ms a token, {plan.throughput:.3g} tokens/s with {plan.batches} in flight"
+
+
+def _change(before: "Plan", after: "Plan") -> str:
+  if before.objective == "latency":
+    return f"{1 - after.latency_s / before.latency_s:.1%} less time a token"
+  return f"{after.throughput / before.throughput - 1:.1%} more tokens"
+
+
+def _gigabytes(size: int) -> str:
+  return f"{size / 1e9:.3g} GB"
+
+
+def _show(console: Console, plan: "Plan") -> None:
+  table = Table(title=f"{plan.objective}: {_speeds(plan)}", title_justify="left")
+  for name in ("host", "device", "layers", "memory", "of", "step", "why"):
+    table.add_column(name, justify="right" if name in ("memory", "of", "step") else "left")
+  why = {reason.host: reason.why for reason in plan.reasons}
+  for stage in plan.stages[:MOST_ROWS]:
+    table.add_row(
+      stage.label,
+      stage.device,
+      f"{stage.first_layer}..{stage.last_layer} ({stage.layers})",
+      _gigabytes(stage.memory_bytes),
+      _gigabytes(stage.free_bytes),
+      f"{stage.step_s * 1e3:.3g} ms",
+      why[stage.label],
+    )
+  # Places that are left out for the same reason are one row.
+  out: dict[str, list[str]] = {}
+  for reason in plan.reasons:
+    if not reason.layers:
+      out.setdefault(reason.why, []).append(reason.host)
+  for reason, hosts in list(out.items())[:MOST_ROWS]:
+    names = ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")
+    table.add_row(names, "", "none", "", "", "", reason)
+  console.print(table)
+  hidden = max(0, len(plan.stages) - MOST_ROWS) + max(0, len(out) - MOST_ROWS)
+  if hidden:
+    console.print(f"and {hidden} rows more: see --json")
+  for limit in plan.limits:
+    console.print(f"{limit[0].upper()}{limit[1:]}.")
+  proof = "not bounded" if plan.gap is None else f"at most {plan.gap:.2%} from the best"
+  if plan.gap == 0:
+    proof = "proven best"
+  console.print(f"Found by {plan.method}: {proof}.")
+
+
+def _comparison(plans: "dict[str, Plan | str]") -> Table:
+  table = Table(title="side by side, by the same predictor", title_justify="left")
+  for name in ("placement", "stages", "a token", "tokens/s", "largest share of a place", ""):
+    table.add_column(name, justify="right" if name not in ("placement", "") else "left")
+  for name, plan in plans.items():
+    if isinstance(plan, str):
+      table.add_row(name, "", "", "", "", plan)
+      continue
+    fullest = max(stage.memory_bytes / stage.free_bytes for stage in plan.stages)
+    table.add_row(
+      name,
+      str(len(plan.stages)),
+      f"{plan.latency_s * 1e3:.3g} ms",
+      f"{plan.throughput:.3g}",
+      f"{fullest:.0%}",
+      plan.method,
+    )
+  return table

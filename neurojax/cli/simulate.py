@@ -1,0 +1,124 @@
+"""`neurojax simulate`: a plan at work, without the machines."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from neurojax.cli.plan import PlanningOptions
+from neurojax.config import from_toml
+
+if TYPE_CHECKING:
+  from neurojax.scaling.simulate import Failure, Result, Spread, Use
+
+MOST_ROWS = 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulate(PlanningOptions):
+  """Serve requests by a plan, event by event: prompts, decoding, queues, and hosts that fail.
+
+  Example: neurojax simulate --model bonsai-8b --fleet fleet.toml --requests 100 --concurrency 8 --fail b@10
+  """
+
+  plan_file: Annotated[Path | None, tyro.conf.arg(name="plan", metavar="TOML")] = None
+  """A plan that `neurojax plan --toml` printed, instead of --model and --fleet."""
+  requests: Annotated[int, tyro.conf.arg(metavar="N")] = 16
+  concurrency: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+  """Requests under way at a time."""
+  prompt: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
+  answer: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
+  fail: Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="HOST@SECONDS"), tyro.conf.UseAppendAction
+  ] = ()
+  """A host that fails, and when: what is under way in its pipeline starts again. May be given several
+  times."""
+  failures_per_hour: float = 0.0
+  """Of each host, at random times."""
+  repair: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
+  """Until a replacement serves the layers of a host that failed."""
+  retry: bool = True
+  """Send a request again whose host failed."""
+  seed: int = 0
+  json: bool = False
+  """Print one JSON object."""
+
+  def run(self) -> int:
+    from neurojax.scaling.plan import Plan
+    from neurojax.scaling.simulate import simulate
+
+    if self.plan_file is not None:
+      if self.model is not None or self.fleet is not None:
+        raise ValueError("--plan says what lies where: leave --model and --fleet out")
+      plan = from_toml(Plan, self.plan_file.read_text(encoding="utf-8"), where=str(self.plan_file))
+    else:
+      plan = self.plan(*self.read())
+    result = simulate(
+      plan,
+      requests=self.requests,
+      concurrency=self.concurrency,
+      prompt=self.prompt,
+      answer=self.answer,
+      failures=[_failure(text) for text in self.fail],
+      failures_per_hour=self.failures_per_hour,
+      repair_s=self.repair,
+      retry=self.retry,
+      seed=self.seed,
+    )
+    if self.json:
+      print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=1))
+      return 0
+    _show(Console(), result)
+    return 0
+
+
+def _failure(text: str) -> "Failure":
+  from neurojax.scaling.simulate import Failure
+
+  host, _, at_s = text.rpartition("@")
+  try:
+    return Failure(host=host, at_s=float(at_s))
+  except ValueError as error:
+    raise ValueError(f"--fail {text}: write HOST@SECONDS, for example gpu-1@10") from error
+
+
+def _show(console: Console, result: "Result") -> None:
+  console.print(
+    f"{result.tokens} tokens of {result.requests - result.failed} answers in {result.duration_s:.4g} s: "
+    f"{result.tokens_per_s:.4g} tokens/s, {result.steady_tokens_per_s:.4g} in the middle."
+  )
+  table = Table("", "half", "95%", "99%", "longest", title="seconds", title_justify="left")
+  for name, spread in (
+    ("to the first token", result.first_token_s),
+    ("between tokens", result.token_s),
+    ("of a request", result.request_s),
+  ):
+    table.add_row(name, *_cells(spread))
+  console.print(table)
+  for title, uses in (("stages", result.stages), ("links", result.links)):
+    console.print(_uses(title, uses))
+  if result.failures:
+    console.print(
+      f"{result.failures} failures ended {result.restarts} attempts, {result.lost_tokens} computed "
+      f"positions were lost, and {result.failed} requests got no answer."
+    )
+
+
+def _cells(spread: "Spread") -> list[str]:
+  values = (spread.p50_s, spread.p95_s, spread.p99_s, spread.max_s)
+  return ["-" if value is None else f"{value:.4g}" for value in values]
+
+
+def _uses(title: str, uses: "tuple[Use, ...]") -> Table:
+  busiest = sorted(uses, key=lambda use: -use.busy)[:MOST_ROWS]
+  shown = (
+    f"{title}, the busiest {len(busiest)} of {len(uses)}" if len(busiest) < len(uses) else title
+  )
+  table = Table("", "busy", "tokens", title=shown, title_justify="left")
+  for use in busiest:
+    table.add_row(use.name, f"{use.busy:.1%}", str(use.tokens))
+  return table
