@@ -5,13 +5,21 @@ import pytest
 import experiments.cpu_decode.run
 import experiments.cpu_ternary.run
 import experiments.gpu_decode.run
+import experiments.seed_sizes.run
 from experiments.readme import block
 
 
-@pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary", "gpu_decode"])
+@pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary", "gpu_decode", "seed_sizes"])
 def test_the_readmes_tables_are_those_of_the_results_files(name: str):
   assert block(name) == getattr(experiments, name).run.table()
 
 
 def test_the_readme_shows_the_demo_and_its_verdict():
   assert "$ make demo" in block("demo") and "same tokens" in block("demo")
+
+
+def test_the_seeds_sizes_and_the_transcript_are_what_is_counted_now(tmp_path):
+  experiments.seed_sizes.run.measure(tmp_path / "results.csv")
+  assert (tmp_path / "results.csv").read_text() == experiments.seed_sizes.run.RESULTS.read_text()
+  experiments.seed_sizes.run.check()
+  assert block("size") == experiments.seed_sizes.run.transcript()

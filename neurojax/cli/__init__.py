@@ -14,6 +14,10 @@ from neurojax.cli.demo import Demo
 from neurojax.cli.evaluate import Eval
 from neurojax.cli.generate import Generate
 from neurojax.cli.inspect import Inspect
+from neurojax.cli.plan import Planning
+from neurojax.cli.probe import Probe
+from neurojax.cli.simulate import Simulate
+from neurojax.cli.size import Size
 from neurojax.cli.stage import Stage
 
 FAILED, USAGE, ENGINE, INTERRUPTED = 1, 2, 3, 130
@@ -29,6 +33,10 @@ Verbs = (
   | Annotated[Generate, subcommand("generate")]
   | Annotated[Chat, subcommand("chat")]
   | Annotated[Stage, subcommand("stage")]
+  | Annotated[Probe, subcommand("probe")]
+  | Annotated[Size, subcommand("size")]
+  | Annotated[Planning, subcommand("plan")]
+  | Annotated[Simulate, subcommand("simulate")]
   | Annotated[Eval, subcommand("eval")]
   | Annotated[Bench, subcommand("bench")]
 )

@@ -1,0 +1,342 @@
+"""`neurojax size`: the largest architecture that a fleet can hold, and what it will do."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+  from neurojax.config import ModelConfig
+  from neurojax.scaling.curve import Point
+  from neurojax.scaling.fit import Purpose
+  from neurojax.scaling.fleet import Fleet
+  from neurojax.scaling.seed import SeedArchitecture
+  from neurojax.scaling.size import Sized
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+  """Find the largest architecture that provably fits a fleet, with a placement and predictions.
+
+  More memory never gives a smaller model. The candidates are a fixed list of valid architectures, their
+  bytes are counted exactly, and the arithmetic behind every number is printed.
+
+  Example: neurojax size --memory 200GB --for train --tokens 100e9
+  """
+
+  fleet: Annotated[str | None, tyro.conf.arg(metavar="TOML")] = None
+  """A fleet file, as `neurojax probe` writes it."""
+  memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+  """Instead of a fleet: one host with so much memory and one device of unknown speed. 200GB is 200e9
+  bytes, 200GiB is 200 * 2**30."""
+  purpose: Annotated[Literal["serve", "train"], tyro.conf.arg(name="for")] = "serve"
+  """What the memory is for."""
+  tokens: float | None = None
+  """Training tokens, for loss and days: 100e9, say. What the law finds best for the size if absent."""
+  days: float | None = None
+  """Days of training on this fleet, instead of tokens."""
+  context: int = 2048
+  """Positions of a sequence."""
+  batch: int = 1
+  """Sequences in memory at once."""
+  format: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "ternary-g128"
+  """Of weights when serving: float32, bf16, int8, or a ternary format (ternary-g64, ternary-g128,
+  ternary-g256, ternary-tensor, TQ1_0, TQ2_0, PQ2_0, I2_S). Training holds float32 master weights and
+  computes in bfloat16, or in float32 if that is the format."""
+  optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+  remat: bool = True
+  """Training keeps only the inputs of layers, and computes them again in the backward pass."""
+  diloco: bool = False
+  """Training holds DiLoCo's snapshot and outer momentum too."""
+  law: Annotated[str, tyro.conf.arg(metavar="NAME|TOML")] = "besiroglu"
+  """Loss law: besiroglu, hoffmann, or one of your own."""
+  mfu: float = 0.4
+  """Share of the devices' FLOP/s that training reaches."""
+  headroom: float = 0.1
+  """Share of each place's free memory that stays free."""
+  vocab: int | None = None
+  """Vocabulary; the current architecture's, or 50304, if absent."""
+  most_parameters: float | None = None
+  """Leave larger candidates out: a smaller model may be the better one for few tokens."""
+  current: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
+  """The architecture in use: kept while it fits and nothing 1.3 times as large does."""
+  mode: Literal["ours", "seed-formula", "seed-table"] = "ours"
+  """What the seed's formula or table says for --memory, and what is wrong with it."""
+  out_config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
+  """Write the architecture to this file."""
+  json: bool = False
+  """Print one JSON object."""
+  toml: bool = False
+  """Print TOML."""
+  plot: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
+  """Draw parameters, loss and speed against memory, from 1/16 to 16 times this, into this file."""
+
+  def __post_init__(self) -> None:
+    if (self.fleet is None) == (self.memory is None):
+      raise ValueError("give either --fleet or --memory")
+    if self.json and self.toml:
+      raise ValueError("--json and --toml: give one of them")
+    if self.mode != "ours" and (self.memory is None or self.out_config or self.plot):
+      raise ValueError(f"--mode {self.mode} looks at --memory alone and only prints")
+    for name in ("context", "batch"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+
+  def run(self) -> int:
+    if self.mode != "ours":
+      return self._seed()
+    from neurojax.config import ModelConfig
+    from neurojax.scaling.ladder import VOCAB_SIZE
+    from neurojax.scaling.law import read_law
+    from neurojax.scaling.size import size
+
+    current = ModelConfig.named(self.current) if self.current else None
+    fleet, purpose = self._fleet(), purpose_of(self)
+    options: dict[str, Any] = {
+      "headroom": self.headroom,
+      "vocab_size": self.vocab or (current.vocab_size if current else VOCAB_SIZE),
+      "most_parameters": self.most_parameters,
+      "tokens": self.tokens,
+      "days": self.days,
+      "law": read_law(self.law),
+      "mfu": self.mfu,
+    }
+    found = size(fleet, purpose, current=current, **options)
+    if self.out_config:
+      self._write(found.config)
+    if self.plot:
+      from neurojax.scaling.curve import curve
+
+      draw(curve(fleet, purpose, **options), self.plot)
+    if self.json or self.toml:
+      print(_text(found.table(), toml=self.toml), end="\n" if self.json else "")
+    else:
+      render(found, Console())
+    return 0
+
+  def _fleet(self) -> "Fleet":
+    from neurojax.scaling.fleet import parse_bytes, read_fleet
+    from neurojax.scaling.size import one_host
+
+    if self.fleet is not None:
+      return read_fleet(self.fleet)
+    assert self.memory is not None
+    return one_host(parse_bytes(self.memory))
+
+  def _write(self, config: "ModelConfig") -> None:
+    from neurojax.config import to_toml
+
+    assert self.out_config is not None
+    self.out_config.write_text(f"# {self._command()}\n{to_toml(config)}", encoding="utf-8")
+
+  def _command(self) -> str:
+    """What gives the same architecture again."""
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    names = ("fleet", "memory", "purpose", "context", "batch", "format", "optimizer", "remat", "diloco",
+             "headroom", "vocab", "most_parameters", "current", "out_config")  # fmt: skip
+    words = ["neurojax", "size"]
+    for name in names:
+      value, flag = getattr(self, name), "for" if name == "purpose" else name.replace("_", "-")
+      if value is None or (value == defaults[name] and name != "purpose"):
+        continue
+      if isinstance(value, bool):
+        words.append(f"--{flag}" if value else f"--no-{flag}")
+      else:
+        words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+  def _seed(self) -> int:
+    from neurojax.scaling import seed
+    from neurojax.scaling.fleet import parse_bytes
+
+    assert self.memory is not None
+    memory_gb = parse_bytes(self.memory) / 1e9
+    given = seed.formula(memory_gb) if self.mode == "seed-formula" else seed.row(memory_gb)
+    table = _seed_table(given)
+    if self.json or self.toml:
+      print(_text(table, toml=self.toml), end="\n" if self.json else "")
+      return 0
+    console = Console()
+    console.print(
+      f"{self.mode}, {given.memory_gb:g} GB: {given.num_layers} layers of {given.model_dim}, "
+      f"{given.num_heads} heads, {given.num_kv_heads} key-value heads, ffn {given.ffn_dim}, "
+      f"{given.parameters():,} parameters\n",
+      highlight=False,
+    )
+    console.print("valid" if table["valid"] else "invalid: no architecture", highlight=False)
+    for finding in table["findings"]:
+      console.print(f"  - {finding}", highlight=False)
+    return 0
+
+
+def purpose_of(options: Size) -> "Purpose":
+  """Raises: ValueError: an unknown format."""
+  from neurojax.scaling.count import TERNARY_FORMATS
+  from neurojax.scaling.fit import Serving, Training
+
+  form: dict[str, Any]
+  if options.format in ("bf16", "float32"):
+    form = {"dtype": {"bf16": "bfloat16"}.get(options.format, "float32")}
+  elif options.format == "int8":
+    form = {"weights": "int8"}
+  elif options.format in TERNARY_FORMATS:
+    form = {"weights": "w2a8", "scales": TERNARY_FORMATS[options.format]}
+  else:
+    raise ValueError(
+      f"--format {options.format}: choose one of bf16, float32, int8, {', '.join(TERNARY_FORMATS)}"
+    )
+  if options.purpose == "train":
+    return Training(
+      context=options.context,
+      sequences=options.batch,
+      optimizer=options.optimizer,
+      remat=options.remat,
+      compute_dtype="float32" if options.format == "float32" else "bfloat16",
+      diloco=options.diloco,
+    )
+  return Serving(context=options.context, sequences=options.batch, **form)
+
+
+def render(found: "Sized", console: Console) -> None:
+  c = found.config
+  kept = " (kept)" if found.kept else ""
+  console.print(
+    f"{_large(found.parameters)} parameters{kept}: {c.num_layers} layers of {c.model_dim}, "
+    f"{c.num_heads} heads of {c.head_dim}, {c.num_kv_heads} key-value heads, ffn {c.ffn_dim}, "
+    f"vocabulary {c.vocab_size}, head {'tied' if c.tied_embedding else 'its own'}\n",
+    highlight=False,
+  )
+  stages = Table(box=None, pad_edge=False)
+  for column in ("stage", "layers", "memory", "of", "stays free", "step"):
+    stages.add_column(column, justify="left" if column in ("stage", "layers") else "right")
+  for stage in found.stages[:32]:
+    free = stage.free_bytes - stage.memory_bytes
+    stages.add_row(
+      stage.label,
+      f"{stage.first_layer}..{stage.last_layer}",
+      _gb(stage.memory_bytes),
+      _gb(stage.free_bytes),
+      f"{_gb(free)} ({free / stage.free_bytes:.0%})",
+      "" if stage.step_s is None else _seconds(stage.step_s),
+    )
+  console.print(stages)
+  if len(found.stages) > 32:
+    console.print(f"and {len(found.stages) - 32} more (--json has all)")
+  idle = [host.host for host in found.hosts if not host.memory_bytes]
+  if idle:
+    console.print(f"without layers: {', '.join(idle[:8])}{' ...' if len(idle) > 8 else ''}")
+  console.print()
+  predicted = Table(box=None, show_header=False, pad_edge=False)
+  for what, value in _predictions(found):
+    predicted.add_row(what, value)
+  console.print(predicted, highlight=False)
+  console.print()
+  arithmetic = Table(box=None, show_header=False, pad_edge=False)
+  for line in found.arithmetic:
+    arithmetic.add_row(line.what, line.how)
+  console.print(arithmetic, highlight=False)
+  if found.notes:
+    console.print()
+  for note in found.notes:
+    console.print(f"note: {note}", highlight=False)
+
+
+def _predictions(found: "Sized") -> list[tuple[str, str]]:
+  rows = []
+  for what, rate in (
+    ("decode", found.speed.decode_tokens_per_s),
+    ("prefill", found.speed.prefill_tokens_per_s),
+    ("training", found.speed.train_tokens_per_s),
+  ):
+    if rate is not None:
+      rows.append((what, f"{rate:,.4g} tokens/s"))
+  if found.train_days is not None:
+    rows.append(("training days", f"{found.train_days:,.4g} for {found.losses.tokens:.4g} tokens"))
+  losses = found.losses
+  band = ""
+  if losses.bf16.low is not None and losses.bf16.high is not None:
+    band = f" ({losses.bf16.low:.2f} to {losses.bf16.high:.2f})"
+  rows.append(("loss, bf16", f"{losses.bf16.value:.3f}{band} nats, {losses.law}"))
+  rows.append(
+    (
+      "loss, ternary",
+      f"{losses.ternary_low:.3f} to {losses.ternary_high:.3f} with published gaps; "
+      f"{losses.ternary.value:.3f} by {losses.ternary_law} (unverified, other data)",
+    )
+  )
+  return rows
+
+
+def draw(points: "list[Point]", path: Path) -> None:
+  """Raises: ValueError: matplotlib is not installed, or does not know the file's type."""
+  try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise ValueError("--plot needs matplotlib: pip install neurojax[plot]") from error
+  figure = Figure(figsize=(7, 8), layout="constrained")
+  FigureCanvasAgg(figure)
+  # Without a speed there is nothing to draw below.
+  rates = [point.tokens_per_s for point in points]
+  panels = [
+    ("parameters", [point.parameters for point in points], "log"),
+    ("predicted loss, bf16 (nats)", [point.loss for point in points], "linear"),
+    ("tokens/s", rates, "log"),
+  ]
+  panels = [panel for panel in panels if any(value is not None for value in panel[1])]
+  for axes, (what, values, scale) in zip(
+    figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True
+  ):
+    kept = [(p.memory_bytes / 1e9, v) for p, v in zip(points, values, strict=True) if v is not None]
+    axes.plot(*zip(*kept, strict=True), marker=".")
+    axes.set(ylabel=what, xscale="log", yscale=scale)
+    axes.grid(alpha=0.3)
+  axes.set_xlabel("memory of the fleet (GB)")
+  figure.savefig(path)
+
+
+def _seed_table(given: "SeedArchitecture") -> dict[str, Any]:
+  from neurojax.scaling import seed
+
+  fields = {name: value for name, value in dataclasses.asdict(given).items() if value is not None}
+  return {
+    **fields,
+    "parameters": given.parameters(),
+    "parameters_untied": given.parameters(tied=False),
+    "estimated_gib": given.estimated_gib(),
+    "train_gib": seed.train_gib(given),
+    "valid": not seed.invalid(given),
+    "invalid": list(seed.invalid(given)),
+    "findings": list(seed.findings(given)),
+  }
+
+
+def _text(table: dict[str, Any], *, toml: bool) -> str:
+  if not toml:
+    return json.dumps(table, ensure_ascii=False, indent=1)
+  import tomli_w
+
+  return tomli_w.dumps(table)
+
+
+def _large(number: float) -> str:
+  for factor, unit in ((1e12, "trillion"), (1e9, "billion")):
+    if number >= factor:
+      return f"{number / factor:.4g} {unit}"
+  return f"{number / 1e6:.4g} million"
+
+
+def _gb(size: int) -> str:
+  return f"{size / 1e9:,.2f} GB"
+
+
+def _seconds(seconds: float) -> str:
+  for factor, unit in ((1e6, "us"), (1e3, "ms")):
+    if seconds * factor < 1000:
+      return f"{seconds * factor:.3g} {unit}"
+  return f"{seconds:.3g} s"

@@ -1,0 +1,202 @@
+"""The arithmetic behind a sized model, its losses, and what is missing where none fits. Imports no JAX."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from neurojax.config import ModelConfig, Span
+from neurojax.scaling import count, fit
+from neurojax.scaling.fit import Need, Purpose, Serving, Training
+from neurojax.scaling.fleet import Place
+from neurojax.scaling.ladder import ladder
+from neurojax.scaling.law import TERNARY_GAPS, TERNARY_SPECTRA11, Law, Loss, ternary_gap
+from neurojax.scaling.staging import Line, number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses:
+  """After `tokens` of training, nats per token.
+
+  Attributes:
+    ternary: By the unverified law of ternary models, on other data: not to be compared with bf16.
+    ternary_low, ternary_high: bf16's with the least and the greatest published gap near its size.
+  """
+
+  tokens: float
+  law: str
+  bf16: Loss
+  ternary_law: str
+  ternary: Loss
+  ternary_low: float
+  ternary_high: float
+
+
+def losses_after(parameters: int, tokens: float, law: Law) -> Losses:
+  bf16 = law.loss(parameters, tokens)
+  low, high = ternary_gap(parameters)
+  return Losses(
+    tokens=tokens,
+    law=law.name,
+    bf16=bf16,
+    ternary_law=TERNARY_SPECTRA11.name,
+    ternary=TERNARY_SPECTRA11.loss(parameters, tokens),
+    ternary_low=bf16.value + low,
+    ternary_high=bf16.value + high,
+  )
+
+
+def caveats(losses: Losses, law: Law, parameters: int) -> list[str]:
+  found = []
+  if losses.bf16.extrapolated:
+    found.append(f"{law.name} is extrapolated: {losses.bf16.extrapolated}")
+  if not law.verified:
+    found.append(f"{law.name} is not verified: {law.source}")
+  if parameters > 2 * max(gap.parameters for gap in TERNARY_GAPS):
+    found.append("published gaps of ternary weights end at 3 billion parameters: beyond is a guess")
+  said = f"{losses.ternary_law} is not verified, and on other data than {law.name}"
+  if losses.ternary.extrapolated:
+    said += f"; extrapolated: {losses.ternary.extrapolated}"
+  return [*found, said]
+
+
+def memory_lines(
+  config: ModelConfig,
+  purpose: Purpose,
+  needed: Need,
+  places: Sequence[Place],
+  allowed: Sequence[int],
+  headroom: float,
+) -> list[Line]:
+  parameters = count.parameters(config)
+  outer = config.vocab_size * config.model_dim * (1 if config.tied_embedding else 2)
+  outer += config.model_dim
+  per_layer = (parameters - outer) // config.num_layers
+  lines = [
+    Line(
+      what="parameters",
+      how=f"{config.num_layers} layers x {per_layer:,} + {outer:,} embedding, head and norm = "
+      f"{parameters:,}",
+    )
+  ]
+  if isinstance(purpose, Serving):
+    load = purpose.load(config)
+    weights = count.span_bytes(config, Span.whole(config), **load.form)
+    cache = count.cache_bytes(config, config.num_layers, capacity=load.capacity, dtype=load.dtype)
+    bits = 8 * weights / parameters
+    lines += [
+      Line(what="weights", how=f"{weights:,} bytes, {bits:.3f} bits a parameter"),
+      Line(
+        what="caches",
+        how=f"{number(purpose.sequences, 'sequence')} x 2 x {config.num_layers} layers x {config.num_kv_heads} heads "
+        f"x {load.capacity} positions x {config.head_dim} x {count.DTYPE_BYTES[load.dtype]} bytes = "
+        f"{purpose.sequences * cache:,}",
+      ),
+    ]
+  else:
+    step = purpose.train_bytes(config, Span.whole(config))
+    parts = ", ".join(
+      f"{field.name} {getattr(step, field.name):,}" for field in dataclasses.fields(step)
+    )
+    lines.append(Line(what="training step", how=f"{parts}; {step.total:,} bytes on one place"))
+  lines.append(
+    Line(
+      what="stages",
+      how=f"{needed.layer:,} bytes a layer, {needed.base:,} a stage, {needed.first:,} more for the "
+      f"embedding, {needed.last:,} for norm and head",
+    )
+  )
+  free = sum(place.free_bytes for place in places)
+  lines.append(
+    Line(
+      what="memory",
+      how=f"{free:,} bytes free on {number(len(places), 'place')}, {sum(allowed):,} of them after {headroom:.0%} "
+      "headroom",
+    )
+  )
+  return lines
+
+
+def training_flops(config: ModelConfig, purpose: Purpose, tokens: float, flops: float) -> str:
+  per_token = count.flops_per_token(config, context=purpose.context, mode="train")
+  return (
+    f"{per_token:,} a token (sequences of {purpose.context}) x {tokens:.4g} tokens = {flops:.4g}"
+  )
+
+
+def loss_line(losses: Losses, law: Law, parameters: int) -> str:
+  n = f"{parameters:,}" if law.parameters_unit == 1 else f"({parameters:,}/{law.parameters_unit:g})"
+  d = (
+    f"{losses.tokens:.4g}" if law.tokens_unit == 1 else f"({losses.tokens:.4g}/{law.tokens_unit:g})"
+  )
+  return (
+    f"{law.E:g} + {law.A:g} / {n}^{law.alpha:g} + {law.B:g} / {d}^{law.beta:g} = "
+    f"{losses.bf16.value:.3f}; {law.source}"
+  )
+
+
+def next_larger(
+  config: ModelConfig,
+  purpose: Purpose,
+  allowed: Sequence[int],
+  places: Sequence[Place],
+  headroom: float,
+  most_parameters: float | None,
+) -> str:
+  """What the next candidate lacks."""
+  now = count.parameters(config)
+  candidates = ladder(config.vocab_size, purpose.context)
+  larger = next((c for c in candidates if count.parameters(c) > now), None)
+  if larger is None:
+    return "none: this is the largest candidate, whatever the memory"
+  what = f"{count.parameters(larger):,} parameters ({larger.num_layers} x {larger.model_dim})"
+  if most_parameters is not None and count.parameters(larger) > most_parameters:
+    return f"{what}: above the {most_parameters:.4g} allowed"
+  missing = missing_free_bytes(fit.need(larger, purpose), allowed, headroom)
+  if not missing:
+    return f"{what} would fit, or one after it: see the notes"
+  return f"{what}: {missing:,} bytes more on {_largest(places)} would do"
+
+
+def too_small(
+  purpose: Purpose,
+  places: Sequence[Place],
+  allowed: Sequence[int],
+  vocab_size: int,
+  headroom: float,
+) -> str:
+  """Which constraint, by how much, and the nearest that would fit."""
+  smallest = ladder(vocab_size, purpose.context)[0]
+  needed = fit.need(smallest, purpose)
+  missing = missing_free_bytes(needed, allowed, headroom)
+  tries: list[tuple[str, Purpose]] = []
+  if isinstance(purpose, Training) and not purpose.remat:
+    tries.append(("layers rematerialized", dataclasses.replace(purpose, remat=True)))
+  if purpose.sequences > 1:
+    tries.append(("one sequence at a time", dataclasses.replace(purpose, sequences=1)))
+  for context in (1024, 256):
+    if context < purpose.context:
+      less = dataclasses.replace(purpose, context=context, sequences=1)
+      tries.append((f"one sequence of {context}", less))
+  if isinstance(purpose, Serving) and purpose.scales is None:
+    scales = count.TERNARY_FORMATS["ternary-g128"]
+    tries.append(("ternary weights", dataclasses.replace(purpose, weights="w2a8", scales=scales)))
+  instead = next(
+    (what for what, other in tries if fit.fits(fit.need(smallest, other), allowed)), None
+  )
+  remedy = f"; or {instead} would fit as it is" if instead else ""
+  return (
+    f"memory is too small: {sum(allowed):,} bytes are free on {number(len(places), 'place')} after {headroom:.0%} "
+    f"headroom, and the smallest candidate ({smallest.num_layers} layers of {smallest.model_dim}, "
+    f"{count.parameters(smallest):,} parameters) takes {needed.total:,} on one; {missing:,} bytes more on "
+    f"{_largest(places)} would do{remedy}"
+  )
+
+
+def missing_free_bytes(needed: Need, allowed: Sequence[int], headroom: float) -> int:
+  """What the largest place needs more, of which `headroom` stays free too; 0 if the model fits."""
+  missing = fit.missing_bytes(needed, allowed)
+  return missing and math.ceil(missing / (1 - headroom)) + 1
+
+
+def _largest(places: Sequence[Place]) -> str:
+  return max(places, key=lambda place: place.free_bytes).label

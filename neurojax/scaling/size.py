@@ -1,0 +1,273 @@
+"""From a fleet to an architecture: the largest that provably fits, and what it will do. Imports no JAX."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from neurojax.config import ModelConfig
+from neurojax.scaling import count, fit
+from neurojax.scaling.account import (
+  Losses,
+  caveats,
+  loss_line,
+  losses_after,
+  memory_lines,
+  next_larger,
+  too_small,
+  training_flops,
+)
+from neurojax.scaling.fit import Purpose, Serving
+from neurojax.scaling.fleet import Device, Fleet, Host, Place
+from neurojax.scaling.ladder import VOCAB_SIZE
+from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
+from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, serve, train
+
+HEADROOM = 0.1
+"""Left free on each place: what a runtime takes beside weights, caches and kept activations."""
+
+MFU = 0.4
+"""Of the devices' FLOP/s in training. MaxText's Llama 2 7B reaches 0.38 to 0.50 on 8 to 128 H100,
+nanochat 0.41 to 0.46. Doubt: none is published for ternary training, for pipelines of unlike machines,
+or for CPUs."""
+
+HYSTERESIS = 1.3
+"""A current architecture that fits is kept until one of so many times its parameters fits: below it a
+change is not worth converting or training anew. Source: the factor of NeuroShard's scaler."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostMemory:
+  """headroom_bytes: Free beyond what the stages take."""
+
+  host: str
+  memory_bytes: int
+  free_bytes: int
+  headroom_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sized:
+  """An architecture, a placement that holds it, and predictions.
+
+  Attributes:
+    kept: Whether it is the current one, kept by hysteresis.
+    train_days: For `losses.tokens`; None unless training speed is known.
+  """
+
+  config: ModelConfig
+  parameters: int
+  purpose: Purpose
+  stages: tuple[Stage, ...]
+  hosts: tuple[HostMemory, ...]
+  speed: Speed
+  train_days: float | None
+  losses: Losses
+  kept: bool
+  arithmetic: tuple[Line, ...]
+  notes: tuple[str, ...]
+
+  def table(self) -> dict[str, Any]:
+    """Plain values for JSON and TOML: the architecture's fields first, absent values left out."""
+    purpose = dataclasses.asdict(self.purpose)
+    table = {
+      **dataclasses.asdict(self.config),
+      "parameters": self.parameters,
+      "purpose": "serve" if isinstance(self.purpose, Serving) else "train",
+      **{name: value for name, value in purpose.items() if name != "context"},
+      "kept": self.kept,
+      "stages": [dataclasses.asdict(stage) for stage in self.stages],
+      "hosts": [dataclasses.asdict(host) for host in self.hosts],
+      **dataclasses.asdict(self.speed),
+      "train_days": self.train_days,
+      "losses": dataclasses.asdict(self.losses),
+      "arithmetic": [dataclasses.asdict(line) for line in self.arithmetic],
+      "notes": list(self.notes),
+    }
+    return _without_none(table)
+
+
+def one_host(memory_bytes: int) -> Fleet:
+  """A fleet of one place of so much memory and unknown speed."""
+  device = Device(kind="cpu", memory_bytes=memory_bytes)
+  return Fleet(hosts=(Host(name="host", devices=(device,)),))
+
+
+def size(
+  fleet: Fleet,
+  purpose: Purpose,
+  *,
+  headroom: float = HEADROOM,
+  current: ModelConfig | None = None,
+  vocab_size: int = VOCAB_SIZE,
+  most_parameters: float | None = None,
+  tokens: float | None = None,
+  days: float | None = None,
+  law: Law = CHINCHILLA_BESIROGLU,
+  mfu: float = MFU,
+  time_limit_s: float = 5.0,
+) -> Sized:
+  """The candidate of `ladder` with the most parameters that fits the fleet's memory.
+
+  Without `current`, more memory anywhere or another host never gives a smaller model. With it, the
+  answer stays until `HYSTERESIS` times its parameters fit, or it no longer fits itself.
+
+  Args:
+    headroom: Share of each place's free memory that stays free.
+    most_parameters: Candidates above it are left out.
+    tokens: Of training, for losses and days; what suits the size best by `law` if both are absent.
+    days: Of training on this fleet, instead of tokens; needs its FLOP/s.
+    mfu: Share of the devices' FLOP/s that training reaches.
+    time_limit_s: For the search of the fastest placement.
+  Raises: ValueError: nothing fits, with what is missing and what would fit; or contradictory input.
+  """
+  _check(headroom, most_parameters, tokens, days, mfu, fleet)
+  places = [place for place in fleet.places() if place.host.layers != 0]
+  if not places:
+    raise ValueError("layers = 0 keeps every host out: free one")
+  allowed = [allowed_bytes(place.free_bytes, headroom) for place in places]
+  notes: list[str] = []
+  found = fit.largest(purpose, allowed, vocab_size, most_parameters)
+  config, kept = _settle(found, current, purpose, allowed, notes)
+  if config is None:
+    raise ValueError(too_small(purpose, places, allowed, vocab_size, headroom))
+  needed = fit.need(config, purpose)
+  if isinstance(purpose, Serving):
+    stages, speed, lines = serve(
+      config, purpose, fleet, places, allowed, needed, headroom, time_limit_s, notes
+    )
+  else:
+    stages, speed, lines = train(config, purpose, fleet, places, allowed, needed, mfu, notes)
+  rate = speed.train_tokens_per_s
+  if days is not None:
+    if rate is None:
+      raise ValueError(
+        f"days = {days:g}: how fast this trains is unknown: size for training, with a fleet whose devices "
+        "all say flops_per_s; or give tokens"
+      )
+    tokens = days * 86400 * rate
+  parameters = count.parameters(config)
+  chosen = tokens is None
+  tokens = tokens if tokens is not None else optimal_tokens(law, parameters)
+  flops = tokens * count.flops_per_token(config, context=purpose.context, mode="train")
+  lines.append(Line(what="training FLOPs", how=training_flops(config, purpose, tokens, flops)))
+  train_days = None if rate is None else tokens / rate / 86400
+  if train_days is not None:
+    lines.append(
+      Line(what="training days", how=f"{tokens:.4g} tokens / {rate:,.0f}/s = {train_days:.4g}")
+    )
+  losses = losses_after(parameters, tokens, law)
+  lines.append(Line(what="loss", how=loss_line(losses, law, parameters)))
+  if chosen:
+    notes.append(f"tokens not given: {tokens:.3g} suit this size best by {law.name}")
+  elif law.B:
+    n, d = compute_optimal(law, flops)
+    notes.append(
+      f"for {flops:.3g} FLOPs {law.name} prefers {n:.3g} parameters and {d:.3g} tokens; this has "
+      f"{parameters / n:.2g} times those parameters"
+    )
+  used = sum(stage.memory_bytes for stage in stages) / sum(allowed)
+  if used < 0.5 and not kept:
+    notes.append(
+      f"{used:.0%} of the memory is used: a layer of the next candidates is too large for too many places, "
+      "or there is no larger candidate"
+    )
+  notes += caveats(losses, law, parameters)
+  lines = [*memory_lines(config, purpose, needed, places, allowed, headroom), *lines]
+  lines.append(
+    Line(
+      what="next larger",
+      how=next_larger(config, purpose, allowed, places, headroom, most_parameters),
+    )
+  )
+  return Sized(
+    config=config,
+    parameters=parameters,
+    purpose=purpose,
+    stages=stages,
+    hosts=_hosts(stages, places),
+    speed=speed,
+    train_days=train_days,
+    losses=losses,
+    kept=kept,
+    arithmetic=tuple(lines),
+    notes=tuple(notes),
+  )
+
+
+def _check(
+  headroom: float,
+  most_parameters: float | None,
+  tokens: float | None,
+  days: float | None,
+  mfu: float,
+  fleet: Fleet,
+) -> None:
+  if not 0 <= headroom < 1:
+    raise ValueError(f"headroom = {headroom!r}: a share of memory, from 0 to below 1")
+  if not 0 < mfu <= 1:
+    raise ValueError(f"mfu = {mfu!r}: a share of FLOP/s, above 0 and at most 1")
+  for name, value in (("most_parameters", most_parameters), ("tokens", tokens), ("days", days)):
+    if value is not None and not 0 < value < float("inf"):
+      raise ValueError(f"{name} = {value!r}: it must be positive and finite")
+  if tokens is not None and days is not None:
+    raise ValueError(f"tokens = {tokens:g} and days = {days:g} contradict each other: give one")
+  pinned = [host.label for host in fleet.hosts if host.layers]
+  if pinned:
+    raise ValueError(
+      f"layers are pinned on {', '.join(pinned)}: pins belong to a known depth; take them out to size, "
+      "and put them back to plan"
+    )
+
+
+def _settle(
+  found: ModelConfig | None,
+  current: ModelConfig | None,
+  purpose: Purpose,
+  allowed: Sequence[int],
+  notes: list[str],
+) -> tuple[ModelConfig | None, bool]:
+  """The current architecture while it fits and nothing much larger does."""
+  if current is None:
+    return found, False
+  if not fit.fits(fit.need(current, purpose), allowed):
+    missing = fit.missing_bytes(fit.need(current, purpose), allowed)
+    notes.append(f"the current architecture no longer fits: {missing:,} bytes more would do")
+    return found, False
+  now = count.parameters(current)
+  ratio = 0.0 if found is None else count.parameters(found) / now
+  if ratio >= HYSTERESIS:
+    notes.append(
+      f"{ratio:.2f} times the current parameters fit: the current architecture is replaced"
+    )
+    return found, False
+  notes.append(
+    f"the current architecture is kept: it fits, and the largest that fits has {ratio:.2f} times its "
+    f"parameters, below {HYSTERESIS}"
+  )
+  return current, True
+
+
+def _hosts(stages: Sequence[Stage], places: Sequence[Place]) -> tuple[HostMemory, ...]:
+  taken: dict[str, int] = {}
+  free: dict[str, int] = {}
+  for stage in stages:
+    taken[stage.host] = taken.get(stage.host, 0) + stage.memory_bytes
+  for place in places:
+    free[place.host.label] = free.get(place.host.label, 0) + place.free_bytes
+  return tuple(
+    HostMemory(
+      host=host,
+      memory_bytes=taken.get(host, 0),
+      free_bytes=space,
+      headroom_bytes=space - taken.get(host, 0),
+    )
+    for host, space in free.items()
+  )
+
+
+def _without_none(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _without_none(item) for key, item in value.items() if item is not None}
+  if isinstance(value, list | tuple):
+    return [_without_none(item) for item in value]
+  return value

@@ -1,0 +1,240 @@
+"""The stages of a sized model, and how fast they are predicted to be. Imports no JAX."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from neurojax.config import ModelConfig, Span
+from neurojax.scaling import count, fit
+from neurojax.scaling.fit import Need, Serving, Training
+from neurojax.scaling.fleet import Device, Fleet, Place
+from neurojax.scaling.plan import best
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """Layers on one place.
+
+  Attributes:
+    memory_bytes: What they take for the purpose.
+    free_bytes: What the place has.
+    step_s: One decode pass (serving) or one trained token (training); None if speeds are unknown.
+  """
+
+  host: str
+  label: str
+  first_layer: int
+  last_layer: int
+  memory_bytes: int
+  free_bytes: int
+  step_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+  """What is predicted; None where the fleet does not say what it takes to predict it.
+
+  Attributes:
+    decode_tokens_per_s: Of all sequences in flight together.
+    prefill_tokens_per_s: Of one prompt.
+    train_tokens_per_s: At the stated MFU.
+  """
+
+  decode_tokens_per_s: float | None = None
+  prefill_tokens_per_s: float | None = None
+  train_tokens_per_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """How a number came about."""
+
+  what: str
+  how: str
+
+
+def serve(
+  config: ModelConfig,
+  purpose: Serving,
+  fleet: Fleet,
+  places: Sequence[Place],
+  allowed: Sequence[int],
+  needed: Need,
+  headroom: float,
+  time_limit_s: float,
+  notes: list[str],
+) -> tuple[tuple[Stage, ...], Speed, list[Line]]:
+  """The fastest placement where speeds are known, else any."""
+  load = purpose.load(config)
+  unknown = [place.label for place in places if place.device.decode_rate(load.weights) is None]
+  if unknown:
+    notes.append(f"no tokens/s: read_bytes_per_s of {_some(unknown)} is unknown (`neurojax probe`)")
+    return _by_memory(needed, places, allowed), Speed(), []
+  batch = purpose.sequences
+  plan = best(
+    config,
+    reserved(fleet, headroom),
+    load,
+    context=min(purpose.context, load.capacity),
+    batch=batch,
+    time_limit_s=time_limit_s,
+  )
+  free = {place.label: place.free_bytes for place in places}
+  stages = tuple(
+    Stage(
+      host=stage.host,
+      label=stage.label,
+      first_layer=stage.first_layer,
+      last_layer=stage.last_layer,
+      memory_bytes=stage.memory_bytes,
+      free_bytes=free[stage.label],
+      step_s=stage.step_s,
+    )
+    for stage in plan.stages
+  )
+  decode = batch / plan.latency_s
+  passes_s = sum(stage.step_s for stage in plan.stages)
+  lines = [
+    Line(
+      what="decode",
+      how=f"{number(batch, 'sequence')} of {purpose.context} / ({passes_s * 1e3:.4g} ms in {number(len(stages), 'stage')} + "
+      f"{(plan.latency_s - passes_s) * 1e3:.4g} ms on the way) = {decode:.4g} tokens/s; {plan.method}",
+    )
+  ]
+  used = {stage.label for stage in stages}
+  slow = [p.label for p in places if p.label in used and p.device.flops_per_s is None]
+  prefill = None
+  if slow:
+    notes.append(f"no prefill tokens/s: flops_per_s of {_some(slow)} is unknown")
+  else:
+    seconds = sum(stage.prefill_s for stage in plan.stages)
+    hops_s = sum(hop.latency_s + hop.prefill_s for hop in plan.hops)
+    prefill = plan.prefill_tokens / (seconds + hops_s)
+    lines.append(
+      Line(
+        what="prefill",
+        how=f"{plan.prefill_tokens} tokens / ({seconds * 1e3:.4g} ms in stages + {hops_s * 1e3:.4g} ms "
+        f"on the way) = {prefill:.4g} tokens/s",
+      )
+    )
+  return stages, Speed(decode_tokens_per_s=decode, prefill_tokens_per_s=prefill), lines
+
+
+def train(
+  config: ModelConfig,
+  purpose: Training,
+  fleet: Fleet,
+  places: Sequence[Place],
+  allowed: Sequence[int],
+  needed: Need,
+  mfu: float,
+  notes: list[str],
+) -> tuple[tuple[Stage, ...], Speed, list[Line]]:
+  """Layers so that the slowest stage takes the least, where speeds are known."""
+  unknown = [place.label for place in places if place.device.flops_per_s is None]
+  if unknown:
+    notes.append(f"no training days: flops_per_s of {_some(unknown)} is unknown (`neurojax probe`)")
+    return _by_memory(needed, places, allowed), Speed(), []
+  speeds = {place.label: place.device.flops_per_s or 0.0 for place in places}
+  stages = _by_memory(needed, places, allowed, [speeds[place.label] for place in places])
+  timed = []
+  for stage in stages:
+    span = _span(config, stage)
+    flops = count.flops_per_token(config, context=purpose.context, mode="train", span=span)
+    timed.append(dataclasses.replace(stage, step_s=flops / (mfu * speeds[stage.label])))
+  slowest = max(timed, key=lambda stage: stage.step_s or 0.0)
+  assert slowest.step_s
+  lines = [
+    Line(
+      what="training rate",
+      how=f"slowest stage {slowest.label}: 1 / ({slowest.step_s:.3g} s a token at MFU {mfu:g} of "
+      f"{speeds[slowest.label]:.3g} FLOP/s) = {1 / slowest.step_s:,.0f} tokens/s, other stages at the "
+      "same time",
+    )
+  ]
+  per_token_s = slowest.step_s
+  # bfloat16 activations one way and their gradients the other, links being full duplex.
+  token_bytes = 2 * config.model_dim
+  hops = itertools.pairwise(timed)
+  slow = max(
+    ((token_bytes / fleet.link(a.host, b.host).bytes_per_s, a.host, b.host) for a, b in hops),
+    default=None,
+  )
+  if slow and slow[0] > per_token_s:
+    per_token_s = slow[0]
+    lines.append(
+      Line(
+        what="slowest link",
+        how=f"{slow[1]} - {slow[2]}: {token_bytes:,} bytes a token each way, {1 / slow[0]:,.0f} tokens/s: "
+        "it sets the pace",
+      )
+    )
+  notes.append(
+    f"training days assume an MFU of {mfu:g}, enough micro-batches in flight to hide the pipeline's ends, "
+    "and no failures"
+  )
+  return tuple(timed), Speed(train_tokens_per_s=1 / per_token_s), lines
+
+
+def _by_memory(
+  needed: Need,
+  places: Sequence[Place],
+  allowed: Sequence[int],
+  speeds: Sequence[float] | None = None,
+) -> tuple[Stage, ...]:
+  placed = fit.place(needed, allowed, speeds)
+  assert placed is not None
+  stages, first = [], 0
+  for order, (index, layers) in enumerate(placed):
+    place = places[index]
+    memory = needed.stage(layers, first=order == 0, last=order == len(placed) - 1)
+    stages.append(
+      Stage(
+        host=place.host.label,
+        label=place.label,
+        first_layer=first,
+        last_layer=first + layers - 1,
+        memory_bytes=memory,
+        free_bytes=place.free_bytes,
+      )
+    )
+    first += layers
+  return tuple(stages)
+
+
+def reserved(fleet: Fleet, headroom: float) -> Fleet:
+  """The same fleet with so much less memory on each place."""
+
+  def device(given: Device) -> Device:
+    taken = given.free_bytes - allowed_bytes(given.free_bytes, headroom)
+    return dataclasses.replace(given, used_bytes=given.used_bytes + taken)
+
+  return dataclasses.replace(
+    fleet,
+    hosts=tuple(
+      dataclasses.replace(
+        host,
+        devices=tuple(device(given) for given in host.devices),
+        memory_bytes=host.memory_bytes and max(1, allowed_bytes(host.memory_bytes, headroom)),
+      )
+      for host in fleet.hosts
+    ),
+  )
+
+
+def _span(config: ModelConfig, stage: Stage) -> Span:
+  return Span(
+    first_layer=stage.first_layer, last_layer=stage.last_layer, num_layers=config.num_layers
+  )
+
+
+def allowed_bytes(free_bytes: int, headroom: float) -> int:
+  return int(free_bytes * (1 - headroom))
+
+
+def number(count: int, what: str) -> str:
+  return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+  return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,133 @@
+"""`neurojax size` as a person or a script uses it."""
+
+import importlib.util
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from neurojax.cli import main
+from neurojax.config import ModelConfig
+from neurojax.scaling import count
+
+FLEET = """
+[[hosts]]
+name = "a"
+[[hosts.devices]]
+kind = "cuda"
+memory_bytes = 24_000_000_000
+read_bytes_per_s = 9e11
+flops_per_s = 1e14
+[[hosts]]
+name = "b"
+[[hosts.devices]]
+kind = "cpu"
+memory_bytes = 64_000_000_000
+used_bytes = 4_000_000_000
+read_bytes_per_s = 4e10
+flops_per_s = 1e12
+"""
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+  try:
+    code = main(["size", *argv])
+  except SystemExit as error:
+    code = int(error.code or 0)
+  out, err = capsys.readouterr()
+  return code, out, err
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> str:
+  path = tmp_path / "fleet.toml"
+  path.write_text(FLEET)
+  return str(path)
+
+
+def test_the_table_says_what_fits_and_how_it_was_counted(capsys, fleet: str):
+  code, out, err = run(capsys, "--fleet", fleet)
+  assert code == 0, err
+  for said in ("billion parameters", "decode", "prefill", "loss, bf16", "loss, ternary", "weights",
+               "bits a parameter", "next larger", "unverified", "a ", "b "):  # fmt: skip
+    assert said in out
+  code, out, err = run(capsys, "--fleet", fleet, "--for", "train", "--days", "30")
+  assert code == 0 and "training days" in out and "optimizer" in out, err
+
+
+def test_json_and_toml_are_the_same_table_in_the_fields_of_the_dataclasses(capsys, fleet: str):
+  arguments = ("--fleet", fleet, "--format", "TQ2_0", "--batch", "4", "--context", "4096")
+  code, out, _ = run(capsys, *arguments, "--json")
+  table = json.loads(out)
+  assert code == 0
+  fields = (
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_dim",
+    "vocab_size",
+  )
+  config = ModelConfig(
+    **{name: table[name] for name in fields}, tied_embedding=table["tied_embedding"]
+  )
+  assert table["parameters"] == count.parameters(config)
+  for stage in table["stages"]:
+    assert {"host", "first_layer", "last_layer", "memory_bytes", "step_s"} <= set(stage)
+  assert table["stages"][-1]["last_layer"] == table["num_layers"] - 1
+  code, out, _ = run(capsys, *arguments, "--toml")
+  assert code == 0 and tomllib.loads(out) == table
+
+
+def test_a_written_architecture_is_read_back_kept_and_names_its_command(capsys, tmp_path: Path):
+  path = tmp_path / "model.toml"
+  arguments = ("--memory", "10GB", "--for", "train", "--no-remat", "--out-config", str(path))
+  assert run(capsys, *arguments)[0] == 0
+  config = ModelConfig.load(path)
+  first = path.read_text().splitlines()[0]
+  assert first == f"# neurojax size --memory 10GB --for train --no-remat --out-config {path}"
+  code, out, _ = run(
+    capsys, "--memory", "11GB", "--for", "train", "--no-remat", "--current", str(path), "--json"
+  )
+  table = json.loads(out)
+  assert code == 0 and table["kept"] and table["parameters"] == count.parameters(config)
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+  ((), "either --fleet or --memory"),
+  (("--memory", "1GB", "--fleet", "x.toml"), "either --fleet or --memory"),
+  (("--memory", "1GB", "--json", "--toml"), "give one of them"),
+  (("--memory", "1GB", "--format", "Q4_0"), "--format Q4_0: choose one of bf16"),
+  (("--memory", "1GB", "--law", "kaplan"), "choose one of besiroglu"),
+  (("--memory", "1MB"), "bytes more on host would do"),
+  (("--memory", "many"), "write a number with"),
+  (("--memory", "1GB", "--context", "0"), "--context 0: at least 1"),
+  (("--memory", "1GB", "--tokens", "1e9", "--days", "2"), "contradict each other"),
+  (("--fleet", "none.toml"), "none.toml"),
+  (("--fleet", "x.toml", "--mode", "seed-table"), "looks at --memory alone"),
+  (("--memory", "1GB", "--mode", "seed-table"), "begins at 40 GB"),
+], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
+def test_wrong_use_is_refused_with_the_remedy(capsys, argv: tuple[str, ...], said: str):
+  code, _, err = run(capsys, *argv)
+  assert code == 2 and said in " ".join(err.split()), err
+
+
+def test_the_seeds_modes_say_what_is_wrong(capsys):
+  code, out, _ = run(capsys, "--memory", "4096GB", "--mode", "seed-formula")
+  assert code == 0 and "invalid: no architecture" in out
+  assert "head_dim = 5184/40 = 129.6 is no integer" in " ".join(out.split())
+  code, out, _ = run(capsys, "--memory", "200GB", "--mode", "seed-table", "--json")
+  table = json.loads(out)
+  assert code == 0 and table["valid"] and table["model_dim"] == 2048
+  assert any("2.1 times too many" in finding for finding in table["findings"])
+
+
+def test_the_plot_is_a_file_or_names_the_extra(capsys, fleet: str, tmp_path: Path):
+  path = tmp_path / "sizes.png"
+  code, _, err = run(capsys, "--fleet", fleet, "--plot", str(path))
+  if importlib.util.find_spec("matplotlib") is None:
+    assert code == 2 and "pip install neurojax[plot]" in err
+  else:
+    assert code == 0 and path.read_bytes().startswith(b"\x89PNG")
