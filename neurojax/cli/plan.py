@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -191,10 +192,10 @@ def _gigabytes(size: int) -> str:
 
 
 def _show(console: Console, plan: "Plan") -> None:
-  table = Table(title=f"{plan.objective}: {_speeds(plan)}", title_justify="left")
-  for name in ("host", "device", "layers", "memory", "of", "step", "why"):
+  title = f"{plan.objective}: {_speeds(plan)}"
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+  for name in ("host", "device", "layers", "memory", "of", "step"):
     table.add_column(name, justify="right" if name in ("memory", "of", "step") else "left")
-  why = {reason.host: reason.why for reason in plan.reasons}
   for stage in plan.stages[:MOST_ROWS]:
     table.add_row(
       stage.label,
@@ -203,17 +204,20 @@ def _show(console: Console, plan: "Plan") -> None:
       _gigabytes(stage.memory_bytes),
       _gigabytes(stage.free_bytes),
       f"{stage.step_s * 1e3:.3g} ms",
-      why[stage.label],
     )
-  # Places that are left out for the same reason are one row.
+  console.print(table)
+  # Reasons are sentences: beside the table they would have a column of a few letters. Places that are
+  # left out for the same reason share one.
   out: dict[str, list[str]] = {}
+  why = {reason.host: reason.why for reason in plan.reasons}
+  for stage in plan.stages[:MOST_ROWS]:
+    console.print(f"{stage.label}: {why[stage.label]}", highlight=False)
   for reason in plan.reasons:
     if not reason.layers:
       out.setdefault(reason.why, []).append(reason.host)
   for reason, hosts in list(out.items())[:MOST_ROWS]:
     names = ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")
-    table.add_row(names, "", "none", "", "", "", reason)
-  console.print(table)
+    console.print(f"{names}: no layers; {reason}", highlight=False)
   hidden = max(0, len(plan.stages) - MOST_ROWS) + max(0, len(out) - MOST_ROWS)
   if hidden:
     console.print(f"and {hidden} rows more: see --json")
@@ -226,7 +230,8 @@ def _show(console: Console, plan: "Plan") -> None:
 
 
 def _comparison(plans: "dict[str, Plan | str]") -> Table:
-  table = Table(title="side by side, by the same predictor", title_justify="left")
+  title = "side by side, by the same predictor"
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
   for name in ("placement", "stages", "a token", "tokens/s", "largest share of a place", ""):
     table.add_column(name, justify="right" if name not in ("placement", "") else "left")
   for name, plan in plans.items():
