@@ -30,7 +30,7 @@ _SECONDS, _QUICK_SECONDS = 1.0, 0.2
 class Probe:
   """Measure this host's devices and, given running stage servers, the way to them: a fleet file.
 
-  Takes about a minute for each GPU and for the CPUs; leave the machine alone meanwhile.
+  Takes a minute or two for each GPU and for the CPUs; leave the machine alone meanwhile.
 
   Example: neurojax probe --listen-address 10.0.0.1:7001 --peers 10.0.0.2:7001 --out fleet.toml
   """

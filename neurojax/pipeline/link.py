@@ -24,13 +24,14 @@ PAYLOAD = 1 << 16
 
 _LIMIT = PAYLOAD + (1 << 10)
 _IN_FLIGHT = 16
-_WARM = 20
+_WARM, _IDLE_S = 20, 0.005
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
   """Attributes:
-  latency_s: Half the median round trip of an empty message through gRPC.
+  latency_s: Half the median round trip of an empty message through gRPC, both ends idle before, as
+    they are while a stage computes.
   bytes_per_s: One way, while as much comes back, with several messages of `PAYLOAD` on their way.
   """
 
@@ -131,6 +132,7 @@ async def _measure(stub: rpc.StageStub, limit_s: float, seconds: float) -> Measu
   end_s = time.perf_counter() + seconds
   trips = [await trip(0)]
   while time.perf_counter() < end_s:
+    await asyncio.sleep(_IDLE_S)
     trips.append(await trip(0))
 
   began_s = time.perf_counter()

@@ -35,7 +35,7 @@ from neurojax.stage.step import StepInput
 FORMS: tuple[Weights, ...] = ("dense", "int8", "w2a16", "w2a8")
 
 _VOCAB, _FEW = 32_768, 512
-_CALM = 3
+_CALM, _IDLE_S = 3, 0.005
 _LIMIT_S = 1800.0
 
 
@@ -112,7 +112,7 @@ GPU = Sizes(
 def probe_devices(
   *, quick: bool = False, layers_of: ModelConfig | None = None, forms: Sequence[Weights] = FORMS
 ) -> tuple[Device, ...]:
-  """Every GPU that JAX sees here, then the CPUs. Takes about a minute for each.
+  """Every GPU that JAX sees here, then the CPUs. Takes a minute or two for each.
 
   Args:
     quick: Whether it works, not what the devices can do.
@@ -213,7 +213,11 @@ def _settle(stages: Sequence["_Timed"], sizes: Sizes) -> None:
 
 
 class _Timed:
-  """Steps of one compiled stage of random weights, at batch 1."""
+  """Steps of one compiled stage of random weights, at batch 1.
+
+  Idle before each step, as a stage is while the others have the token: threads that went to sleep
+  take their time to wake.
+  """
 
   def __init__(self, config: ModelConfig, form: Weights, dtype: str, *, last: bool = False):
     number = config.num_layers
@@ -237,6 +241,7 @@ class _Timed:
         is_answer=True,
         sample=self._stage.span.is_last,
       )
+      time.sleep(_IDLE_S)
       began_s = time.perf_counter()
       self._runtime.step("probe", given)
       if start > 1:
