@@ -18,7 +18,9 @@ class ModelConfig:
 
   rope_style says which elements of a head form a rotated pair: "interleaved" takes (2i, 2i+1),
   "half" takes (i, i + head_dim/2). qk_norm says whether each head of queries and keys passes an
-  RMSNorm of its own before it is rotated (Qwen3, arXiv:2505.09388).
+  RMSNorm of its own before it is rotated (Qwen3, arXiv:2505.09388). sub_norm says whether what
+  attention's heads give, and the FFN's inner product, pass one in front of the matrix that follows,
+  so that every matrix of a layer has normalised inputs (SubLN, arXiv:2210.06423; BitNet b1.58).
   """
 
   vocab_size: int
@@ -34,6 +36,7 @@ class ModelConfig:
   norm_eps: float = 1e-6
   tied_embedding: bool = True
   qk_norm: bool = False
+  sub_norm: bool = False
 
   def __post_init__(self) -> None:
     for name in (

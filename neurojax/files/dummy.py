@@ -68,10 +68,14 @@ def write_dummy(
 
 def _architecture(config: ModelConfig) -> str:
   for name, arch in names.ARCHITECTURES.items():
-    if (arch.rope_style, "q_norm_H" in arch.tensors) == (config.rope_style, config.qk_norm):
+    norms = "q_norm_H" in arch.tensors, "ffn_sub_norm_F" in arch.tensors
+    if (arch.rope_style, *norms) == (config.rope_style, config.qk_norm, config.sub_norm) and (
+      config.tied_embedding or "head_DV" in arch.tensors
+    ):
       return name
   raise ValueError(
-    f"no known architecture has rope_style = {config.rope_style!r} and qk_norm = {config.qk_norm}"
+    f"no known architecture has rope_style = {config.rope_style!r}, qk_norm = {config.qk_norm},"
+    f" sub_norm = {config.sub_norm} and tied_embedding = {config.tied_embedding}"
   )
 
 

@@ -81,7 +81,7 @@ def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
   found = {}
   for name, layers in names.items():
     kinds = {file.info(name, layer).type for layer in layers or [None]}
-    forms = {_scales(kind) for kind in kinds} if _is_matrix(name) else {None}
+    forms = {_scales(kind) for kind in kinds} if params.is_matrix(name) else {None}
     if len(forms) == 1 and (form := forms.pop()) is not None:
       found[name] = form
   return found
@@ -102,12 +102,8 @@ def _checked(file: ModelFile, name: str, layer: int | None, shape: tuple[int, ..
   return array
 
 
-def _is_matrix(name: str) -> bool:
-  return len(name.rsplit("_", 1)[1]) > 1
-
-
 def _narrow(array: np.ndarray, name: str, dtype: DTypeLike, weights: Weights) -> Any:
-  if weights == "int8" and _is_matrix(name):
+  if weights == "int8" and params.is_matrix(name):
     return Int8Array.quantize(array, contracted_axes=_CONTRACTED.get(name, 1))
   return array.astype(dtype)
 

@@ -17,8 +17,8 @@ from neurojax.files.source import TensorInfo
 
 WHOLE_MODEL = ("embedding_VD", "final_norm_D", "head_DV")
 PER_LAYER = (
-  "attn_norm_D", "q_DNH", "k_DKH", "v_DKH", "q_norm_H", "k_norm_H", "o_NHD", "ffn_norm_D",
-  "gate_DF", "up_DF", "down_FD",
+  "attn_norm_D", "q_DNH", "k_DKH", "v_DKH", "q_norm_H", "k_norm_H", "attn_sub_norm_NH", "o_NHD",
+  "ffn_norm_D", "gate_DF", "up_DF", "ffn_sub_norm_F", "down_FD",
 )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ class Architecture:
 
   Attributes:
     rope_style: How the converter left the rows of q and k.
-    tensors: Canonical name to the tensor in the file; "q_norm_H" among them says: qk_norm.
+    tensors: Canonical name to the tensor in the file; "q_norm_H" among them says qk_norm, and
+      "ffn_sub_norm_F" sub_norm; without "head_DV" the embedding is always tied.
     keys: ModelConfig field to metadata key.
     defaults: What the format says a field is when its key is absent.
     same_as: Keys that must repeat a ModelConfig field, because the model has no second number.
@@ -124,6 +125,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
       **_LLAMA.tensors,
       "q_norm_H": Stored("blk.{layer}.attn_q_norm.weight", "H"),
       "k_norm_H": Stored("blk.{layer}.attn_k_norm.weight", "H"),
+    },
+  ),
+  # Source: llama.cpp, src/models/bitnet.cpp (SiLU, no other head than the embedding) and
+  # llama_model_rope_type: neighbours of a pair are half a head apart.
+  "bitnet": dataclasses.replace(
+    _LLAMA,
+    rope_style="half",
+    tensors={
+      **{name: tensor for name, tensor in _LLAMA.tensors.items() if name != "head_DV"},
+      "attn_sub_norm_NH": Stored("blk.{layer}.attn_sub_norm.weight", "NH"),
+      "ffn_sub_norm_F": Stored("blk.{layer}.ffn_sub_norm.weight", "F"),
     },
   ),
 }
@@ -221,7 +233,7 @@ def interpret(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo])
     )
     return Interpretation(architecture=name, config=None, tensors={}, demands=tuple(demands))
   stored = dict(arch.tensors)
-  if stored["head_DV"].name not in tensors:
+  if "head_DV" in stored and stored["head_DV"].name not in tensors:
     del stored["head_DV"]
 
   config, faults = _config(arch, name, metadata, tensors)
@@ -312,13 +324,14 @@ def _config(
     faults.append(f"the metadata lack {name}.{arch.keys[lacking[0]]}")
   if faults:
     return None, faults
-  tied = arch.tensors["head_DV"].name not in tensors
+  tied = "head_DV" not in arch.tensors or arch.tensors["head_DV"].name not in tensors
   try:
     return ModelConfig(
       **values,  # type: ignore[arg-type]
       rope_style=arch.rope_style,
       tied_embedding=tied,
       qk_norm="q_norm_H" in arch.tensors,
+      sub_norm="ffn_sub_norm_F" in arch.tensors,
     ), []
   except ValueError as error:
     return None, [str(error)]

@@ -27,19 +27,21 @@ _INIT_STD = 0.02
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x**2) + eps) * scale, in float32 whatever the dtype of x. arXiv:1910.07467."""
 
-  def __init__(self, dim: int, *, eps: float, dtype: DTypeLike):
+  def __init__(self, *dims: int, eps: float, dtype: DTypeLike):
+    """Over as many trailing axes as there are `dims`."""
     self.eps = eps
-    self.scale_D = nnx.Param(jnp.ones(dim, dtype))
+    self.scale_D = nnx.Param(jnp.ones(dims, dtype))
 
-  def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(self, x_BTD: Float[Array, "B T *D"]) -> Float[Array, "B T *D"]:
     x = x_BTD.astype(jnp.float32)
-    x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    axes = tuple(range(2, x.ndim))
+    x = x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.eps)
     return (x * self.scale_D[...].astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions; causal, no biases. Heads of queries and keys are
-  normalised first where the configuration says so."""
+  """Grouped-query attention with rotary positions; causal, no biases. Heads of queries and keys, and
+  what all heads give together, are normalised where the configuration says so."""
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -50,6 +52,7 @@ class Attention(nnx.Module):
     self.o_NHD = _normal(rngs, (n, h, d), dtype)
     self.q_norm = RMSNorm(h, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
     self.k_norm = RMSNorm(h, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
+    self.sub_norm = RMSNorm(n, h, eps=config.norm_eps, dtype=dtype) if config.sub_norm else None
 
   def __call__(
     self,
@@ -74,6 +77,8 @@ class Attention(nnx.Module):
       start_B = position_BT[:, 0]
       cache = cache.write(layer, k_BTKH, v_BTKH, start_B)
       out_BTNH = attend_cache(q_BTNH, cache, layer, start_B)
+    if self.sub_norm is not None:
+      out_BTNH = self.sub_norm(out_BTNH)
     return project("BTNH,NHD->BTD", out_BTNH, self.o_NHD), cache
 
 
@@ -83,19 +88,24 @@ def _each_head(norm: RMSNorm, x_BTNH: Float[Array, "B T N H"]) -> Float[Array, "
 
 
 class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x)). arXiv:2002.05202, section 2."""
+  """down(silu(gate(x)) * up(x)), arXiv:2002.05202, section 2; the product is normalised where the
+  configuration says so."""
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     d, f = config.model_dim, config.ffn_dim
     self.gate_DF = _normal(rngs, (d, f), dtype)
     self.up_DF = _normal(rngs, (d, f), dtype)
     self.down_FD = _normal(rngs, (f, d), dtype)
+    self.sub_norm = RMSNorm(f, eps=config.norm_eps, dtype=dtype) if config.sub_norm else None
 
   def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     gate_BTF, up_BTF = project_all(
       x_BTD, ("BTD,DF->BTF", self.gate_DF), ("BTD,DF->BTF", self.up_DF)
     )
-    return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD)
+    inner_BTF = jax.nn.silu(gate_BTF) * up_BTF
+    if self.sub_norm is not None:
+      inner_BTF = self.sub_norm(inner_BTF)
+    return project("BTF,FD->BTD", inner_BTF, self.down_FD)
 
 
 class Block(nnx.Module):

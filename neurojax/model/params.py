@@ -12,10 +12,12 @@ LAYER: Mapping[str, tuple[str, ...]] = {
   "v_DKH": ("layers", "attention", "v_DKH"),
   "q_norm_H": ("layers", "attention", "q_norm", "scale_D"),
   "k_norm_H": ("layers", "attention", "k_norm", "scale_D"),
+  "attn_sub_norm_NH": ("layers", "attention", "sub_norm", "scale_D"),
   "o_NHD": ("layers", "attention", "o_NHD"),
   "ffn_norm_D": ("layers", "ffn_norm", "scale_D"),
   "gate_DF": ("layers", "ffn", "gate_DF"),
   "up_DF": ("layers", "ffn", "up_DF"),
+  "ffn_sub_norm_F": ("layers", "ffn", "sub_norm", "scale_D"),
   "down_FD": ("layers", "ffn", "down_FD"),
 }
 """One per layer; stacked over the layers of a span on a leading axis L. See `layer_names`."""
@@ -29,9 +31,15 @@ LAST: Mapping[str, tuple[str, ...]] = {
 
 def layer_names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
   """Names and places of the parameters that every layer of this architecture has."""
-  for name, path in LAYER.items():
-    if config.qk_norm or name not in ("q_norm_H", "k_norm_H"):
-      yield name, path
+  absent = set() if config.qk_norm else {"q_norm_H", "k_norm_H"}
+  if not config.sub_norm:
+    absent |= {"attn_sub_norm_NH", "ffn_sub_norm_F"}
+  yield from ((name, path) for name, path in LAYER.items() if name not in absent)
+
+
+def is_matrix(name: str) -> bool:
+  """Whether a canonical name is of a matrix that products multiply by, and of no norm."""
+  return "_norm_" not in name
 
 
 def outer_names(config: ModelConfig, span: Span) -> Iterator[tuple[str, tuple[str, ...]]]:

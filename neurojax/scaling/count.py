@@ -185,7 +185,8 @@ def head_flops(config: ModelConfig) -> int:
 
 def _layer_vectors(config: ModelConfig) -> int:
   """Elements of a layer's norms."""
-  return 2 * config.model_dim + (2 * config.head_dim if config.qk_norm else 0)
+  vectors = 2 * config.model_dim + (2 * config.head_dim if config.qk_norm else 0)
+  return vectors + (config.num_heads * config.head_dim + config.ffn_dim if config.sub_norm else 0)
 
 
 def _scales(name: str, weights: Weights, ternary: Ternary | None) -> Scales | None:

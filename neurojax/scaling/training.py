@@ -106,7 +106,8 @@ def activation_bytes(
   (float32 keeps less: casts vanish), and the gradient of the logits. With c bytes of compute dtype,
   per token and layer:
 
-    norms         2 of (2 D + 2) float32, and D c of the result
+    norms         2 of (2 D + 2) float32, and D c of the result; with sub_norm (2 N H + 2) and
+                  (2 F + 2) float32 more
     attention     q, k, v and the heads' output: (2 N + 2 K) H c; with qk_norm also
                   (N + K) (2 H + 2) float32
     scores        N S (4 + c) of weights, 2 N float32 of their sums
@@ -140,6 +141,9 @@ def _layer_bytes(config: ModelConfig, sequence: int, c: int) -> int:
   heads = (2 * n + 2 * k) * h * c
   if config.qk_norm:
     heads += (n + k) * (2 * h + 2) * 4
+  if config.sub_norm:
+    # Their results are kept in place of their inputs.
+    norms += sum((2 * width + 2) * 4 for width in (n * h, config.ffn_dim))
   scores = n * sequence * (4 + c) + 2 * n * 4
   return norms + heads + scores + 6 * config.ffn_dim * c
 

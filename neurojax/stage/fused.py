@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from neurojax.config import RopeStyle
+from neurojax.config import ModelConfig, RopeStyle
 from neurojax.kernels.attention import api as attention
 from neurojax.kernels.attention.reference import turn
 from neurojax.kernels.decode.weights import LayerWeights, Shape, fuse_rows
@@ -111,9 +111,10 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
     consume: Take each matrix out of the model before the next ones are put together, so that
       memory never holds more than the weights and one such matrix. The model is useless afterwards.
   Raises: ValueError: names a matrix that is not ternary, or matrices that share an input and
-    differ in group size, scale dtype or mode.
+    differ in group size, scale dtype or mode; or the model has sub_norm.
   """
   config, block = model.config, model.layers
+  check_norms(config)
 
   def ternary(name: str, param: nnx.Param) -> TernaryArray:
     value = param.get_value()
@@ -170,6 +171,15 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
     head=head,
     rope_base=config.rope_base,
   )
+
+
+def check_norms(config: ModelConfig) -> None:
+  """Raises: ValueError: the programs have no place for the norms of this architecture."""
+  if config.sub_norm:
+    raise ValueError(
+      "sub_norm = True: fused programs have no norm in front of attention's output and the FFN's"
+      " down projection; run the model as it is"
+    )
 
 
 def shape_of(config: Any) -> Shape:

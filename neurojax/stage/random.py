@@ -59,7 +59,7 @@ def _random(
   dtype: DTypeLike,
   weights: Weights,
 ) -> Any:
-  if len(shape) == 1:
+  if not params.is_matrix(name):
     return np.ones(shape, dtype)
   axes = _CONTRACTED.get(name, 1)
   contracted = shape[:axes] if axes > 0 else shape[axes:]

@@ -1,4 +1,4 @@
-"""The Llama and Qwen3 decoders in plain numpy, from canonical arrays: what the reader's axes must mean."""
+"""The Llama, Qwen3 and BitNet decoders in plain numpy, from canonical arrays: what the reader's axes must mean."""
 
 import numpy as np
 
@@ -36,10 +36,17 @@ class Oracle:
       scores_NTS += np.triu(np.full(scores_NTS.shape[1:], -np.inf, np.float32), 1)
       p_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True))
       p_NTS /= p_NTS.sum(-1, keepdims=True)
-      x_TD = x_TD + np.tensordot(np.einsum("nts,snh->tnh", p_NTS, v_TNH), w["o_NHD"], 2)
+      out_TNH = np.einsum("nts,snh->tnh", p_NTS, v_TNH)
+      if c.sub_norm:
+        flat = out_TNH.reshape(len(out_TNH), -1)
+        out_TNH = _norm(flat, c).reshape(out_TNH.shape) * w["attn_sub_norm_NH"]
+      x_TD = x_TD + np.tensordot(out_TNH, w["o_NHD"], 2)
       h_TD = _norm(x_TD, c) * w["ffn_norm_D"]
       gate_TF = h_TD @ w["gate_DF"]
-      x_TD = x_TD + (gate_TF / (1 + np.exp(-gate_TF)) * (h_TD @ w["up_DF"])) @ w["down_FD"]
+      inner_TF = gate_TF / (1 + np.exp(-gate_TF)) * (h_TD @ w["up_DF"])
+      if c.sub_norm:
+        inner_TF = _norm(inner_TF, c) * w["ffn_sub_norm_F"]
+      x_TD = x_TD + inner_TF @ w["down_FD"]
     x_TD = _norm(x_TD, c) * self.whole["final_norm_D"]
     head_DV = self.whole.get("head_DV")
     return x_TD @ (self.whole["embedding_VD"].T if head_DV is None else head_DV)

@@ -48,8 +48,12 @@ def split(name: str) -> tuple[str, int | None]:
   return canonical, int(layer) if layer else None
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", [tiny.CONFIG, tiny.QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+  ("family", "tied"),
+  [(tiny.CONFIG, True), (tiny.CONFIG, False), (tiny.QWEN, True), (tiny.QWEN, False),
+   (tiny.BITNET, True)],
+  ids=["llama tied", "llama", "qwen3 tied", "qwen3", "bitnet"],
+)  # fmt: skip
 def test_round_trip_of_every_axis(tmp_path: Path, family: ModelConfig, tied: bool) -> None:
   config = dataclasses.replace(family, tied_embedding=tied)
   values = tiny.parameters(config)
@@ -249,8 +253,10 @@ def test_smollm2_computes_what_llama_cpp_computes() -> None:
 
 def test_every_name_of_the_alphabet_is_mapped() -> None:
   every = {*names.WHOLE_MODEL, *names.PER_LAYER}
-  plain = every - {"q_norm_H", "k_norm_H"}
-  assert set(names.ARCHITECTURES["qwen3"].tensors) == every
+  heads, subs = {"q_norm_H", "k_norm_H"}, {"attn_sub_norm_NH", "ffn_sub_norm_F"}
+  plain = every - heads - subs
+  assert set(names.ARCHITECTURES["qwen3"].tensors) == plain | heads
+  assert set(names.ARCHITECTURES["bitnet"].tensors) == (plain | subs) - {"head_DV"}
   assert set(names.ARCHITECTURES["llama"].tensors) == plain == set(names.LLAMA2C)
   for tensors in (names.LLAMA2C, *(a.tensors for a in names.ARCHITECTURES.values())):
     for name, stored in tensors.items():

@@ -121,11 +121,8 @@ def test_ternary_matrices_stay_packed_and_mean_the_same(tmp_path: Path, kind: st
       codes, scales, _ = file.read_ternary("down_FD", layer)
       np.testing.assert_array_equal(packed["down_FD"].codes[layer], codes)
       np.testing.assert_array_equal(packed["down_FD"].scales[layer], scales)
-  assert (
-    packed.keys()
-    == dense.keys()
-    == set(params.LAYER) | set(params.FIRST) | set(params.LAST) - ({"head_DV"} if tied else set())
-  )
+  outer = set(params.FIRST) | set(params.LAST) - ({"head_DV"} if tied else set())
+  assert packed.keys() == dense.keys() == set(dict(params.layer_names(config))) | outer
   for name, value in packed.items():
     assert isinstance(value, TernaryArray) == (name in MATRICES | {"head_DV"})
     if isinstance(value, TernaryArray):

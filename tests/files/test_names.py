@@ -41,6 +41,24 @@ def test_plain_model() -> None:
   assert found.model_config("x") == tiny.CONFIG
 
 
+def test_a_bitnet_model_normalises_before_every_matrix_and_ties_its_head() -> None:
+  metadata = {key.replace("llama.", "bitnet."): value for key, value in METADATA.items()}
+  metadata["general.architecture"] = "bitnet"
+  tensors = {
+    tiny.file_name(name): TensorInfo(
+      tiny.file_name(name), "F32", tiny.as_stored(value, name).shape, 0, 4 * value.size
+    )
+    for name, value in tiny.parameters(tiny.BITNET).items()
+  }
+  assert names.interpret(metadata, tensors).model_config("x") == tiny.BITNET
+  head = {"output.weight": dataclasses.replace(tensors["token_embd.weight"], name="output.weight")}
+  refused = names.interpret(metadata, tensors | head)
+  assert refused.demands == ("tensor 'output.weight': no place in this architecture",)
+  del tensors["blk.0.ffn_sub_norm.weight"]
+  with pytest.raises(ValueError, match=r"'blk\.0\.ffn_sub_norm\.weight' is missing"):
+    names.interpret(metadata, tensors).model_config("x")
+
+
 def test_a_qwen3_model_normalises_its_heads_and_turns_halves() -> None:
   metadata = {key.replace("llama.", "qwen3."): value for key, value in METADATA.items()}
   metadata["general.architecture"] = "qwen3"

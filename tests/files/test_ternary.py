@@ -27,10 +27,11 @@ from tests.ternary.literal import read_literally
 
 LLAMA = dataclasses.replace(tiny.WIDE, num_layers=2, num_kv_heads=2, ffn_dim=512)
 QWEN = dataclasses.replace(LLAMA, rope_style="half", qk_norm=True, tied_embedding=False)
+BITNET = dataclasses.replace(LLAMA, rope_style="half", sub_norm=True)
 kinds = pytest.mark.parametrize("kind", CODECS)
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN, BITNET], ids=["llama", "qwen3", "bitnet"])
 @kinds
 def test_every_matrix_is_read_as_its_bytes_say(tmp_path: Path, config: ModelConfig, kind: str):
   path = tmp_path / "m.gguf"
@@ -64,7 +65,7 @@ def test_every_matrix_is_read_as_its_bytes_say(tmp_path: Path, config: ModelConf
     assert matrices["bits_per_weight"] == 2.125
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN, BITNET], ids=["llama", "qwen3", "bitnet"])
 def test_a_ternary_file_computes_what_plain_numpy_does(tmp_path: Path, config: ModelConfig):
   write_dummy(tmp_path / "m.gguf", config, "Q2_0 (group 64)")
   tokens = [3, 1, 7, 0, 5, 5, 2]

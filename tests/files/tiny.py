@@ -24,11 +24,15 @@ WIDE = ModelConfig(
 
 
 QWEN = dataclasses.replace(CONFIG, rope_style="half", qk_norm=True)
+BITNET = dataclasses.replace(CONFIG, rope_style="half", sub_norm=True)
 
 
 def per_layer(config: ModelConfig) -> list[str]:
   """The canonical names that each layer of this configuration has."""
-  return [n for n in names.PER_LAYER if config.qk_norm or n not in ("q_norm_H", "k_norm_H")]
+  absent = () if config.qk_norm else ("q_norm_H", "k_norm_H")
+  if not config.sub_norm:
+    absent += ("attn_sub_norm_NH", "ffn_sub_norm_F")
+  return [n for n in names.PER_LAYER if n not in absent]
 
 
 def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -50,6 +54,8 @@ def as_stored(values: np.ndarray, name: str) -> np.ndarray:
   match name.split("/")[0]:
     case "embedding_VD" | "final_norm_D" | "attn_norm_D" | "ffn_norm_D" | "q_norm_H" | "k_norm_H":
       return values
+    case "attn_sub_norm_NH" | "ffn_sub_norm_F":
+      return values.reshape(-1)
     case "head_DV" | "gate_DF" | "up_DF" | "down_FD":
       return values.T.copy()
     case "q_DNH" | "k_DKH" | "v_DKH":
@@ -65,8 +71,9 @@ def as_stored(values: np.ndarray, name: str) -> np.ndarray:
 FILE_NAMES = {
   "embedding_VD": "token_embd", "final_norm_D": "output_norm", "head_DV": "output",
   "attn_norm_D": "attn_norm", "q_DNH": "attn_q", "k_DKH": "attn_k", "v_DKH": "attn_v",
-  "q_norm_H": "attn_q_norm", "k_norm_H": "attn_k_norm", "o_NHD": "attn_output", "ffn_norm_D": "ffn_norm", "gate_DF": "ffn_gate", "up_DF": "ffn_up",
-  "down_FD": "ffn_down",
+  "q_norm_H": "attn_q_norm", "k_norm_H": "attn_k_norm", "o_NHD": "attn_output",
+  "attn_sub_norm_NH": "attn_sub_norm", "ffn_norm_D": "ffn_norm", "gate_DF": "ffn_gate",
+  "up_DF": "ffn_up", "ffn_sub_norm_F": "ffn_sub_norm", "down_FD": "ffn_down",
 }  # fmt: skip
 
 
@@ -83,9 +90,10 @@ def write_gguf(
   kind: GGMLQuantizationType = GGMLQuantizationType.F32,
   raw: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
 ) -> Path:
-  """A llama or qwen3 model by the gguf package. `kind` holds for matrices; `raw` replaces tensors
-  by encoded bytes."""
-  writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
+  """A llama, qwen3 or bitnet model by the gguf package. `kind` holds for matrices; `raw` replaces
+  tensors by encoded bytes."""
+  family = "qwen3" if config.qk_norm else "bitnet" if config.sub_norm else "llama"
+  writer = gguf.GGUFWriter(path, family)
   writer.add_name("tiny")
   writer.add_embedding_length(config.model_dim)
   writer.add_block_count(config.num_layers)

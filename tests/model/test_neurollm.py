@@ -34,11 +34,15 @@ VARIANTS = [
   dataclasses.replace(TINY, rope_style="interleaved", tied_embedding=False),
   dataclasses.replace(TINY, num_heads=2, num_kv_heads=2, head_dim=16),
   dataclasses.replace(TINY, num_heads=4, num_kv_heads=1, num_layers=1, rope_base=500.0),
+  dataclasses.replace(TINY, sub_norm=True),
 ]
 
 
 def ids(config: ModelConfig) -> str:
-  return f"{config.num_heads}q{config.num_kv_heads}kv-{config.rope_style}-{config.num_layers}L"
+  subs = "-sub" if config.sub_norm else ""
+  return (
+    f"{config.num_heads}q{config.num_kv_heads}kv-{config.rope_style}-{config.num_layers}L{subs}"
+  )
 
 
 def model(config: ModelConfig, seed: int = 0) -> NeuroLLM:
@@ -82,10 +86,16 @@ def float64_logits(net: NeuroLLM, tokens: np.ndarray) -> np.ndarray:
       score = np.array([query @ turn(k[s, kv], s) for s in range(t + 1)]) / np.sqrt(c.head_dim)
       weight = np.exp(score - score.max())
       mixed[t, n] = (weight / weight.sum()) @ v[: t + 1, kv]
+    if c.sub_norm:
+      scale_Y = w["attention"]["sub_norm"]["scale_D"].reshape(-1)
+      mixed = norm(mixed.reshape(len(tokens), -1), scale_Y).reshape(q.shape)
     x = x + np.einsum("tnh,nhd->td", mixed, w["attention"]["o_NHD"])
     a = norm(x, w["ffn_norm"]["scale_D"])
     gate = a @ w["ffn"]["gate_DF"]
-    x = x + (gate / (1 + np.exp(-gate)) * (a @ w["ffn"]["up_DF"])) @ w["ffn"]["down_FD"]
+    inner = gate / (1 + np.exp(-gate)) * (a @ w["ffn"]["up_DF"])
+    if c.sub_norm:
+      inner = norm(inner, w["ffn"]["sub_norm"]["scale_D"])
+    x = x + inner @ w["ffn"]["down_FD"]
   x = norm(x, p["final_norm"]["scale_D"])
   return x @ (p["embedding_VD"].T if c.tied_embedding else p["head_DV"])
 

@@ -23,4 +23,5 @@ def configs(draw) -> ModelConfig:
     ffn_dim=draw(st.integers(1, 300)),
     tied_embedding=draw(st.booleans()),
     qk_norm=draw(st.booleans()),
+    sub_norm=draw(st.booleans()),
   )

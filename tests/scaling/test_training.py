@@ -120,8 +120,8 @@ def odd(**changes) -> ModelConfig:
 
 @pytest.mark.parametrize("config", [
   odd(), odd(tied_embedding=False), odd(num_heads=6, num_kv_heads=6, head_dim=10, ffn_dim=51),
-  odd(model_dim=70, num_kv_heads=1), odd(qk_norm=True),
-], ids=["tied", "untied", "no groups", "one key-value head", "normalized heads"])  # fmt: skip
+  odd(model_dim=70, num_kv_heads=1), odd(qk_norm=True), odd(sub_norm=True),
+], ids=["tied", "untied", "no groups", "one key-value head", "normalized heads", "sub norms"])  # fmt: skip
 def test_activations_are_what_linearization_keeps(config: ModelConfig):
   batch = 3
   for span in spans_of(config):

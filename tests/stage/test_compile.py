@@ -228,6 +228,16 @@ def test_on_a_gpu_that_could_the_log_warns(paths, said, hopper):
   assert "compute capability 9.0, H has 8.0" in old
 
 
+def test_norms_that_no_kernel_has_are_a_reason(tmp_path, said, hopper):
+  config = dataclasses.replace(LLAMA, rope_style="half", sub_norm=True)
+  write_dummy(tmp_path / "bitnet.gguf", config, "Q2_0 (group 64)")
+  assert choose(load(tmp_path / "bitnet.gguf", "w2a8")).kind == "model"
+  [(level, message)] = said()
+  assert level == "WARNING" and "sub_norm = True" in message
+  with pytest.raises(NotImplementedError, match="sub_norm"):
+    choose(load(tmp_path / "bitnet.gguf", "w2a8"), wanted="fused")
+
+
 NEW_JAX = pytest.mark.skipif(
   jax.__version_info__ < (0, 11, 2), reason="the GPU kernels need jax 0.11.2 or newer"
 )
