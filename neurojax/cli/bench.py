@@ -77,7 +77,8 @@ class Decode(EngineOptions):
       raise ValueError(f"--weights {weights}: an architecture's are ternary, 'w2a8' or 'w2a16'")
     assert self.arch is not None
     self._refuse(
-      "--arch", ("stages", "hosts", "programs", "dtype", "decode", "llama_bench", "tokenizer")
+      "--arch",
+      ("stages", "hosts", "plan", "programs", "dtype", "decode", "llama_bench", "tokenizer"),
     )
     if not (self.batch or self.prefill):
       raise ValueError("nothing to measure: give a --batch or a --prefill")

@@ -43,7 +43,10 @@ class EngineOptions:
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 1
   """Cut the model into N stage servers, started as processes on this machine."""
   hosts: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT,...|TOML")] = None
-  """Use running stage servers: a list, or a fleet file with [[hosts]] tables."""
+  """Use running stage servers: a list, or a fleet file with [[hosts]] tables. Each gets layers in
+  proportion to its free memory."""
+  plan: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
+  """Use the stage servers of a plan that `neurojax plan --toml` printed, with the layers it gives them."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of activations and caches, and of dense weights."""
   weights: Weights = "dense"
@@ -69,6 +72,8 @@ class EngineOptions:
       raise ValueError(f"--sequences {self.sequences}: between 1 and 4096")
     if self.hosts is not None and self.stages != 1:
       raise ValueError("--stages starts servers and --hosts uses running ones: give one of them")
+    if self.plan is not None and (self.hosts is not None or self.stages != 1):
+      raise ValueError("--plan says which stage servers are used: leave --hosts and --stages out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,7 @@ async def open_engine(
 ) -> AsyncGenerator["DrivenEngine", None]:
   """The engine that the options ask for; it is closed, and servers are ended, on the way out."""
   context = context_length(options, file)
-  if options.hosts is None and options.stages == 1:
+  if options.hosts is None and options.plan is None and options.stages == 1:
     engine = _local_engine(file, options, context)
     try:
       yield engine
@@ -138,6 +143,7 @@ async def open_engine(
   from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
   from neurojax.pipeline.spawn import LocalStages
   from neurojax.scaling.fleet import read_fleet
+  from neurojax.scaling.running import read_plan, servers
 
   setup = PipelineOptions(
     dtype=options.dtype,
@@ -148,15 +154,18 @@ async def open_engine(
     max_sequences=options.sequences,
     step_s=options.step_timeout,
   )
+  spans = None
+  if options.plan is not None:
+    fleet, spans = servers(read_plan(options.plan), file.config)
   async with contextlib.AsyncExitStack() as stack:
     with stderr.status("waiting for stage servers to start, read their layers and compile"):
       if options.hosts is not None:
         fleet = read_fleet(options.hosts)
-      else:
+      elif spans is None:
         stages = await stack.enter_async_context(LocalStages(file.path, options.stages))
         assert stages.fleet is not None
         fleet = stages.fleet
-      engine = await PipelineEngine.connect(file.config, file.sha256(), fleet, setup)
+      engine = await PipelineEngine.connect(file.config, file.sha256(), fleet, setup, spans=spans)
     stack.push_async_callback(engine.close)
     yield engine
 

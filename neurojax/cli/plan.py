@@ -49,7 +49,8 @@ class PlanningOptions:
   ] = ()
   """Layers that a host is to hold whatever is best; 0 keeps it out. May be given several times."""
   replicas: Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="N|auto")] = 1
-  """Whole pipelines side by side, each with all layers, over places of their own."""
+  """1 has every layer lie once, as `--plan` of other verbs can run it. "auto", for throughput, gives the same
+  layers to several machines wherever that brings more; a number is so many whole pipelines side by side."""
   seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 5.0
   """For the search, where the best plan cannot be computed."""
 
@@ -178,7 +179,8 @@ def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.
 
 
 def _speeds(plan: "Plan") -> str:
-  return f"{plan.latency_s * 1e3:.3g} ms a token, {plan.throughput:.3g} tokens/s with {plan.batches} in flight"
+  each = f" in each of {plan.pipelines} pipelines" if plan.pipelines > 1 else ""
+  return f"{plan.latency_s * 1e3:.3g} ms a token, {plan.throughput:.3g} tokens/s with {plan.batches} in flight{each}"
 
 
 def _change(before: "Plan", after: "Plan") -> str:
@@ -194,9 +196,14 @@ def _gigabytes(size: int) -> str:
 def _show(console: Console, plan: "Plan") -> None:
   title = f"{plan.objective}: {_speeds(plan)}"
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-  for name in ("host", "device", "layers", "memory", "of", "step"):
-    table.add_column(name, justify="right" if name in ("memory", "of", "step") else "left")
+  columns = ["host", "device", "layers", "memory", "of", "step"]
+  columns += ["pipeline"] if plan.is_replicated else []
+  for name in columns:
+    # Of a narrow terminal only the device's name gives way.
+    is_left = name in ("host", "device", "layers")
+    table.add_column(name, justify="left" if is_left else "right", no_wrap=name != "device")
   for stage in plan.stages[:MOST_ROWS]:
+    part = f"{stage.pipeline}" + (f": {stage.share:.0%}" if stage.share < 1 else "")
     table.add_row(
       stage.label,
       stage.device,
@@ -204,6 +211,7 @@ def _show(console: Console, plan: "Plan") -> None:
       _gigabytes(stage.memory_bytes),
       _gigabytes(stage.free_bytes),
       f"{stage.step_s * 1e3:.3g} ms",
+      *([part] if plan.is_replicated else []),
     )
   console.print(table)
   # Reasons are sentences: beside the table they would have a column of a few letters. Places that are

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.plan import PlanningOptions
-from neurojax.config import from_toml
 
 if TYPE_CHECKING:
   from neurojax.scaling.simulate import Failure, Result, Spread, Use
@@ -48,13 +47,13 @@ class Simulate(PlanningOptions):
   """Print one JSON object."""
 
   def run(self) -> int:
-    from neurojax.scaling.plan import Plan
+    from neurojax.scaling.running import read_plan
     from neurojax.scaling.simulate import simulate
 
     if self.plan_file is not None:
       if self.model is not None or self.fleet is not None:
         raise ValueError("--plan says what lies where: leave --model and --fleet out")
-      plan = from_toml(Plan, self.plan_file.read_text(encoding="utf-8"), where=str(self.plan_file))
+      plan = read_plan(self.plan_file)
     else:
       plan = self.plan(*self.read())
     result = simulate(

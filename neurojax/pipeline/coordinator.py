@@ -5,12 +5,12 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
-from neurojax.config import ModelConfig, Sampling
+from neurojax.config import ModelConfig, Sampling, Span
 from neurojax.engine.api import EngineError, StageReport
 from neurojax.engine.drive import DrivenEngine
 from neurojax.pipeline import pipeline_pb2 as pb
@@ -72,11 +72,15 @@ class PipelineEngine(DrivenEngine):
     sha256: str,
     fleet: Fleet,
     options: PipelineOptions = PipelineOptions(),
+    *,
+    spans: Mapping[str, Span] | None = None,
   ) -> Self:
     """Meet every host, plan, load and link.
 
     Args:
       sha256: Of the model file; every host must have the same.
+      spans: Layers by address, one for each host in the order of the fleet, as `scaling.running` has
+        them of a plan; in proportion to free memory if None.
     Raises: HandshakeError, StageLost, StageTimeout: naming the host. ValueError: the fleet is too
       small, or the context is longer than the model's.
     """
@@ -93,7 +97,7 @@ class PipelineEngine(DrivenEngine):
     )
     self = cls(config, identity, options)
     try:
-      await self._place(await self._meet_all(fleet))
+      await self._place(await self._meet_all(fleet), spans)
       await self._load()
       await asyncio.gather(*(stage.link(self._on_frame, self._on_lost) for stage in self._stages))
     except BaseException:
@@ -152,7 +156,7 @@ class PipelineEngine(DrivenEngine):
       raise failed[0]
     return contacts
 
-  async def _place(self, met: Sequence[Contact]) -> None:
+  async def _place(self, met: Sequence[Contact], planned: Mapping[str, Span] | None) -> None:
     free = {
       stage.host.address: min(stage.host.memory_bytes or 1 << 62, stage.description.memory_bytes)
       for stage in met
@@ -165,7 +169,10 @@ class PipelineEngine(DrivenEngine):
       ternary=self._options.ternary,
     )
     try:
-      self.placements = plan.proportional(self._config, list(free.items()), load)
+      if planned is None:
+        self.placements = plan.proportional(self._config, list(free.items()), load)
+      else:
+        self.placements = plan.as_planned(self._config, planned, free, load)
     except ValueError:
       for stage in met:
         await stage.close()

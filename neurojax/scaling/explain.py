@@ -12,7 +12,7 @@ from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem, role_bytes
 def explained(given: Problem, plan: Plan) -> Plan:
   """The plan with a reason for every place, and with what limits it."""
   held = {stage.label: stage for stage in plan.stages}
-  pace_s = predict.bottleneck_s([stage for stage in plan.stages], [hop for hop in plan.hops])
+  paces_s = [predict.bottleneck_s(stages, hops) for stages, hops in predict.pipelines(plan)]
   layer_s = _layer_s(given)
   index = {place.label: number for number, place in enumerate(given.places)}
   used_s = [layer_s[index[label]] for label in held]
@@ -22,9 +22,10 @@ def explained(given: Problem, plan: Plan) -> Plan:
     if stage is None:
       why = _left_out(given, plan, number, float(layer_s[number]), max(used_s))
     else:
+      pace_s = paces_s[stage.pipeline]
       why = _placed(given, plan, number, stage, float(layer_s[number]), pace_s)
     reasons.append(Reason(host=place.label, layers=0 if stage is None else stage.layers, why=why))
-  return dataclasses.replace(plan, reasons=tuple(reasons), limits=_limits(given, plan, pace_s))
+  return dataclasses.replace(plan, reasons=tuple(reasons), limits=_limits(given, plan, paces_s))
 
 
 def milliseconds(seconds: float) -> str:
@@ -58,8 +59,22 @@ def _placed(
   ends = [name for name, has in (("embedding", is_first), ("norm and head", is_last)) if has]
   with_ends = f", with {' and '.join(ends)}" if ends else ""
   more_s = stage.step_s + layer_s
-  if _pin(given, number) is not None:
+  if stage.share < 1:
+    others = sum(
+      (s.first_layer, s.last_layer, s.pipeline)
+      == (stage.first_layer, stage.last_layer, stage.pipeline)
+      for s in plan.stages
+    )
+    why = f"takes {stage.share:.0%} of the sequences"
+    if others > 1:
+      why = f"one of {others} with these layers, {why}"
+    why += f"; busy {milliseconds(stage.step_s)} a pass"
+    if _pin(given, number) is not None:
+      why = f"pinned; {why}"
+  elif _pin(given, number) is not None:
     why = "pinned"
+  elif stage.layers == given.num_layers and plan.pipelines > 1:
+    why = f"holds all layers, a pipeline by itself: {plan.batch / pace_s:.3g} tokens/s"
   elif stage.layers == given.num_layers:
     why = "holds all layers: none elsewhere is worth the hop"
   elif stage.memory_bytes + layer > stage.free_bytes:
@@ -104,7 +119,7 @@ def _left_out(given: Problem, plan: Plan, number: int, layer_s: float, worst_s: 
   )
 
 
-def _limits(given: Problem, plan: Plan, pace_s: float) -> tuple[str, ...]:
+def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]:
   found = []
   if plan.objective == "latency":
     parts = {"reading": 0.0, "multiplying": 0.0, "overhead": 0.0}
@@ -135,26 +150,40 @@ def _limits(given: Problem, plan: Plan, pace_s: float) -> tuple[str, ...]:
         f"memory: {len(full)} of {len(slowest)} places are full; with more there, fewer hops"
       )
   else:
-    busy = max(plan.stages, key=lambda s: s.step_s)
-    link = max(plan.hops, key=lambda h: h.transfer_s)
-    if link.transfer_s > busy.step_s:
+    if len(paces_s) > 1:
+      rates = sorted(plan.batch / pace_s for pace_s in paces_s)
+      found.append(
+        f"{len(rates)} pipelines side by side: {rates[0]:.3g} to {rates[-1]:.3g} tokens/s each; what "
+        "follows is of the slowest"
+      )
+    slowest = max(range(len(paces_s)), key=lambda pipeline: paces_s[pipeline])
+    stages, hops = predict.pipelines(plan)[slowest]
+    busy = max(stages, key=lambda s: s.share * s.step_s)
+    link = max(hops, key=lambda h: h.share * h.transfer_s)
+    if link.share * link.transfer_s > busy.share * busy.step_s:
       found.append(
         f"the link {link.a or 'coordinator'} - {link.b or 'coordinator'} sets the pace: "
-        f"{milliseconds(link.transfer_s)} a batch"
+        f"{milliseconds(link.transfer_s)} a batch{_of(link.share)}"
       )
     else:
+      layers = next(s.layers for s in plan.stages if s.label == busy.label)
       found.append(
-        f"{busy.label} sets the pace: {milliseconds(busy.step_s)} a batch for {busy.layers} layers"
+        f"{busy.label} sets the pace: {milliseconds(busy.step_s)} a batch for {layers} layers"
+        f"{_of(busy.share)}"
       )
     sequences = plan.batches * plan.batch
     if sequences > given.load.max_sequences:
       fewer = max(1, given.load.max_sequences // plan.batch)
       rate = predict.pipeline_throughput(plan, micro_batches=fewer)
       found.append(
-        f"it takes {sequences} sequences in flight, and caches for {given.load.max_sequences} are planned: "
+        f"it takes {sequences} sequences in flight{' in each' if len(paces_s) > 1 else ''}, and caches for {given.load.max_sequences} are planned: "
         f"with so many {rate:.3g} tokens/s"
       )
   return tuple(found)
+
+
+def _of(share: float) -> str:
+  return "" if share == 1 else f", {share:.0%} of the sequences"
 
 
 def _slowest(plan: Plan) -> int:

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from neurojax.scaling import predict
 from neurojax.scaling import proportional as by_memory
-from neurojax.scaling.fleet import Place
 from neurojax.scaling.problem import FIRST, LAST, Problem, role_bytes
 
 Objective = Literal["latency", "throughput"]
@@ -20,14 +19,17 @@ class Stage:
   """Layers on one device of a host.
 
   Attributes:
+    address: Where the host's stage server is, if the fleet says so.
     label: Host and device, as `Fleet.places` calls them.
     memory_bytes: Weights and the caches of all sequences.
     step_s: One decode pass of a batch.
     prefill_s: One pass of PREFILL_TOKENS tokens, or of the whole context where that is shorter.
     pipeline: Which of several pipelines side by side it belongs to.
+    share: Of the pipeline's sequences, how many pass here; below 1 where others hold the same layers.
   """
 
   host: str
+  address: str | None = None
   label: str
   device: str | None = None
   first_layer: int
@@ -37,6 +39,7 @@ class Stage:
   step_s: float
   prefill_s: float
   pipeline: int = 0
+  share: float = 1.0
 
   @property
   def layers(self) -> int:
@@ -51,6 +54,7 @@ class Hop:
     latency_s: Until a message arrives, however short.
     transfer_s: How long the activations of a decoded batch keep the link.
     prefill_s: How long those of PREFILL_TOKENS tokens keep it.
+    share: Of the pipeline's sequences, how many take this way.
   """
 
   a: str
@@ -59,6 +63,7 @@ class Hop:
   transfer_s: float
   prefill_s: float
   pipeline: int = 0
+  share: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +108,113 @@ class Plan:
   def pipelines(self) -> int:
     return 1 + max(stage.pipeline for stage in self.stages)
 
+  @property
+  def is_replicated(self) -> bool:
+    """Whether some layer lies more than once."""
+    return self.pipelines > 1 or any(stage.share < 1 for stage in self.stages)
+
   def value(self) -> tuple[float, float]:
     """Smaller is better, by the objective and then by the other."""
     first, second = self.latency_s, -self.throughput
     return (first, second) if self.objective == "latency" else (second, first)
+
+
+class _Maker:
+  """Stages and hops of a problem's plans."""
+
+  def __init__(self, problem: Problem):
+    load, config = problem.load, problem.config
+    self.problem = problem
+    self.tokens = min(PREFILL_TOKENS, problem.context)
+    self.decode = predict.work(config, load, batch=problem.batch, context=problem.context)
+    self.prefill = predict.work(config, load, context=problem.context, tokens=self.tokens)
+    self.step_bytes = predict.wire_bytes(config, load, batch=problem.batch)
+    self.prefill_bytes = predict.wire_bytes(config, load, tokens=self.tokens)
+    self.layer, self.extra_R = role_bytes(config, load)
+
+  def stage(
+    self, number: int, first: int, layers: int, *, pipeline: int = 0, share: float = 1.0
+  ) -> Stage:
+    place = self.problem.places[number]
+    ends = (first == 0) * FIRST + (first + layers == self.problem.num_layers) * LAST
+
+    def seconds(work: predict.Work) -> float:
+      is_first, is_last = bool(ends & FIRST), bool(ends & LAST)
+      cost = work.cost(place.device, self.problem.load, layers, is_first, is_last)
+      return float(max(cost[:2]) + cost[2])
+
+    return Stage(
+      host=place.host.label,
+      address=place.host.address,
+      label=place.label,
+      device=place.device.name or place.device.kind,
+      first_layer=first,
+      last_layer=first + layers - 1,
+      memory_bytes=int(self.layer * layers + self.extra_R[ends]),
+      free_bytes=place.free_bytes,
+      step_s=seconds(self.decode),
+      prefill_s=seconds(self.prefill),
+      pipeline=pipeline,
+      share=share,
+    )
+
+  def hop(self, a: int | None, b: int | None, *, pipeline: int = 0, share: float = 1.0) -> Hop:
+    """From place to place; None is the coordinator."""
+    places, fleet = self.problem.places, self.problem.fleet
+    ends = [None if number is None else places[number] for number in (a, b)]
+    hosts = [fleet.coordinator if end is None else end.host.label for end in ends]
+    link = fleet.link(hosts[0], hosts[1])
+    step_bytes, prefill_bytes = self.step_bytes, self.prefill_bytes
+    if a is None or b is None:
+      # Ids go in, and one drawn token of each sequence comes back.
+      step_bytes = predict.TOKEN_BYTES * self.problem.batch
+      prefill_bytes = predict.TOKEN_BYTES * (self.tokens if a is None else 1)
+    return Hop(
+      a="" if ends[0] is None else ends[0].label,
+      b="" if ends[1] is None else ends[1].label,
+      latency_s=link.latency_s,
+      transfer_s=step_bytes / link.bytes_per_s,
+      prefill_s=prefill_bytes / link.bytes_per_s,
+      pipeline=pipeline,
+      share=share,
+    )
+
+  def plan(
+    self,
+    stages: Sequence[Stage],
+    hops: Sequence[Hop],
+    *,
+    objective: Objective,
+    method: str,
+    bound: float | None,
+  ) -> Plan:
+    plan = Plan(
+      objective=objective,
+      method=method,
+      stages=tuple(stages),
+      hops=tuple(hops),
+      batch=self.problem.batch,
+      context=self.problem.context,
+      prefill_tokens=self.tokens,
+    )
+    return bounded(
+      dataclasses.replace(
+        plan,
+        latency_s=predict.pipeline_latency_s(plan),
+        throughput=predict.pipeline_throughput(plan),
+        batches=predict.saturating_batches(plan),
+      ),
+      bound,
+    )
+
+
+def bounded(plan: Plan, bound: float | None) -> Plan:
+  """The plan with its distance from a bound; one that it reaches to a billionth is reached."""
+  gap = None
+  if bound is not None:
+    gap = plan.latency_s / bound if plan.objective == "latency" else bound / plan.throughput
+    gap = 0.0 if gap - 1 < 1e-9 else gap - 1
+  return dataclasses.replace(plan, bound=bound, gap=gap)
 
 
 def assemble(
@@ -121,95 +229,86 @@ def assemble(
 
   A bound that the plan reaches to a billionth is reached.
   """
-  load, config, fleet = problem.load, problem.config, problem.fleet
-  tokens = min(PREFILL_TOKENS, problem.context)
-  decode = predict.work(config, load, batch=problem.batch, context=problem.context)
-  prefill = predict.work(config, load, context=problem.context, tokens=tokens)
-  step_bytes = predict.wire_bytes(config, load, batch=problem.batch)
-  prefill_bytes = predict.wire_bytes(config, load, tokens=tokens)
-  layer, extra_R = role_bytes(config, load)
+  maker = _Maker(problem)
   stages, hops = [], []
   for pipeline, chain in enumerate(chains):
     first = 0
-    before: Place | None = None
-    for index, (number, layers) in enumerate(chain):
-      place = problem.places[number]
-      ends = (index == 0) * FIRST + (index == len(chain) - 1) * LAST
-
-      def seconds(
-        work: predict.Work, place: Place = place, n: int = layers, ends: int = ends
-      ) -> float:
-        cost = work.cost(place.device, load, n, bool(ends & FIRST), bool(ends & LAST))
-        return float(max(cost[:2]) + cost[2])
-
-      stages.append(
-        Stage(
-          host=place.host.label,
-          label=place.label,
-          device=place.device.name or place.device.kind,
-          first_layer=first,
-          last_layer=first + layers - 1,
-          memory_bytes=int(layer * layers + extra_R[ends]),
-          free_bytes=place.free_bytes,
-          step_s=seconds(decode),
-          prefill_s=seconds(prefill),
-          pipeline=pipeline,
-        )
-      )
-      if before is None:
-        hops.append(_end_hop(problem, place, tokens, pipeline, back=False))
-      else:
-        link = fleet.link(before.host.label, place.host.label)
-        hops.append(
-          Hop(
-            a=before.label,
-            b=place.label,
-            latency_s=link.latency_s,
-            transfer_s=step_bytes / link.bytes_per_s,
-            prefill_s=prefill_bytes / link.bytes_per_s,
-            pipeline=pipeline,
-          )
-        )
+    before: int | None = None
+    for number, layers in chain:
+      stages.append(maker.stage(number, first, layers, pipeline=pipeline))
+      hops.append(maker.hop(before, number, pipeline=pipeline))
       first += layers
-      before = place
-    assert before is not None and first == config.num_layers
-    hops.append(_end_hop(problem, before, tokens, pipeline, back=True))
-  plan = Plan(
-    objective=objective,
-    method=method,
-    stages=tuple(stages),
-    hops=tuple(hops),
-    batch=problem.batch,
-    context=problem.context,
-    prefill_tokens=tokens,
-  )
-  latency_s, rate = predict.pipeline_latency_s(plan), predict.pipeline_throughput(plan)
-  gap = None
-  if bound is not None:
-    gap = latency_s / bound - 1 if objective == "latency" else bound / rate - 1
-    gap = 0.0 if gap < 1e-9 else gap
-  return dataclasses.replace(
-    plan,
-    latency_s=latency_s,
-    throughput=rate,
-    batches=predict.saturating_batches(plan),
-    bound=bound,
-    gap=gap,
-  )
+      before = number
+    assert before is not None and first == problem.num_layers
+    hops.append(maker.hop(before, None, pipeline=pipeline))
+  return maker.plan(stages, hops, objective=objective, method=method, bound=bound)
 
 
-def _end_hop(problem: Problem, place: Place, tokens: int, pipeline: int, *, back: bool) -> Hop:
-  link = problem.fleet.link(problem.fleet.coordinator, place.host.label)
-  # Ids go in, and one drawn token of each sequence comes back.
-  size = predict.TOKEN_BYTES * (1 if back else tokens)
-  return Hop(
-    a=place.label if back else "",
-    b="" if back else place.label,
-    latency_s=link.latency_s,
-    transfer_s=predict.TOKEN_BYTES * problem.batch / link.bytes_per_s,
-    prefill_s=size / link.bytes_per_s,
-    pipeline=pipeline,
-  )
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """Layers on a place, and how many batches a second pass there."""
+
+  place: int
+  first: int
+  layers: int
+  rate: float
+
+  @property
+  def end(self) -> int:
+    return self.first + self.layers
+
+
+def assemble_ways(
+  problem: Problem,
+  held: Sequence[Held],
+  ways: Mapping[tuple[int, int], float],
+  *,
+  method: str,
+  bound: float | None = None,
+) -> Plan:
+  """The plan in which several places may hold the same layers, each sequence taking one way through.
+
+  Args:
+    ways: Batches a second from one of `held` to another, by index. What is connected by them is one
+      pipeline.
+  """
+  maker = _Maker(problem)
+  parts = _components(len(held), ways)
+  total = [sum(held[i].rate for i in part if held[i].first == 0) for part in parts]
+  stages, hops = [], []
+  for pipeline, part in enumerate(parts):
+    for i in sorted(part, key=lambda i: (held[i].first, held[i].end, held[i].place)):
+      one = held[i]
+      share = min(1.0, one.rate / total[pipeline])
+      stages.append(maker.stage(one.place, one.first, one.layers, pipeline=pipeline, share=share))
+      if one.first == 0:
+        hops.append(maker.hop(None, one.place, pipeline=pipeline, share=share))
+      if one.end == problem.num_layers:
+        hops.append(maker.hop(one.place, None, pipeline=pipeline, share=share))
+    inside = set(part)
+    for (i, j), rate in ways.items():
+      if i in inside:
+        share = min(1.0, rate / total[pipeline])
+        hops.append(maker.hop(held[i].place, held[j].place, pipeline=pipeline, share=share))
+  return maker.plan(stages, hops, objective="throughput", method=method, bound=bound)
+
+
+def _components(number: int, ways: Iterable[tuple[int, int]]) -> list[list[int]]:
+  """What hangs together, in the order of the first of each."""
+  root = list(range(number))
+
+  def find(i: int) -> int:
+    while root[i] != i:
+      root[i] = i = root[root[i]]
+    return i
+
+  for i, j in ways:
+    low, high = sorted((find(i), find(j)))
+    root[high] = low
+  found: dict[int, list[int]] = {}
+  for i in range(number):
+    found.setdefault(find(i), []).append(i)
+  return list(found.values())
 
 
 def proportional(problem: Problem, objective: Objective = "latency") -> Plan:

@@ -5,6 +5,7 @@ as the slower of reading and multiplying, and the device's overheads. Imports no
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -135,7 +136,8 @@ def hop_s(fleet: Fleet, a: str | None, b: str | None, size_bytes: int) -> float:
 
 
 class TimedStage(Protocol):
-  """step_s: One pass. pipeline: Which of several pipelines side by side it belongs to. label: Where."""
+  """step_s: One pass. pipeline: Which of several pipelines side by side it belongs to. label: Where.
+  share: Of the pipeline's sequences, how many pass here; all, unless others hold the same layers."""
 
   @property
   def label(self) -> str: ...
@@ -143,10 +145,13 @@ class TimedStage(Protocol):
   def step_s(self) -> float: ...
   @property
   def pipeline(self) -> int: ...
+  @property
+  def share(self) -> float: ...
 
 
 class TimedHop(Protocol):
-  """From `a` to `b`: latency_s passes for one message; transfer_s keeps the link from the next one."""
+  """From `a` to `b`: latency_s passes for one message; transfer_s keeps the link from the next one.
+  share: Of the pipeline's sequences, how many take it."""
 
   @property
   def a(self) -> str: ...
@@ -158,6 +163,8 @@ class TimedHop(Protocol):
   def transfer_s(self) -> float: ...
   @property
   def pipeline(self) -> int: ...
+  @property
+  def share(self) -> float: ...
 
 
 class Timed(Protocol):
@@ -172,7 +179,7 @@ class Timed(Protocol):
 
 
 def pipelines(plan: Timed) -> list[tuple[list[TimedStage], list[TimedHop]]]:
-  """Stages and hops of each of the pipelines side by side; one of them, unless stages are replicated."""
+  """Stages and hops of each of the pipelines side by side: what shares no stage with the others."""
   number = 1 + max(stage.pipeline for stage in plan.stages)
   parts: list[tuple[list[TimedStage], list[TimedHop]]] = [([], []) for _ in range(number)]
   for stage in plan.stages:
@@ -183,7 +190,7 @@ def pipelines(plan: Timed) -> list[tuple[list[TimedStage], list[TimedHop]]]:
 
 
 def pipeline_latency_s(plan: Timed) -> float:
-  """One decoded token, nothing else under way: all stages and all hops, the slowest pipeline's."""
+  """One decoded token, nothing else under way: all stages and all hops, the slowest way through."""
   return max(_latency_s(stages, hops) for stages, hops in pipelines(plan))
 
 
@@ -191,13 +198,14 @@ def pipeline_throughput(plan: Timed, *, micro_batches: int | None = None) -> flo
   """Tokens per second with so many batches in flight in each pipeline; as many as help if None.
 
   A stage computes one batch at a time, a link carries one at a time (its latency holds nobody up): the
-  slowest of them sets the pace, or the round trip does while too few batches are in flight.
+  one that is busiest, of the sequences that pass it, sets the pace; or the round trip does, on average
+  over the ways through, while too few batches are in flight.
   """
   total = 0.0
   for stages, hops in pipelines(plan):
     interval_s = bottleneck_s(stages, hops)
     if micro_batches is not None:
-      interval_s = max(interval_s, _latency_s(stages, hops) / micro_batches)
+      interval_s = max(interval_s, _mean_latency_s(stages, hops) / micro_batches)
     total += plan.batch / interval_s
   return total
 
@@ -206,20 +214,39 @@ def bottleneck_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> floa
   """How long a batch keeps the busiest device or link, which a placement may come back to."""
   busy_s: dict[object, float] = {}
   for stage in stages:
-    busy_s[stage.label] = busy_s.get(stage.label, 0.0) + stage.step_s
+    busy_s[stage.label] = busy_s.get(stage.label, 0.0) + stage.share * stage.step_s
   for hop in hops:
-    busy_s[hop.a, hop.b] = busy_s.get((hop.a, hop.b), 0.0) + hop.transfer_s
+    busy_s[hop.a, hop.b] = busy_s.get((hop.a, hop.b), 0.0) + hop.share * hop.transfer_s
   return max(busy_s.values())
 
 
 def saturating_batches(plan: Timed) -> int:
   """Batches in flight from which on more do not help, in the pipeline that needs most."""
   return max(
-    math.ceil(_latency_s(stages, hops) / bottleneck_s(stages, hops) - 1e-9)
+    math.ceil(_mean_latency_s(stages, hops) / bottleneck_s(stages, hops) - 1e-9)
     for stages, hops in pipelines(plan)
   )
 
 
+def _mean_latency_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> float:
+  compute_s = math.fsum(stage.share * stage.step_s for stage in stages)
+  return compute_s + math.fsum(hop.share * (hop.latency_s + hop.transfer_s) for hop in hops)
+
+
 def _latency_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> float:
-  compute_s = math.fsum(stage.step_s for stage in stages)
-  return compute_s + math.fsum(hop.latency_s + hop.transfer_s for hop in hops)
+  if all(stage.share == 1 for stage in stages):
+    # One way, though it may come back to a place.
+    return _mean_latency_s(stages, hops)
+  step_s = {stage.label: stage.step_s for stage in stages}
+  onward: dict[str, list[TimedHop]] = {}
+  for hop in hops:
+    onward.setdefault(hop.a, []).append(hop)
+
+  @functools.cache
+  def rest_s(label: str) -> float:
+    """From the arrival at a stage to the return of the token."""
+    return step_s[label] + max(
+      hop.latency_s + hop.transfer_s + (rest_s(hop.b) if hop.b else 0.0) for hop in onward[label]
+    )
+
+  return max(hop.latency_s + hop.transfer_s + rest_s(hop.b) for hop in onward[""])

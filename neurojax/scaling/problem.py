@@ -26,6 +26,7 @@ class Problem:
       forbids it.
     latency_PP, transfer_PP: Seconds of a hop from place to place, and how long it keeps the link.
     enter_P, leave_P: Seconds from the coordinator to a first stage, and from a last one back.
+    end_transfer_P: How long either keeps the link.
   """
 
   config: ModelConfig
@@ -40,6 +41,7 @@ class Problem:
   transfer_PP: np.ndarray
   enter_P: np.ndarray
   leave_P: np.ndarray
+  end_transfer_P: np.ndarray
 
   @property
   def num_layers(self) -> int:
@@ -83,7 +85,13 @@ class Problem:
       transfer_PP=self.transfer_PP[np.ix_(places, places)],
       enter_P=self.enter_P[places],
       leave_P=self.leave_P[places],
+      end_transfer_P=self.end_transfer_P[places],
     )
+
+  def step_s(self, place: int, first: int, end: int) -> float:
+    """Of the layers from `first` to before `end`."""
+    role = (first == 0) * FIRST + (end == self.num_layers) * LAST
+    return float(self.step_PRL[place, role, end - first])
 
   def span(self, first: int, layers: int) -> Span:
     return Span(first_layer=first, last_layer=first + layers - 1, num_layers=self.num_layers)
@@ -115,13 +123,15 @@ def problem(
   latency_HH, transfer_HH, labels = _links(fleet, predict.wire_bytes(config, load, batch=batch))
   host_P = np.array([labels[place.host.label] for place in places])
   token = predict.TOKEN_BYTES * batch
-  hop_H = {
-    name: predict.hop_s(fleet, fleet.coordinator, name, token)
+  elsewhere = fleet.link(None, None)
+  ends = {
+    name: fleet.link(fleet.coordinator, name)
     for name in labels
     if fleet.links or name == fleet.coordinator
   }
-  elsewhere_s = predict.hop_s(fleet, None, None, token)
-  enter_P = np.array([hop_H.get(place.host.label, elsewhere_s) for place in places])
+  ends_P = [ends.get(place.host.label, elsewhere) for place in places]
+  end_transfer_P = np.array([token / link.bytes_per_s for link in ends_P])
+  enter_P = np.array([link.latency_s for link in ends_P]) + end_transfer_P
   return Problem(
     config=config,
     fleet=fleet,
@@ -135,6 +145,7 @@ def problem(
     transfer_PP=transfer_HH[np.ix_(host_P, host_P)],
     enter_P=enter_P,
     leave_P=enter_P.copy(),
+    end_transfer_P=end_transfer_P,
   )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count
@@ -51,6 +51,26 @@ def proportional(
     Placement(host=name, span=span, memory_bytes=stage_bytes(config, span, load), free_bytes=free)
     for (name, free), span in zip(hosts, spans, strict=True)
   )
+
+
+def as_planned(
+  config: ModelConfig, spans: Mapping[str, Span], free: Mapping[str, int], load: Load
+) -> tuple[Placement, ...]:
+  """What a plan gives each host, held to what the host has free now.
+
+  Raises: ValueError: a host has too little, and by how much.
+  """
+  placements = []
+  for host, span in spans.items():
+    needed = stage_bytes(config, span, load)
+    if needed > free[host]:
+      raise ValueError(
+        f"the plan gives {host} layers {span}: they take {needed:,} bytes with {load.max_sequences} "
+        f"caches of {load.capacity} positions ({load.weights}, {load.dtype}), and {free[host]:,} are "
+        "free there: plan for the same weights, context and sequences, with what is free now"
+      )
+    placements.append(Placement(host=host, span=span, memory_bytes=needed, free_bytes=free[host]))
+  return tuple(placements)
 
 
 def _shares(config: ModelConfig, free: list[int], load: Load) -> list[tuple[int, int]] | None:

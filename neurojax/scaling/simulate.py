@@ -4,8 +4,9 @@ Every stage computes one pass at a time and every link carries one message at a 
 arrival; a link's latency holds nobody up. A prompt goes through in parts that follow each other at once; a
 decoded token comes back before the next one goes. `batch` sequences of the plan go through together.
 
-A host that fails takes the keys and values of all sequences of its pipeline with it: they fail, and start
-again from their prompt if they are retried, once the pipeline is whole again or another one has room.
+Where several places hold the same layers, each group of sequences takes one way through, the ways in turn by
+their shares, and stays on it. A host that fails takes the keys and values of all sequences that pass it with
+it: they fail, and start again from their prompt if they are retried, on another way or once the host is back.
 """
 
 import dataclasses
@@ -104,13 +105,24 @@ class _Server:
 
 
 @dataclasses.dataclass(eq=False)
-class _Pipeline:
+class _Way:
+  """Stages one after the other, and the hops before, between and after them."""
+
   stages: list[Stage]
   hops: list[Hop]
-  devices: list[_Server] = dataclasses.field(default_factory=list)
-  links: list[_Server] = dataclasses.field(default_factory=list)
+  devices: list[_Server]
+  links: list[_Server]
+
+
+@dataclasses.dataclass(eq=False)
+class _Pipeline:
+  """way: The only one, where no layers lie twice. taken: How often each hop was."""
+
+  stages: list[Stage]
+  onward: dict[str, list[Hop]]
+  way: _Way | None = None
+  taken: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
   active: set["_Group"] = dataclasses.field(default_factory=set)
-  down_until_s: float = 0.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,6 +134,7 @@ class _Group:
   start_s: float = 0.0
   epoch: int = 0
   pipeline: _Pipeline | None = None
+  way: _Way | None = None
   prefilling: int = 0
   answered: int = 0
   last_s: float = 0.0
@@ -215,18 +228,22 @@ class _Run:
     self.heap: list[tuple[float, int, int, _Group, int, int, int]] = []
     self.count = 0
     self.pipelines: list[_Pipeline] = []
-    self.devices: dict[str, _Server] = {}
+    self.devices = {stage.label: _Server(stage.label) for stage in plan.stages}
     self.links: dict[tuple[str, str], _Server] = {}
+    for hop in plan.hops:
+      name = f"{hop.a or 'coordinator'} - {hop.b or 'coordinator'}"
+      self.links.setdefault((hop.a, hop.b), _Server(name))
+    self.stage_of = {stage.label: stage for stage in plan.stages}
+    self.down_until_s: dict[str, float] = {}
     for number in range(plan.pipelines):
-      pipeline = _Pipeline(
-        [stage for stage in plan.stages if stage.pipeline == number],
-        [hop for hop in plan.hops if hop.pipeline == number],
-      )
-      for stage in pipeline.stages:
-        pipeline.devices.append(self.devices.setdefault(stage.label, _Server(stage.label)))
-      for hop in pipeline.hops:
-        name = f"{hop.a or 'coordinator'} - {hop.b or 'coordinator'}"
-        pipeline.links.append(self.links.setdefault((hop.a, hop.b), _Server(name)))
+      stages = [stage for stage in plan.stages if stage.pipeline == number]
+      hops = [hop for hop in plan.hops if hop.pipeline == number]
+      onward: dict[str, list[Hop]] = {}
+      for hop in hops:
+        onward.setdefault(hop.a, []).append(hop)
+      pipeline = _Pipeline(stages, onward)
+      if all(stage.share == 1 for stage in stages):
+        pipeline.way = self._way(stages, hops)
       self.pipelines.append(pipeline)
     self.again: deque[_Group] = deque()
     self.under_way = 0
@@ -239,20 +256,59 @@ class _Run:
 
   # Positions in the way of a pass of K stages: 2k is hop k, 2k + 1 is stage k, 2K + 1 is the coordinator.
 
+  def _way(self, stages: list[Stage], hops: list[Hop]) -> _Way:
+    return _Way(
+      stages,
+      hops,
+      [self.devices[stage.label] for stage in stages],
+      [self.links[hop.a, hop.b] for hop in hops],
+    )
+
+  def _is_up(self, stage: Stage, now_s: float) -> bool:
+    return self.down_until_s.get(stage.host, 0.0) <= now_s
+
+  def _choose(self, pipeline: _Pipeline, now_s: float) -> _Way | None:
+    """The way that is due by the shares, of those that are whole; None if none is."""
+    if pipeline.way is not None:
+      up = all(self._is_up(stage, now_s) for stage in pipeline.stages)
+      return pipeline.way if up else None
+    # Whole is, from the end on, what is up and goes on to something whole.
+    whole = {""}
+    for stage in sorted(pipeline.stages, key=lambda stage: -stage.first_layer):
+      if self._is_up(stage, now_s) and any(h.b in whole for h in pipeline.onward[stage.label]):
+        whole.add(stage.label)
+    hops: list[Hop] = []
+    at = ""
+    while not hops or at:
+      possible = [hop for hop in pipeline.onward[at] if hop.b in whole]
+      if not possible:
+        return None
+      taken = pipeline.taken
+      hop = min(possible, key=lambda hop: (taken.get((hop.a, hop.b), 0) + 1) / hop.share)
+      hops.append(hop)
+      at = hop.b
+    for hop in hops:
+      pipeline.taken[hop.a, hop.b] = pipeline.taken.get((hop.a, hop.b), 0) + 1
+    return self._way([self.stage_of[hop.b] for hop in hops[:-1]], hops)
+
   def start(self, now_s: float) -> None:
     """Begin what there is room for, on the pipeline with fewest sequences that is whole."""
-    whole = [p for p in self.pipelines if p.down_until_s <= now_s]
-    if not whole:
-      return
     while self.under_way < self.most_groups and (self.again or self.waiting_new):
+      way = None
+      for pipeline in sorted(self.pipelines, key=lambda p: len(p.active)):
+        way = self._choose(pipeline, now_s)
+        if way is not None:
+          break
+      if way is None:
+        return
       if self.again:
         group = self.again.popleft()
       else:
         size = min(self.plan.batch, self.waiting_new)
         self.waiting_new -= size
         group = _Group(size, now_s)
-      pipeline = min(whole, key=lambda p: len(p.active)) if len(whole) > 1 else whole[0]
-      group.pipeline, group.start_s, group.answered, group.work = pipeline, now_s, 0, 0
+      group.pipeline, group.way = pipeline, way
+      group.start_s, group.answered, group.work = now_s, 0, 0
       group.firsts, group.gaps, group.times = [], [], []
       pipeline.active.add(group)
       self.under_way += 1
@@ -274,12 +330,12 @@ class _Run:
     if epoch != group.epoch:
       return
     self.now_s = now_s
-    pipeline = group.pipeline
-    assert pipeline is not None
+    way = group.way
+    assert way is not None
     index, is_stage = position >> 1, position & 1
-    if is_stage and index < len(pipeline.stages):
-      stage = pipeline.stages[index]
-      done_s = pipeline.devices[index].take(now_s, self._stage_s(stage, tokens, kind))
+    if is_stage and index < len(way.stages):
+      stage = way.stages[index]
+      done_s = way.devices[index].take(now_s, self._stage_s(stage, tokens, kind))
       # What was computed counts once it is done, which is when it reaches the next link.
       self._push(done_s, group, position + 1, tokens, kind)
       return
@@ -288,11 +344,11 @@ class _Run:
       return
     if index:
       done = tokens if kind else group.size
-      pipeline.devices[index - 1].tokens += done
+      way.devices[index - 1].tokens += done
       group.work += done
-    if kind < 0 and index == len(pipeline.stages):
+    if kind < 0 and index == len(way.stages):
       return
-    hop, link = pipeline.hops[index], pipeline.links[index]
+    hop, link = way.hops[index], way.links[index]
     if kind:
       whole = self.plan.prefill_tokens
       transfer_s = hop.prefill_s if tokens == whole else hop.prefill_s * tokens / whole
@@ -342,22 +398,30 @@ class _Run:
   def fail(self, host: str, at_s: float) -> None:
     self.failures, self.now_s = self.failures + 1, at_s
     back_s = at_s + self.repair_s
+    self.down_until_s[host] = max(self.down_until_s.get(host, 0.0), back_s)
     for pipeline in self.pipelines:
       if all(stage.host != host for stage in pipeline.stages):
         continue
-      pipeline.down_until_s = max(pipeline.down_until_s, back_s)
-      for server in {*pipeline.devices, *pipeline.links}:
+      hit = [g for g in pipeline.active if g.way and any(s.host == host for s in g.way.stages)]
+      if pipeline.way is not None:
+        servers = [*pipeline.way.devices, *pipeline.way.links]
+      else:
+        # What is under way for others stays; of the rest only what waits on the host itself is forgotten.
+        inside = {stage.label for stage in pipeline.stages if stage.host == host}
+        servers = [self.devices[label] for label in inside]
+        servers += [link for ends, link in self.links.items() if inside & set(ends)]
+      for server in dict.fromkeys(servers):
         server.drop(at_s, at_s)
-      for group in sorted(pipeline.active, key=lambda group: (group.begun_s, group.start_s)):
+      for group in sorted(hit, key=lambda group: (group.begun_s, group.start_s)):
         group.epoch += 1
         self.under_way -= 1
         self.restarts += 1
         self.lost_tokens += group.work
+        pipeline.active.discard(group)
         if self.retry and group.epoch < MAX_ATTEMPTS:
           self.again.append(group)
         else:
           self.failed += group.size
-      pipeline.active.clear()
     if self.again or self.waiting_new:
       nobody = _Group(0, at_s)
       # Who can go on elsewhere does so at once, the others when the host is back.
