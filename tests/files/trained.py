@@ -1,0 +1,76 @@
+"""Random weights as a training run leaves them: ternary matrices, an embedding, norms.
+
+All in NumPy: JAX would compile something for every shape.
+"""
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from neurojax.config import ModelConfig
+from neurojax.files.export.weights import Weights
+from neurojax.ternary.array import TernaryArray
+from neurojax.ternary.quantize import absmean
+from tests.files import tiny
+
+CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
+OUTER = ("embedding_VD", "head_DV")
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+def make(
+  config: ModelConfig,
+  group_size: int | None = 64,
+  *,
+  seed: int = 0,
+  outer: str = "bfloat16",
+  ternary: bool = True,
+) -> Weights:
+  """outer: the dtype of embedding and head, or "ternary". ternary: whether layers' matrices are."""
+  arrays = {}
+  values = tiny.parameters(config, seed)
+  for name in dict.fromkeys(key.split("/")[0] for key in values):
+    layers = [key for key in values if key.split("/")[0] == name]
+    stack = [values[key] for key in layers]
+    if "_norm_" in name:
+      stack = [1 + value / 10 for value in stack]
+    elif (outer == "ternary") if name in OUTER else ternary:
+      stack = [
+        absmean(value / 8, CONTRACTED.get(name, 1), group_size=group_size) for value in stack
+      ]
+    elif name in OUTER:
+      stack = [value.astype(DTYPES[outer]) for value in stack]
+    else:
+      stack = [value / 8 for value in stack]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *stack)
+    arrays[name] = stacked if "/" in layers[0] else jax.tree.map(lambda leaf: leaf[0], stacked)
+  return Weights(config, arrays)
+
+
+def numbers(weights: Weights, name: str, layer: int | None) -> np.ndarray:
+  """Float32 values of one tensor: the definition of `TernaryArray`, element by element of a byte."""
+  array = weights.arrays[name]
+  if not isinstance(array, TernaryArray):
+    return np.asarray(array if layer is None else array[layer]).astype(np.float32)
+  codes, scales = (
+    np.asarray(leaf if layer is None else leaf[layer]) for leaf in (array.codes, array.scales)
+  )
+  c = array.contraction
+  signs_NxK = np.empty((c.n, 4 * codes.shape[1]), np.float32)
+  for j in range(4):
+    signs_NxK[:, j::4] = (codes >> 2 * j & 3).astype(np.float32) - 1
+  group = np.arange(c.k) // (array.group_size or c.k)
+  w_NxK = signs_NxK[:, : c.k] * scales.astype(np.float32)[:, group]
+  return (w_NxK if array.contracted_axes < 0 else w_NxK.T).reshape(array.weight_shape)
+
+
+def turned(heads: np.ndarray, style: str) -> np.ndarray:
+  """The last axis as it is in the other rotary order than `style`."""
+  half = heads.shape[-1] // 2
+  together = np.empty_like(heads)
+  for i in range(half):
+    # The two elements of pair i, where they stand and where they go.
+    apart, beside = (i, i + half), (2 * i, 2 * i + 1)
+    old, new = (apart, beside) if style == "half" else (beside, apart)
+    together[..., new] = heads[..., old]
+  return together
