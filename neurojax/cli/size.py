@@ -66,7 +66,8 @@ class Size:
   current: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
   """The architecture in use: kept while it fits and nothing 1.3 times as large does."""
   mode: Literal["ours", "seed-formula", "seed-table"] = "ours"
-  """What the seed's formula or table says for --memory, and what is wrong with it."""
+  """What the seed's formula or table says for so much memory, and what is wrong with it. --out-config then
+  writes that architecture, if it is one."""
   out_config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
   """Write the architecture to this file."""
   json: bool = False
@@ -81,8 +82,8 @@ class Size:
       raise ValueError("give either --fleet or --memory")
     if self.json and self.toml:
       raise ValueError("--json and --toml: give one of them")
-    if self.mode != "ours" and (self.memory is None or self.out_config or self.plot):
-      raise ValueError(f"--mode {self.mode} looks at --memory alone and only prints")
+    if self.mode != "ours" and self.plot:
+      raise ValueError(f"--mode {self.mode} draws nothing: leave --plot out")
     for name in ("context", "batch"):
       if getattr(self, name) < 1:
         raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
@@ -128,17 +129,20 @@ class Size:
     assert self.memory is not None
     return one_host(parse_bytes(self.memory))
 
-  def _write(self, config: "ModelConfig") -> None:
+  def _write(self, config: "ModelConfig", note: str = "") -> None:
     from neurojax.config import to_toml
 
     assert self.out_config is not None
-    self.out_config.write_text(f"# {self._command()}\n{to_toml(config)}", encoding="utf-8")
+    comment = "".join(f"# {line}\n" for line in (self._command(), *note.splitlines()))
+    self.out_config.write_text(comment + to_toml(config), encoding="utf-8")
 
   def _command(self) -> str:
     """What gives the same architecture again."""
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
     names = ("fleet", "memory", "purpose", "context", "batch", "format", "optimizer", "remat", "diloco",
-             "headroom", "vocab", "most_parameters", "current", "out_config")  # fmt: skip
+             "headroom", "vocab", "most_parameters", "current", "mode", "out_config")  # fmt: skip
+    if self.mode != "ours":
+      names = ("fleet", "memory", "mode", "out_config")
     words = ["neurojax", "size"]
     for name in names:
       value, flag = getattr(self, name), "for" if name == "purpose" else name.replace("_", "-")
@@ -152,11 +156,12 @@ class Size:
 
   def _seed(self) -> int:
     from neurojax.scaling import seed
-    from neurojax.scaling.fleet import parse_bytes
 
-    assert self.memory is not None
-    memory_gb = parse_bytes(self.memory) / 1e9
+    # Its gigabytes are of the whole network, whatever its hosts are.
+    memory_gb = sum(place.free_bytes for place in self._fleet().places()) / 1e9
     given = seed.formula(memory_gb) if self.mode == "seed-formula" else seed.row(memory_gb)
+    if self.out_config:
+      self._write(given.config(), seed.NOTE)
     table = _seed_table(given)
     if self.json or self.toml:
       print(_text(table, toml=self.toml), end="\n" if self.json else "")

@@ -168,7 +168,7 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
     else:
       layers = next(s.layers for s in plan.stages if s.label == busy.label)
       found.append(
-        f"{busy.label} sets the pace: {milliseconds(busy.step_s)} a batch for {layers} layers"
+        f"the pace is set by {busy.label}: {milliseconds(busy.step_s)} a batch for {layers} layers"
         f"{_of(busy.share)}"
       )
     sequences = plan.batches * plan.batch

@@ -13,6 +13,12 @@ from neurojax.scaling.training import train_bytes
 VOCAB_SIZE = 50257
 GIB = 1024**3
 
+NOTE = """What NeuroLLM's architecture page leaves unsaid is settled: rotary pairs are neighbours (it multiplies
+complex numbers), eps is inside the root, no biases, head tied to the embedding; key-value heads are a
+quarter of the heads, as in the page's formula.
+"""
+"""To be written beside its architectures."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedArchitecture:

@@ -106,7 +106,8 @@ def test_a_written_architecture_is_read_back_kept_and_names_its_command(capsys, 
   (("--memory", "1GB", "--context", "0"), "--context 0: at least 1"),
   (("--memory", "1GB", "--tokens", "1e9", "--days", "2"), "contradict each other"),
   (("--fleet", "none.toml"), "none.toml"),
-  (("--fleet", "x.toml", "--mode", "seed-table"), "looks at --memory alone"),
+  (("--memory", "200GB", "--mode", "seed-table", "--plot", "x.png"), "draws nothing"),
+  (("--memory", "200GB", "--mode", "seed-formula", "--out-config", "x.toml"), "no multiple of"),
   (("--memory", "1GB", "--mode", "seed-table"), "begins at 40 GB"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
 def test_wrong_use_is_refused_with_the_remedy(capsys, argv: tuple[str, ...], said: str):

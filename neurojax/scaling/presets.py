@@ -1,0 +1,106 @@
+"""Architectures of published models, for those who have none of their files. Imports no JAX.
+
+python -m neurojax.scaling.presets bonsai-8b configs/model/bonsai-8b.toml
+
+The numbers are those of each model's published config.json (Hugging Face's names in brackets): model_dim
+[hidden_size], num_layers [num_hidden_layers], ffn_dim [intermediate_size], rope_base [rope_theta],
+norm_eps [rms_norm_eps], context_length [max_position_embeddings unless a note says otherwise].
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from neurojax.config import ModelConfig, to_toml
+
+PRESETS: Mapping[str, tuple[str, ModelConfig]] = {
+  "bonsai-1.7b": (
+    "Qwen3-1.7B, arXiv:2505.09388: the shape of Ternary-Bonsai-1.7B.",
+    ModelConfig(
+      vocab_size=151936,
+      model_dim=2048,
+      num_layers=28,
+      num_heads=16,
+      num_kv_heads=8,
+      head_dim=128,
+      ffn_dim=6144,
+      context_length=40960,
+      rope_base=1e6,
+      qk_norm=True,
+    ),
+  ),
+  "bonsai-8b": (
+    "Qwen3-8B, arXiv:2505.09388: the shape of Ternary-Bonsai-8B. The latter stretches its positions\n"
+    "(YaRN), which this configuration does not.",
+    ModelConfig(
+      vocab_size=151936,
+      model_dim=4096,
+      num_layers=36,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      ffn_dim=12288,
+      context_length=40960,
+      rope_base=1e6,
+      tied_embedding=False,
+      qk_norm=True,
+    ),
+  ),
+  "llama-8b": (
+    "Llama-3.1-8B, arXiv:2407.21783: the shape of its ternary versions. The original stretches its\n"
+    "positions past 8192, which this configuration does not; its rotary pairs are neighbours, as in the\n"
+    "GGUF files of the family.",
+    ModelConfig(
+      vocab_size=128256,
+      model_dim=4096,
+      num_layers=32,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      ffn_dim=14336,
+      context_length=8192,
+      rope_base=5e5,
+      rope_style="interleaved",
+      norm_eps=1e-5,
+      tied_embedding=False,
+    ),
+  ),
+  "tinyllama-1.1b": (
+    "TinyLlama-1.1B, arXiv:2401.02385. Rotary pairs are neighbours, as in the GGUF files of the Llama\n"
+    "family.",
+    ModelConfig(
+      vocab_size=32000,
+      model_dim=2048,
+      num_layers=22,
+      num_heads=32,
+      num_kv_heads=4,
+      head_dim=64,
+      ffn_dim=5632,
+      context_length=2048,
+      rope_style="interleaved",
+      norm_eps=1e-5,
+      tied_embedding=False,
+    ),
+  ),
+}
+
+
+def text(name: str, path: str) -> str:
+  """A configuration file, its first line the command that writes it.
+
+  Raises: ValueError: no preset is called so.
+  """
+  if name not in PRESETS:
+    raise ValueError(f"preset {name!r}: choose one of {', '.join(PRESETS)}")
+  note, config = PRESETS[name]
+  lines = [f"python -m neurojax.scaling.presets {name} {path}", *note.splitlines()]
+  return "".join(f"# {line}\n" for line in lines) + to_toml(config)
+
+
+def _main(name: str, path: str) -> None:
+  Path(path).write_text(text(name, path), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  import tyro
+
+  tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(_main))
