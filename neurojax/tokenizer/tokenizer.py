@@ -4,7 +4,7 @@ import codecs
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -34,11 +34,14 @@ class Tokenizer:
 
   def __init__(self, spec: TokenizerSpec):
     self.spec = spec
+    self._fast: tokenizers.Tokenizer | None = None
     if spec.kind == "spm":
       self._encode_text = _scored(spec)
+    elif (rules := pre_tokenizer(spec.pre)).byte_level:
+      self._fast = fast = _byte_level(spec, rules)
+      self._encode_text = lambda text: fast.encode(text, add_special_tokens=False).ids
     else:
-      rules = pre_tokenizer(spec.pre)
-      self._encode_text = _byte_level(spec, rules) if rules.byte_level else _raw_text(spec, rules)
+      self._encode_text = _raw_text(spec, rules)
     self._pieces = tuple(_pieces(spec))
     self._hidden = tuple(kind in ("control", "unknown") for kind in spec.types)
     specials = [
@@ -103,6 +106,23 @@ class Tokenizer:
     if add_special and self.spec.add_eos:
       ids.append(self.spec.eos_id)
     return ids
+
+  @property
+  def cuts_at_spaces(self) -> bool:
+    """Whether a text may be cut in front of a space between two letters, and its parts encoded alone.
+
+    So it is for byte-level vocabularies, which start a piece there whatever the rules, unless they
+    have tokens that are recognised anywhere in a text.
+    """
+    return self._fast is not None and not any(user for _, _, user in self._specials)
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text. Byte-level vocabularies use all cores. Raises as `encode` does."""
+    if self._fast is None or not self.cuts_at_spaces:
+      return [self.encode(text) for text in texts]
+    for text in texts:
+      _check_text(text)
+    return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
   def guard(self, text: str) -> str:
     """Marks text from a user that goes into a chat template, so that its spelling stays text.
@@ -216,7 +236,7 @@ def _check_text(text: str):
     ) from None
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
   """GPT-2's printable character for each byte: itself where it shows, else from U+0100 on."""
   shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   hidden = [byte for byte in range(256) if byte not in shown]
@@ -225,7 +245,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def _pieces(spec: TokenizerSpec) -> Iterable[bytes]:
   byte_level = spec.kind == "bpe" and pre_tokenizer(spec.pre).byte_level
-  alphabet = _byte_alphabet()
+  alphabet = byte_alphabet()
   for token, kind in zip(spec.tokens, spec.types, strict=True):
     if kind == "byte" and (match := _BYTE_TOKEN.fullmatch(token)):
       yield bytes([int(match[1], 16)])
@@ -270,17 +290,22 @@ def _merges(spec: TokenizerSpec, ids: dict[str, int]) -> dict[tuple[str, str], i
   return ranks
 
 
-def _byte_level(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[int]]:
+def _byte_level(spec: TokenizerSpec, rules: PreTokenizer) -> tokenizers.Tokenizer:
   ids = _spelled(spec)
   model = models.BPE(vocab=ids, merges=list(_merges(spec, ids)), ignore_merges=rules.whole_words)
   fast = tokenizers.Tokenizer(model)
-  fast.pre_tokenizer = pre_tokenizers.Sequence(
+  fast.pre_tokenizer = byte_level_splitter(rules)
+  return fast
+
+
+def byte_level_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+  """The library's form of byte-level rules."""
+  return pre_tokenizers.Sequence(
     [
       *(pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in rules.patterns),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
-  return lambda text: fast.encode(text, add_special_tokens=False).ids
 
 
 def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], list[int]]:

@@ -1,0 +1,164 @@
+"""`neurojax data prepare` and `neurojax data check`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.progress import Progress
+from tyro.conf import Positional, subcommand
+
+from neurojax.cli.options import stderr
+
+if TYPE_CHECKING:
+  from neurojax.data.shards import Meta
+  from neurojax.tokenizer.spec import TokenizerSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepare:
+  """Text to token shards, for `neurojax train`.
+
+  Takes UTF-8 text and JSONL, plain or compressed by gzip or xz (the content decides, not the name).
+  Rows that are not UTF-8, not JSON or have no text are left out, counted and named. A vocabulary is
+  learnt of the training documents, unless --tokenizer gives one. The folder appears when it is
+  complete.
+
+  Example: neurojax data prepare books.txt.xz --document-separator '<|endofbook|>' --out data/books
+  """
+
+  inputs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE ...")]
+  """Files, or - for standard input."""
+  out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+  """The folder to make."""
+  valid: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+  """Held-out files; without them a fraction of the documents is held out."""
+  valid_fraction: float = 0.01
+  """Of documents to hold out, 0 for none."""
+  document_separator: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+  """Stands between the documents of a text file; without it a file is one document."""
+  tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE|DIR")] = None
+  """Take this vocabulary: a model file, a tokenizer.json, or a folder of prepared data."""
+  eos: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
+  """The token that ends a document, for a tokenizer.json, which does not say."""
+  vocab_size: int = 8192
+  """Of the vocabulary to learn."""
+  pre_tokenizer: str = "qwen2"
+  """How text is cut before merging, by llama.cpp's name: qwen2, gpt-2, smollm, llama-bpe, ..."""
+  learn_bytes: int = 100_000_000
+  """Learn the vocabulary from so much text, from the first document on."""
+  format: Literal["auto", "text", "jsonl"] = "auto"
+  """Of the input; auto goes by the name, and takes standard input for text."""
+  text_field: str = "text"
+  """Of the objects of JSONL."""
+  join: bool = False
+  """The files are parts of one, in this order, cut anywhere (as `split` cuts)."""
+  seed: int = 0
+  """Chooses the documents to hold out."""
+  overwrite: bool = False
+  """Replace prepared data in DIR."""
+  json: bool = False
+  """Print meta.json instead of a summary."""
+
+  def run(self) -> int:
+    from neurojax.data.prepare import Preparation, command_line, partial_folder, prepare, spool
+
+    if self.inputs.count("-") > 1:
+      raise ValueError("- is named twice: standard input can be read once")
+    spec = self._given()
+    with partial_folder(self.out, overwrite=self.overwrite) as folder:
+      piped = folder / "stdin"
+      inputs = tuple(piped if name == "-" else Path(name) for name in self.inputs)
+      if piped in inputs:
+        if sys.stdin is None:
+          raise ValueError("standard input is closed: name a file")
+        spool(sys.stdin.buffer, piped)
+      plan = Preparation(
+        inputs=inputs,
+        valid_inputs=self.valid,
+        valid_fraction=self.valid_fraction,
+        tokenizer=spec,
+        vocab_size=self.vocab_size,
+        pre=self.pre_tokenizer,
+        learn_bytes=self.learn_bytes,
+        format=self.format,
+        separator=self.document_separator,
+        text_field=self.text_field,
+        joined=self.join,
+        seed=self.seed,
+        names={piped: "standard input"},
+        made_with=command_line(),
+      )
+      with Progress(console=stderr, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        meta = prepare(
+          plan,
+          folder,
+          progress=lambda what, done: progress.update(
+            bar, description=f"{what}, {done / 1e6:.0f} MB"
+          ),
+        )
+      piped.unlink(missing_ok=True)
+    if self.json:
+      print((self.out / "meta.json").read_text(encoding="utf-8"), end="")
+    else:
+      _print(self.out, meta)
+    return 0
+
+  def _given(self) -> "TokenizerSpec | None":
+    if self.tokenizer is None:
+      if self.eos is not None:
+        raise ValueError("--eos goes with --tokenizer: a learnt vocabulary has its own end of text")
+      return None
+    from neurojax.data.vocabulary import read_vocabulary
+
+    return read_vocabulary(self.tokenizer, eos=self.eos)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+  """Compare every file of prepared data with the digests taken when it was made.
+
+  Example: neurojax data check data/books
+  """
+
+  folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")]
+  """A folder that `neurojax data prepare` made."""
+
+  def run(self) -> int:
+    from neurojax.data.shards import check_digests, read_meta
+
+    check_digests(self.folder)
+    _print(self.folder, read_meta(self.folder))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """Prepare text for training."""
+
+  what: Annotated[Prepare, subcommand("prepare")] | Annotated[Check, subcommand("check")]
+
+  def run(self) -> int:
+    return self.what.run()
+
+
+def _print(folder: Path, meta: "Meta") -> None:
+  print(f"{folder}: vocabulary of {meta.vocab_size:,}, {meta.dtype}")
+  for name, split, text in (
+    ("train", meta.train, meta.train_text_bytes),
+    ("valid", meta.valid, meta.valid_text_bytes),
+  ):
+    ratio = f", {text / split.tokens:.2f} bytes a token" if split.tokens else ""
+    print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens{ratio}")
+  bad = sum(source.bad_rows for source in meta.sources)
+  rows = sum(source.rows for source in meta.sources)
+  if bad:
+    print(f"{bad:,} of {rows:,} rows were bad and left out:")
+    for row in meta.bad_rows[:10]:
+      print(f"  {row}")
+    if bad > 10:
+      print(f"  and {bad - 10:,} more" + (" (the first 100: meta.json)" if bad > 100 else ""))
+  if meta.forced_cuts:
+    print(f"{meta.forced_cuts} times a text without spaces was cut, perhaps within a token")

@@ -1,0 +1,283 @@
+"""Text files to a folder of token shards. A run that ends early leaves nothing that looks finished."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from neurojax.data.shards import (
+  FORMAT,
+  META,
+  SHARD_TOKENS,
+  SPEC,
+  TOKENIZER_JSON,
+  Meta,
+  ShardWriter,
+  Source,
+  dtype_for,
+  write_synced,
+)
+from neurojax.data.text import Corpus, Format, Part, Tally
+from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.stored import dump_spec
+from neurojax.tokenizer.tokenizer import Tokenizer
+from neurojax.tokenizer.tokenizer_json import json_from_spec
+from neurojax.tokenizer.train import train_bpe
+
+# Characters encoded in one call: enough for every core, little enough for memory.
+_BATCH = 1 << 21
+_MARK = ".neurojax-partial"
+
+Progress = Callable[[str, int], None]
+"""Called with what is going on and the characters done so far."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+  """What to make of which files.
+
+  Attributes:
+    inputs: Files of text or JSONL, plain, .gz or .xz.
+    valid_inputs: Held-out files; if there are any, all of `inputs` is for training.
+    valid_fraction: Of the documents to hold out, chosen by number and seed.
+    tokenizer: A given vocabulary, which must have an end of text.
+    vocab_size, pre: Else one is learnt of the training documents: its size and pre-tokenizer.
+    learn_bytes: UTF-8 bytes of training documents, from the first on, to learn it from.
+    format, separator, text_field, joined: As in `text.Corpus`.
+    names: What to call a file in reports, if not by its path.
+    made_with: Kept in meta.json.
+  """
+
+  inputs: tuple[Path, ...]
+  valid_inputs: tuple[Path, ...] = ()
+  valid_fraction: float = 0.01
+  tokenizer: TokenizerSpec | None = None
+  vocab_size: int = 8192
+  pre: str = "qwen2"
+  learn_bytes: int = 100_000_000
+  format: Format = "auto"
+  separator: str | None = None
+  text_field: str = "text"
+  joined: bool = False
+  seed: int = 0
+  shard_tokens: int = SHARD_TOKENS
+  names: dict[Path, str] = dataclasses.field(default_factory=dict)
+  made_with: str = ""
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.valid_fraction < 1:
+      raise ValueError(f"valid_fraction = {self.valid_fraction}: at least 0 and below 1")
+    if self.learn_bytes < 1 or self.shard_tokens < 1:
+      raise ValueError("learn_bytes and shard_tokens: at least 1")
+    if both := set(self.inputs) & set(self.valid_inputs):
+      raise ValueError(f"{min(both)} is both for training and held out")
+    if self.tokenizer is not None and self.tokenizer.eos_id is None:
+      raise ValueError("the tokenizer names no end of text (eos), which separates documents")
+
+  def held_out(self, document: int) -> bool:
+    """Whether this document of `inputs` is held out."""
+    if self.valid_inputs or not self.valid_fraction:
+      return False
+    digest = hashlib.blake2b(f"{self.seed}:{document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < self.valid_fraction * 2**64
+
+  def corpus(self, paths: Sequence[Path], *, cut: bool) -> Corpus:
+    return Corpus(
+      paths,
+      format=self.format,
+      separator=self.separator,
+      text_field=self.text_field,
+      joined=self.joined,
+      cut=cut,
+      names=self.names,
+    )
+
+
+@contextlib.contextmanager
+def partial_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+  """A folder to fill that becomes `out` at the end of the block, unless the block fails.
+
+  Raises: ValueError: `out` exists (and `overwrite` is off, or it is no prepared data), or another
+    process is at it.
+  """
+  if out.exists() and not overwrite:
+    raise ValueError(f"{out} exists: choose another folder, or give --overwrite")
+  if out.exists() and not (out / META).is_file() and (not out.is_dir() or any(out.iterdir())):
+    raise ValueError(f"{out} is not prepared data: it is not overwritten; choose another folder")
+  partial = out.with_name(f"{out.name}.partial")
+  if partial.exists() and not (partial / _MARK).exists():
+    raise ValueError(f"{partial} is in the way, and not of this program's making: move it")
+  partial.mkdir(parents=True, exist_ok=True)
+  with (partial / _MARK).open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise ValueError(f"{out} is being prepared by another process: wait for it") from error
+    try:
+      # What a killed run left.
+      for old in partial.iterdir():
+        if old.name != _MARK:
+          old.unlink()
+      yield partial
+      if out.exists():
+        # First what makes it look finished.
+        (out / META).unlink(missing_ok=True)
+        shutil.rmtree(out)
+      partial.rename(out)
+      (out / _MARK).unlink()
+    except BaseException:
+      shutil.rmtree(partial, ignore_errors=True)
+      raise
+
+
+def prepare(
+  plan: Preparation, folder: Path, *, progress: Progress = lambda what, done: None
+) -> Meta:
+  """Fill a folder (see `partial_folder`) with shards, tokenizer and meta.json.
+
+  Memory is bounded: by the batch that is encoded, by the longest document if the tokenizer cannot
+  encode it in parts, and by the distinct words if a vocabulary is learnt.
+
+  Raises: ValueError: unreadable input, or a split without a document.
+  """
+  spec = plan.tokenizer
+  if spec is None:
+    corpus = plan.corpus(plan.inputs, cut=True)
+    texts = _learned(plan, corpus, progress)
+    first = next(texts, None)
+    if first is None:
+      raise ValueError(_nothing("training", corpus.tallies, corpus.bad))
+    spec = train_bpe(itertools.chain([first], texts), vocab_size=plan.vocab_size, pre=plan.pre)
+  assert spec.eos_id is not None
+  tokenizer = Tokenizer(spec)
+  dtype = dtype_for(len(spec.tokens))
+  train, valid = (
+    ShardWriter(folder, split, dtype, plan.shard_tokens) for split in ("train", "valid")
+  )
+  cut = tokenizer.cuts_at_spaces
+  corpora = [plan.corpus(plan.inputs, cut=cut)]
+  _encode(tokenizer, corpora[0].parts(), lambda i: valid if plan.held_out(i) else train, progress)
+  if plan.valid_inputs:
+    corpora.append(plan.corpus(plan.valid_inputs, cut=cut))
+    _encode(tokenizer, corpora[1].parts(), lambda i: valid, progress)
+  tallies = [tally for corpus in corpora for tally in corpus.tallies]
+  bad = [row for corpus in corpora for row in corpus.bad]
+  if not train.documents:
+    raise ValueError(_nothing("training", tallies, bad))
+  if not valid.documents and (plan.valid_inputs or plan.valid_fraction):
+    raise ValueError(_nothing("held-out", tallies, bad))
+  text = dump_spec(spec)
+  write_synced(folder / SPEC, text)
+  with contextlib.suppress(NotImplementedError):
+    write_synced(folder / TOKENIZER_JSON, json_from_spec(spec))
+  meta = Meta(
+    format=FORMAT,
+    dtype=dtype,
+    vocab_size=len(spec.tokens),
+    eos_id=spec.eos_id,
+    tokenizer_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    train=train.finish(),
+    valid=valid.finish(),
+    train_text_bytes=train.text_bytes,
+    valid_text_bytes=valid.text_bytes,
+    sources=tuple(Source(**dataclasses.asdict(tally)) for tally in tallies),
+    bad_rows=tuple(bad),
+    forced_cuts=sum(corpus.forced_cuts for corpus in corpora),
+    separator=plan.separator,
+    made_with=plan.made_with,
+  )
+  table = {key: value for key, value in dataclasses.asdict(meta).items() if value is not None}
+  write_synced(folder / META, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+  return meta
+
+
+def spool(stream, path: Path) -> None:
+  """Copies a pipe, which can be read once, to a file, which is read twice."""
+  with path.open("wb") as file:
+    shutil.copyfileobj(stream, file, 1 << 20)
+  if path.stat().st_size == 0:
+    raise ValueError("standard input is empty: pipe the text into it")
+
+
+def _learned(plan: Preparation, corpus: Corpus, progress: Progress) -> Iterator[str]:
+  """Training text, up to `learn_bytes` of it."""
+  document, done = 0, 0
+  for part in corpus.parts():
+    if not plan.held_out(document) and part.text:
+      yield part.text
+      done += len(part.text.encode())
+      progress("reading text to learn a vocabulary", done)
+      if done >= plan.learn_bytes:
+        break
+    document += part.ends
+  progress("learning a vocabulary", done)
+
+
+def _encode(
+  tokenizer: Tokenizer,
+  parts: Iterator[Part],
+  place: Callable[[int], ShardWriter],
+  progress: Progress,
+) -> None:
+  """Writes each document to its place, the end of text behind it."""
+  end, document, done = tokenizer.eos_id, 0, 0
+  # Reading and decompressing go on while the library encodes on its own threads.
+  with ThreadPoolExecutor(1) as pool:
+    waiting: list[tuple[list[Part], Future[list[list[int]]]]] = []
+    batches = _batches(parts)
+    while True:
+      batch = next(batches, None)
+      if batch is not None:
+        waiting.append((batch, pool.submit(tokenizer.encode_many, [part.text for part in batch])))
+      if not waiting:
+        break
+      if batch is None or len(waiting) > 2:
+        ready, future = waiting.pop(0)
+        for part, ids in zip(ready, future.result(), strict=True):
+          writer = place(document)
+          writer.write(np.asarray([*ids, end] if part.ends else ids))
+          writer.text_bytes += len(part.text.encode())
+          writer.documents += part.ends
+          document += part.ends
+          done += len(part.text)
+        progress("encoding", done)
+
+
+def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
+  batch, size = [], 0
+  for part in parts:
+    batch.append(part)
+    size += len(part.text) + 64
+    if size >= _BATCH:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _nothing(what: str, tallies: Sequence[Tally], bad: Sequence[str]) -> str:
+  documents, rows = sum(t.documents for t in tallies), sum(t.bad_rows for t in tallies)
+  reason = f"no {what} document: {documents} documents and {rows} bad rows in all"
+  if bad:
+    return f"{reason}, the first {bad[0]}"
+  if documents:
+    return (
+      f"{reason}: name a file with --valid, change --valid-fraction (0 for none), or say what"
+      " separates documents with --document-separator"
+    )
+  return f"{reason}: the input holds no text"
+
+
+def command_line() -> str:
+  import shlex
+
+  return "neurojax " + shlex.join(sys.argv[1:])

@@ -1,0 +1,358 @@
+"""Documents out of files: plain text or JSONL, as they are or compressed, in bounded memory."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+Format = Literal["auto", "text", "jsonl"]
+
+_BLOCK = 1 << 20
+# A line longer than this is taken in parts (text) or refused as a row (JSONL).
+_LONGEST_LINE = 1 << 26
+# A document is handed on in parts of about _PART characters, cut where that changes no token; where
+# there is no such place for _LONGEST_PART, it is cut anyway and counted.
+_PART, _LONGEST_PART = 1 << 14, 1 << 23
+_NAMED = 100
+_JSONL = (".jsonl", ".ndjson", ".jsonlines")
+_FOREIGN: tuple[tuple[bytes, str], ...] = (
+  (b"\x28\xb5\x2f\xfd", "a zstd archive: decompress it into a pipe (zstdcat FILE | ... -)"),
+  (b"BZh", "a bzip2 archive: decompress it into a pipe (bzcat FILE | ... -)"),
+  (b"PK\x03\x04", "a zip archive: extract it first"),
+  (b"PAR1", "a Parquet file: convert it to JSONL first"),
+  (b"%PDF", "a PDF, not text: extract its text first"),
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tally:
+  """What was met in one file. Rows are lines of text, or JSON objects that are not blank lines."""
+
+  file: str
+  bytes: int = 0
+  sha256: str = ""
+  rows: int = 0
+  bad_rows: int = 0
+  documents: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Some text of a document, in order; `ends` marks the document's last part."""
+
+  text: str
+  ends: bool
+
+
+class Corpus:
+  """The documents of some files, which can be read more than once; counts are of the last reading.
+
+  Bad rows (not UTF-8, not JSON, no text) are left out, counted, and the first 100 named.
+
+  Attributes:
+    tallies: One per file.
+    bad: "FILE, line N: reason", of the first bad rows.
+    forced_cuts: Parts that ended where a token may have spanned the cut.
+  """
+
+  def __init__(
+    self,
+    paths: Sequence[Path],
+    *,
+    format: Format = "auto",
+    separator: str | None = None,
+    text_field: str = "text",
+    joined: bool = False,
+    cut: bool = True,
+    names: dict[Path, str] | None = None,
+  ):
+    """
+    Args:
+      separator: Where it occurs in plain text one document ends and another begins; it and the line
+        ends around it are left out. Without one a file is one document.
+      text_field: Of the objects of JSONL.
+      joined: The files are parts of one, in this order, as `split` makes them.
+      cut: Whether documents may be handed on in parts; see `Tokenizer.cuts_at_spaces`.
+      names: What to call a file in reports, if not by its path.
+    Raises: ValueError: no file, the same twice, one that does not exist or is no file.
+    """
+    if not paths:
+      raise ValueError("no input: name at least one file")
+    if separator == "":
+      raise ValueError("the separator is empty: leave it away, or give the text between documents")
+    if len(set(paths)) < len(paths):
+      raise ValueError(f"{next(p for p in paths if paths.count(p) > 1)} is named twice")
+    for path in paths:
+      if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+      if not path.is_file():
+        raise ValueError(f"{path}: this is no regular file: name files of text, or - for a pipe")
+    self._paths = list(paths)
+    self._names = [(names or {}).get(path, str(path)) for path in paths]
+    self._separator, self._field, self._joined, self._cut = separator, text_field, joined, cut
+    kinds = [_format(path, format) for path in paths]
+    if joined and len(set(kinds)) > 1:
+      raise ValueError("parts of one file are all text or all JSONL: give --format")
+    self._kinds = kinds
+    self._reset()
+
+  def _reset(self) -> None:
+    self.tallies = [Tally(file=name) for name in self._names]
+    self.bad: list[str] = []
+    self.forced_cuts = 0
+
+  def parts(self) -> Iterator[Part]:
+    """Every document's text in parts. Raises: ValueError: a damaged archive, or none of text."""
+    self._reset()
+    groups = [range(len(self._paths))] if self._joined else [[i] for i in range(len(self._paths))]
+    for group in groups:
+      documents = _Documents(self, group[0], self._separator)
+      if self._kinds[group[0]] == "jsonl":
+        for source, line, row in self._lines(group):
+          yield from self._row(source, line, row)
+        continue
+      for source, text in self._texts(group):
+        documents.source = source
+        yield from documents.push(text)
+      yield from documents.finish()
+
+  def _row(self, source: int, line: int, row: bytes) -> Iterator[Part]:
+    if not row.strip():
+      return
+    self.tallies[source].rows += 1
+    text = _text_of(row, self._field)
+    if isinstance(text, _Bad):
+      self._refuse(source, line, text.reason)
+    elif text:
+      documents = _Documents(self, source, separator=None)
+      yield from documents.push(text)
+      yield from documents.finish()
+
+  def _refuse(self, source: int, line: int, reason: str) -> None:
+    self.tallies[source].bad_rows += 1
+    if len(self.bad) < _NAMED:
+      self.bad.append(f"{self._names[source]}, line {line}: {reason}")
+
+  def _texts(self, group: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Runs of good lines of text."""
+    for source, line, block in self._blocks(group):
+      rows = block.count(b"\n") + (not block.endswith(b"\n"))
+      self.tallies[source].rows += rows
+      try:
+        yield source, block.decode("utf-8")
+        continue
+      except UnicodeDecodeError:
+        pass
+      for i, row in enumerate(block.split(b"\n")):
+        end = b"\n" if i < block.count(b"\n") else b""
+        try:
+          yield source, (row + end).decode("utf-8")
+        except UnicodeDecodeError as error:
+          self._refuse(source, line + i, f"not UTF-8 at byte {error.start} of the line")
+
+  def _lines(self, group: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+    for source, line, block in self._blocks(group):
+      for i, row in enumerate(block.split(b"\n")):
+        yield source, line + i, row
+
+  def _blocks(self, group: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+    """Whole lines in blocks: whose, the number of the first, the bytes."""
+    held, whose, line = b"", group[0], 1
+    for source in group:
+      first = True
+      for block in self._read(source):
+        if first and source == group[0]:
+          block = block.removeprefix(b"\xef\xbb\xbf")
+        if first and held and source != whose:
+          # The line that the cut between two parts went through belongs to the file it began in.
+          end = block.find(b"\n") + 1
+          if not end:
+            held += block
+            continue
+          yield whose, line, held + block[:end]
+          held, whose, line, block = b"", source, 2, block[end:]
+        elif first:
+          whose, line = source, 1
+        first = False
+        end = block.rfind(b"\n") + 1
+        if end:
+          whole = held + block[:end]
+          held = block[end:]
+          yield whose, line, whole
+          line += whole.count(b"\n")
+        else:
+          held += block
+          if len(held) > _LONGEST_LINE:
+            end = _boundary(held)
+            yield whose, line, held[:end]
+            held = held[end:]
+    if held:
+      yield whose, line, held
+
+  def _read(self, source: int) -> Iterator[bytes]:
+    tally, path = self.tallies[source], self._paths[source]
+    digest = hashlib.sha256()
+    with path.open("rb") as raw:
+      watched = _Watched(raw, digest)
+      buffered = io.BufferedReader(watched, _BLOCK)
+      try:
+        yield from _blocks_of(_unpacked(buffered, path))
+      except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+          f"{self._names[source]}: damaged archive after {watched.count} bytes ({error}): get it again"
+        ) from error
+      while buffered.read(_BLOCK):
+        pass
+    tally.bytes, tally.sha256 = watched.count, digest.hexdigest()
+
+
+class _Documents:
+  """Text in, parts of documents out."""
+
+  def __init__(self, corpus: Corpus, source: int, separator: str | None):
+    self._corpus, self._separator = corpus, separator
+    self._held, self._begun = "", False
+    self.source = source
+
+  def push(self, text: str) -> Iterator[Part]:
+    self._held += text
+    if self._separator:
+      *whole, self._held = self._held.split(self._separator)
+      for document in whole:
+        self._held, rest = document, self._held
+        yield from self._end()
+        self._held = rest
+    if self._separator and not self._begun:
+      self._held = self._held.lstrip("\r\n")
+    # A separator's beginning may be held at the end.
+    yield from self._parts(_PART, len(self._separator or "") + 1)
+
+  def _parts(self, least: int, spare: int) -> Iterator[Part]:
+    """Parts of what is held, while more than `least` and `spare` characters are left."""
+    if not self._corpus._cut:
+      return
+    start = 0
+    while len(self._held) - start > least + spare:
+      end = self._place(start, len(self._held) - spare)
+      if end is None:
+        break
+      self._begun = True
+      yield Part(self._held[start:end], False)
+      start = end
+    self._held = self._held[start:]
+
+  def _place(self, start: int, limit: int) -> int | None:
+    """Where a part from `start` on may end, at most at `limit`; None where there is no such place."""
+    held, at = self._held, start + _PART
+    while (at := held.find(" ", at, limit)) >= 0:
+      if held[at - 1].isalpha() and held[at + 1].isalpha():
+        return at
+      at += 1
+    if limit - start < _LONGEST_PART:
+      return None
+    self._corpus.forced_cuts += 1
+    return limit
+
+  def finish(self) -> Iterator[Part]:
+    yield from self._end()
+
+  def _end(self) -> Iterator[Part]:
+    if self._separator:
+      self._held = self._held.rstrip("\r\n") if self._begun else self._held.strip("\r\n")
+    if self._begun or self._held:
+      self._corpus.tallies[self.source].documents += 1
+      yield from self._parts(2 * _PART, 1)
+      yield Part(self._held, True)
+    self._held, self._begun = "", False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bad:
+  reason: str
+
+
+def _text_of(row: bytes, field: str) -> "str | _Bad":
+  if len(row) > _LONGEST_LINE:
+    return _Bad(f"longer than {_LONGEST_LINE} bytes")
+  try:
+    table = json.loads(row.decode("utf-8"))
+  except UnicodeDecodeError as error:
+    return _Bad(f"not UTF-8 at byte {error.start} of the line")
+  except RecursionError:
+    return _Bad("nested too deeply")
+  except ValueError as error:
+    return _Bad(f"not JSON: {error}")
+  if not isinstance(table, dict):
+    return _Bad(f"a JSON {type(table).__name__}, not an object")
+  if field not in table:
+    return _Bad(f"no field {field!r}")
+  text = table[field]
+  if not isinstance(text, str):
+    return _Bad(f"field {field!r} is a {type(text).__name__}, not a string")
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError:
+    return _Bad(f"field {field!r} holds a lone surrogate")
+  return text
+
+
+def _format(path: Path, format: Format) -> Literal["text", "jsonl"]:
+  if format != "auto":
+    return format
+  name = path.name.removesuffix(".gz").removesuffix(".xz")
+  return "jsonl" if name.endswith(_JSONL) else "text"
+
+
+def _unpacked(file: io.BufferedReader, path: Path) -> BinaryIO:
+  """The content, decompressed: its first bytes decide, never the name alone."""
+  head = file.peek(8)[:8]
+  if head.startswith(b"\xfd7zXZ\x00"):
+    return lzma.open(file)
+  if head.startswith(b"\x1f\x8b"):
+    return gzip.open(file)
+  for magic, what in _FOREIGN:
+    if head.startswith(magic):
+      raise ValueError(f"{path}: this is {what}")
+  if path.suffix in (".xz", ".gz") and head:
+    raise ValueError(f"{path}: its name says {path.suffix[1:]} and its first bytes do not")
+  return file
+
+
+def _blocks_of(file: BinaryIO) -> Iterator[bytes]:
+  with contextlib.ExitStack() as stack:
+    if not isinstance(file, io.BufferedReader):
+      stack.enter_context(file)
+    while block := file.read(_BLOCK):
+      yield block
+
+
+def _boundary(held: bytes) -> int:
+  """The last place at which no character of UTF-8 is cut."""
+  end = len(held) - 1
+  while end > len(held) - 4 and held[end] & 0xC0 == 0x80:
+    end -= 1
+  return end
+
+
+class _Watched(io.RawIOBase):
+  """A file that counts and hashes what is read."""
+
+  def __init__(self, raw: BinaryIO, digest: "hashlib._Hash"):
+    self._raw, self._digest = raw, digest
+    self.count = 0
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    size = self._raw.readinto(buffer)
+    self._digest.update(memoryview(buffer)[:size])
+    self.count += size
+    return size

@@ -1,0 +1,31 @@
+"""A given vocabulary, from whatever holds one."""
+
+from pathlib import Path
+
+from neurojax.data.shards import META, read_spec
+from neurojax.files.source import open_model
+from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_json import spec_from_json
+
+
+def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
+  """The tokenizer of a model file, a tokenizer.json or a folder of prepared data.
+
+  Args:
+    eos: The token that ends a text, for a tokenizer.json, which does not say.
+  Raises: ValueError: it holds none, or names no end of text; FileNotFoundError: no such file.
+  """
+  if path.is_dir() and (path / META).is_file():
+    spec = read_spec(path)
+  elif path.suffix == ".json":
+    spec = spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
+  else:
+    with open_model(path) as file:
+      if file.tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer")
+      spec = file.tokenizer
+  if eos is not None and (spec.eos_id is None or spec.tokens[spec.eos_id] != eos):
+    raise ValueError(f"--eos {eos!r}: {path} has its own end of text, or none of that name")
+  if spec.eos_id is None:
+    raise ValueError(f"{path} names no end of text: give --eos TOKEN with a tokenizer.json")
+  return spec
