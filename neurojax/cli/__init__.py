@@ -1,5 +1,7 @@
 """The command line: one file and one dataclass per verb."""
 
+import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from neurojax.cli.bench import Bench
 from neurojax.cli.chat import Chat
+from neurojax.cli.data import Data
 from neurojax.cli.demo import Demo
 from neurojax.cli.evaluate import Eval
 from neurojax.cli.generate import Generate
@@ -19,6 +22,7 @@ from neurojax.cli.probe import Probe
 from neurojax.cli.simulate import Simulate
 from neurojax.cli.size import Size
 from neurojax.cli.stage import Stage
+from neurojax.cli.train import Train
 
 FAILED, USAGE, ENGINE, INTERRUPTED = 1, 2, 3, 130
 
@@ -37,6 +41,8 @@ Verbs = (
   | Annotated[Size, subcommand("size")]
   | Annotated[Planning, subcommand("plan")]
   | Annotated[Simulate, subcommand("simulate")]
+  | Annotated[Data, subcommand("data")]
+  | Annotated[Train, subcommand("train")]
   | Annotated[Eval, subcommand("eval")]
   | Annotated[Bench, subcommand("bench")]
 )
@@ -50,13 +56,22 @@ Exit codes: 0 done; 1 a check failed; 2 wrong use or a bad file; 3 a stage or en
 def main(argv: Sequence[str] | None = None) -> int:
   """Run a command line; returns the exit code."""
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-  verb: Verb = tyro.cli(
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  parse = functools.partial(
+    tyro.cli,
     Verbs,  # pyrefly: ignore
     prog="neurojax",
     description=DESCRIPTION,
-    args=None if argv is None else list(argv),
+    args=arguments,
     config=(OmitArgPrefixes, OmitSubcommandPrefixes),
   )
+  verb: Verb
+  if arguments[:1] == ["train"]:
+    # The keys of its configuration are options too; to list them here would import JAX.
+    verb, rest = parse(return_unknown_args=True)
+    verb = dataclasses.replace(verb, overrides=tuple(rest))
+  else:
+    verb = parse()
   from neurojax.engine.api import EngineError
 
   try:

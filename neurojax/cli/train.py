@@ -1,0 +1,237 @@
+"""`neurojax train`."""
+
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+  from neurojax.train.config import TrainConfig
+  from neurojax.train.metrics import Log
+
+FAILED, TERMINATED, INTERRUPTED = 1, 143, 130
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+  """Train a model as a TOML file says, or go on with a run.
+
+  Every key of the file can be given here too, and goes before it: --steps 100, --data.folder books,
+  --optimizer.peak-lr 1e-3; `none` takes a key away. --show prints the result and all keys.
+
+  The same --workdir goes on where its last checkpoint ends, to the same losses to the bit. SIGTERM
+  and Ctrl-C save a checkpoint and end the run (exit codes 143 and 130).
+
+  Example: neurojax train --config configs/train/tiny.toml --workdir runs/tiny --data.folder data/books
+  """
+
+  config: Annotated[Path, tyro.conf.arg(metavar="TOML")]
+  """The run's configuration."""
+  workdir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+  """Folder of the run: metrics, checkpoints, what it was started with."""
+  overwrite: bool = False
+  """Take away the run in the folder and begin anew."""
+  show: bool = False
+  """Print the resolved configuration and end."""
+  distributed: bool = False
+  """One of several processes, as JAX finds out (Slurm, Open MPI, Kubernetes); under srun and mpirun
+  this is on by itself."""
+  coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+  """Of process 0, where JAX cannot find out; with --processes and --process."""
+  processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  process: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+  overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+  def run(self) -> int:
+    given = [self.coordinator, self.processes, self.process]
+    if None in given and any(value is not None for value in given):
+      raise ValueError("--coordinator, --processes and --process go together: give all or none")
+    from neurojax.config import from_dict, to_toml
+    from neurojax.train.config import TrainConfig
+
+    table = merged(_read(self.config), self.overrides, TrainConfig)
+    config = from_dict(TrainConfig, table, where=f"{self.config} and options")
+    if self.show:
+      print(to_toml(config), end="")
+      return 0
+    if self.workdir is None:
+      raise ValueError("--workdir is missing: name the folder of the run")
+    self._join()
+    return self._train(config, self.workdir)
+
+  def _join(self) -> None:
+    """Become one of several processes, if there are several."""
+    import jax
+
+    if self.coordinator is not None:
+      jax.distributed.initialize(self.coordinator, self.processes, self.process)
+    elif self.distributed or launched_in_parallel():
+      jax.distributed.initialize()
+
+  def _train(self, config: "TrainConfig", workdir: Path) -> int:
+    import contextlib
+
+    import jax
+
+    from neurojax.data.shards import check_digests, read_meta
+    from neurojax.train.folder import RunFolder
+    from neurojax.train.loop import Loop, TrainingError
+    from neurojax.train.program import MeshProgram
+
+    first = jax.process_index() == 0
+    meta = read_meta(config.data.folder)
+    if meta.vocab_size > config.model.vocab_size:
+      raise ValueError(
+        f"model.vocab_size = {config.model.vocab_size} is less than the {meta.vocab_size} tokens of"
+        f" {config.data.folder}: raise it"
+      )
+    folder = RunFolder(workdir)
+    with contextlib.ExitStack() as stack:
+      if first:
+        check_digests(config.data.folder)
+        stack.enter_context(folder.locked())
+        if self.overwrite:
+          folder.clear()
+        if folder.begun:
+          folder.check(config, meta.identity())
+          folder.resume(config)
+        else:
+          folder.begin(config, meta.identity())
+      _meet("folder")
+      program = MeshProgram(config)
+      trackers = _trackers(config, workdir) if first else ()
+      say = _say if first else _nothing
+      loop = Loop(config, program, folder, trackers=trackers, say=say)
+      stack.callback(loop.close)
+      if first:
+        folder.note_start([str(device) for device in jax.devices()], loop.latest() or 0)
+        _introduce(config, loop.latest())
+      try:
+        outcome = loop.run()
+      except TrainingError as error:
+        print(f"neurojax: {error}", file=sys.stderr)
+        return FAILED
+    if outcome.stopped_by is None:
+      return 0
+    say(f"stopped at step {outcome.step}; the same command goes on from there")
+    return INTERRUPTED if outcome.stopped_by == 2 else TERMINATED
+
+
+def launched_in_parallel() -> bool:
+  """Whether srun or mpirun started this process as one of several.
+
+  A shell inside an allocation has SLURM_JOB_ID too, but no step of several tasks: alone it must not
+  wait for others.
+  """
+  counts = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+  return any(count.isdigit() and int(count) > 1 for count in counts)
+
+
+def merged(table: dict[str, Any], overrides: Sequence[str], cls: type) -> dict[str, Any]:
+  """A configuration's table with options put into it: `--a.b-c VALUE`, `--a.b_c=VALUE`.
+
+  Values are TOML; what is not is a string; `none` takes the key away.
+
+  Raises: ValueError: an option without value, a value without option, or no such key.
+  """
+  table = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
+  known = list(keys_of(cls))
+  rest = list(overrides)
+  while rest:
+    option = rest.pop(0)
+    name, equals, value = option.partition("=")
+    if not name.startswith("--") and not equals:
+      raise ValueError(f"{option!r}: not an option: keys are given as --steps 100")
+    if not equals:
+      if not rest or rest[0].startswith("--"):
+        raise ValueError(f"{option}: a value is missing")
+      value = rest.pop(0)
+    key = name.removeprefix("--").replace("-", "_")
+    if key not in known:
+      near = difflib.get_close_matches(key, known, 3)
+      hint = f"do you mean {' or '.join(near)}?" if near else "--show prints all keys"
+      raise ValueError(f"{name}: neither an option nor a key of the configuration: {hint}")
+    place = table
+    *parents, leaf = key.split(".")
+    for parent in parents:
+      place = place.setdefault(parent, {})
+    if value.lower() == "none":
+      place.pop(leaf, None)
+    else:
+      place[leaf] = _value(value)
+  return table
+
+
+def keys_of(cls: type, prefix: str = "") -> "list[str]":
+  """Dotted names of all values of a configuration."""
+  import typing
+
+  hints = typing.get_type_hints(cls)
+  found: list[str] = []
+  for field in dataclasses.fields(cls):
+    hint = hints[field.name]
+    nested = dataclasses.is_dataclass(hint)
+    found += keys_of(hint, f"{prefix}{field.name}.") if nested else [prefix + field.name]
+  return found
+
+
+def _value(text: str) -> Any:
+  try:
+    table = tomllib.loads(f"value = {text}")
+  except tomllib.TOMLDecodeError:
+    return text
+  return table["value"] if len(table) == 1 else text
+
+
+def _read(path: Path) -> dict[str, Any]:
+  try:
+    return tomllib.loads(path.read_bytes().decode("utf-8"))
+  except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: not valid TOML: {error}") from error
+
+
+def _trackers(config: "TrainConfig", workdir: Path) -> "tuple[Log, ...]":
+  from neurojax.train.metrics import TensorBoard, WandB
+
+  trackers: list[Log] = []
+  if config.tracker.tensorboard:
+    trackers.append(TensorBoard(workdir / "tb"))
+  if config.tracker.wandb:
+    trackers.append(WandB(workdir, config.tracker.wandb_project, dataclasses.asdict(config)))
+  return tuple(trackers)
+
+
+def _introduce(config: "TrainConfig", latest: int | None) -> None:
+  from neurojax.scaling import count
+
+  step = "begins" if latest is None else f"goes on from step {latest}"
+  _say(
+    f"{count.parameters(config.model):,} parameters, {config.tokens_per_step:,} tokens a step,"
+    f" {config.steps:,} steps; the run {step}"
+  )
+  if latest is not None and latest >= config.steps:
+    _say(f"nothing to do: the run has its {config.steps} steps; --steps gives it more")
+
+
+def _meet(what: str) -> None:
+  """Wait for the other processes."""
+  import jax
+
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(what)
+
+
+def _say(line: str) -> None:
+  print(line, flush=True)
+
+
+def _nothing(line: str) -> None:
+  pass

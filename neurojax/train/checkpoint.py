@@ -1,0 +1,81 @@
+"""Checkpoints of a run: the sharded state and, beside it, everything else that decides what comes next."""
+
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+
+_STATE, _REST = "state", "rest"
+
+
+class Checkpoints:
+  """`folder`/STEP/, written while training goes on; one that was not finished does not exist.
+
+  Every process of a run calls every method, in the same order.
+  """
+
+  def __init__(self, folder: Path, *, keep: int):
+    self._folder = folder.absolute()
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      item_names=(_STATE, _REST),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=True, create=True
+      ),
+    )
+
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: Any, rest: dict[str, Any]) -> None:
+    """Returns when the state has been copied; what is written later raises at the next call.
+
+    Args:
+      state: A pytree of arrays.
+      rest: Plain values that JSON can hold.
+    """
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        **{_STATE: ocp.args.StandardSave(state), _REST: ocp.args.JsonSave(rest)}
+      ),
+    )
+
+  def restore(self, step: int, abstract: T) -> tuple[T, dict[str, Any]]:
+    """The state and the rest of a step.
+
+    Args:
+      abstract: Shapes, dtypes and shardings of the state as it is wanted.
+    Raises: ValueError: the checkpoint is damaged, or of another state.
+    """
+    self._manager.wait_until_finished()
+    try:
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          **{_STATE: ocp.args.StandardRestore(abstract), _REST: ocp.args.JsonRestore()}
+        ),
+      )
+    except Exception as error:
+      others = [other for other in self._manager.all_steps() if other != step]
+      remedy = f"go on from step {max(others)}" if others else "start anew"
+      raise ValueError(
+        f"{self._folder / str(step)}: this checkpoint cannot be read ({error}): remove that folder to"
+        f" {remedy}"
+      ) from error
+    return found[_STATE], found[_REST]
+
+  def wait(self) -> None:
+    """Until everything is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def remove(folder: Path) -> None:
+  shutil.rmtree(folder, ignore_errors=True)

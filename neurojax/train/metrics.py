@@ -1,0 +1,111 @@
+"""What a run says while it goes: metrics.jsonl always, other trackers when asked. Imports no JAX."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+Value = float | int | str | bool | None
+
+
+class Log(Protocol):
+  def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class MetricsFile:
+  """metrics.jsonl: a line per training step (`step`, `loss`, ...) and per event (`event`, `step`).
+
+  A number that is not finite is null: JSON has no other word for it. `offset` belongs into a
+  checkpoint; `cut` at it takes away what a run wrote that never got to the next one.
+  """
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._file = path.open("ab")
+
+  @property
+  def offset(self) -> int:
+    return self._file.tell()
+
+  def cut(self, offset: int) -> None:
+    """Raises: ValueError: the file is shorter than that."""
+    if self._file.tell() < offset:
+      raise ValueError(
+        f"{self._path}: {self._file.tell()} bytes, but the checkpoint was made at {offset}: the file"
+        " was changed; put it back, or begin anew with --overwrite"
+      )
+    self._file.truncate(offset)
+    self._file.seek(offset)
+
+  def write(self, record: Mapping[str, Value]) -> None:
+    plain = {
+      key: None if isinstance(value, float) and not math.isfinite(value) else value
+      for key, value in record.items()
+    }
+    self._file.write(json.dumps(plain).encode() + b"\n")
+    self._file.flush()
+
+  def sync(self) -> None:
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorBoard:
+  def __init__(self, folder: Path):
+    try:
+      from tensorboardX import SummaryWriter
+    except ImportError as error:
+      raise _absent("tensorboard", "tensorboardX") from error
+    self._writer = SummaryWriter(str(folder))
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WandB:
+  """Weights & Biases, as its own environment variables say (WANDB_MODE, WANDB_PROJECT, ...)."""
+
+  def __init__(self, workdir: Path, project: str, config: Mapping[str, object]):
+    try:
+      import wandb
+    except ImportError as error:
+      raise _absent("wandb", "wandb") from error
+    # The same folder goes on with the same run.
+    kept = workdir / "wandb_id"
+    if not kept.exists():
+      kept.write_text(wandb.util.generate_id())
+    self._run = wandb.init(
+      project=project,
+      dir=workdir,
+      id=kept.read_text(),
+      resume="allow",
+      name=workdir.name,
+      config=dict(config),
+    )
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log(dict(values), step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Value]]:
+  """Every record, in order."""
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _absent(tracker: str, package: str) -> ValueError:
+  return ValueError(
+    f"tracker.{tracker} needs {package}, which is not installed: pip install neurojax[trackers]"
+  )

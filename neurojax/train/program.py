@@ -1,0 +1,71 @@
+"""The step functions of a configuration, compiled for a mesh, as the loop runs them."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from neurojax.data.batches import Rows
+from neurojax.layout import sharding
+from neurojax.scaling import count
+from neurojax.train.config import TrainConfig
+from neurojax.train.step import (
+  State,
+  abstract_state,
+  init_state,
+  make_eval_step,
+  make_train_step,
+)
+
+
+class MeshProgram:
+  """`loop.Program` on the mesh of the configuration's layout, over all devices of all processes."""
+
+  def __init__(self, config: TrainConfig):
+    self._config = config
+    self._mesh = config.layout.mesh()
+    self._where = sharding(self._mesh, "BT")
+    self._train = make_train_step(config, self._mesh)
+    self._eval = make_eval_step(config, self._mesh)
+    self.flops_per_token = count.flops_per_token(
+      config.model, context=config.data.seq_len, mode="train"
+    )
+    self.peak_flops_per_s = peak_flops_per_s(config)
+
+  def init_state(self) -> State:
+    return init_state(self._config, self._mesh)
+
+  def abstract_state(self) -> State:
+    return abstract_state(self._config, self._mesh)
+
+  def rows(self, batch_size: int) -> Rows:
+    indices = self._where.addressable_devices_indices_map((batch_size, 1)).values()
+    bounds = [index[0].indices(batch_size) for index in indices if index is not None]
+    return Rows(min(first for first, _, _ in bounds), max(end for _, end, _ in bounds))
+
+  def put(self, rows: Rows, local: np.ndarray, batch_size: int) -> jax.Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      first, end, _ = index[0].indices(batch_size)
+      return local[first - rows.first : end - rows.first]
+
+    return jax.make_array_from_callback((batch_size, local.shape[1]), self._where, part)
+
+  def train_step(self, state: State, tokens: jax.Array) -> tuple[State, Mapping[str, jax.Array]]:
+    return self._train(state, tokens)
+
+  def eval_step(self, state: State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return self._eval(state.params, tokens)
+
+
+# Dense tensor-core FLOP/s in bfloat16 with float32 sums: NVIDIA's data sheets (H100 SXM and H200:
+# 989.4; A100: 312; L4: 121; L40S: 362).
+_PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362.05e12, "L4": 121e12}
+
+
+def peak_flops_per_s(config: TrainConfig) -> float | None:
+  """Of all devices together; None where it is not known, as on CPUs."""
+  if config.compute_dtype != "bfloat16":
+    return None
+  words = jax.devices()[0].device_kind.replace("-", " ").split()
+  each = next((_PEAKS[word] for word in words if word in _PEAKS), None)
+  return None if each is None else each * config.layout.devices

@@ -1,0 +1,112 @@
+"""A model that takes milliseconds, behind the loop's Program, and prepared data for it."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neurojax.data.batches import Rows
+from neurojax.data.prepare import Preparation, partial_folder, prepare
+from neurojax.train.guard import GuardConfig
+
+VOCAB = 300
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  folder: str
+  batch_size: int = 4
+  seq_len: int = 16
+  seed: int = 0
+  workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  data: Data
+  steps: int = 12
+  accumulation: int = 1
+  eval_every: int = 0
+  eval_batches: int = 0
+  checkpoint_every: int = 4
+  keep: int = 2
+  log_every: int = 5
+  learning_rate: float = 1.0
+  guard: GuardConfig = GuardConfig()
+
+
+def write_data(folder: Path) -> Path:
+  """A folder of prepared data: a few thousand tokens of counting."""
+  rng = np.random.default_rng(0)
+  words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+  documents = [" ".join(rng.choice(words, 400)) for _ in range(20)]
+  source = folder / "text.txt"
+  source.write_text("\x1f".join(documents))
+  plan = Preparation(inputs=(source,), separator="\x1f", valid_fraction=0.2, vocab_size=VOCAB)
+  with partial_folder(folder / "data") as partial:
+    prepare(plan, partial)
+  return folder / "data"
+
+
+class Bigrams:
+  """Logits of the next token by a table; plain gradient descent."""
+
+  flops_per_token = 6.0 * VOCAB
+  peak_flops_per_s = None
+
+  def __init__(self, config: Config):
+    self._config = config
+    self._step = jax.jit(self._train, donate_argnums=0)
+    self._eval = jax.jit(_nats)
+    self.seen: list[np.ndarray] = []
+
+  def init_state(self):
+    key = jax.random.key(0)
+    table = 0.01 * jax.random.normal(key, (VOCAB, VOCAB), jnp.float32)
+    return {"table_VV": table, "momentum_VV": jnp.zeros_like(table)}
+
+  def abstract_state(self):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.init_state()
+    )
+
+  def rows(self, batch_size: int) -> Rows:
+    return Rows(0, batch_size)
+
+  def put(self, rows: Rows, local: np.ndarray, batch_size: int) -> jax.Array:
+    assert local.shape[0] == batch_size and local.dtype == np.int32
+    return jnp.asarray(local)
+
+  def train_step(self, state, tokens):
+    self.seen.append(np.asarray(tokens))
+    bad = any(np.array_equal(self.seen[-1], batch) for batch in self._poisoned_batches)
+    return self._step(state, tokens, jnp.float32(jnp.nan if bad else 1.0))
+
+  def eval_step(self, state, tokens):
+    return self._eval(state["table_VV"], tokens)
+
+  _poisoned_batches: tuple[np.ndarray, ...] = ()
+
+  def poison(self, *batches: np.ndarray) -> None:
+    self._poisoned_batches = batches
+
+  def _train(self, state, tokens, factor):
+    def mean(table):
+      nats, count = _nats(table, tokens)
+      return factor * nats / count
+
+    loss, grad = jax.value_and_grad(mean)(state["table_VV"])
+    finite = jnp.isfinite(loss)
+    momentum = 0.9 * state["momentum_VV"] + grad
+    new = {"table_VV": state["table_VV"] - self._config.learning_rate * momentum,
+           "momentum_VV": momentum}  # fmt: skip
+    state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return state, {"loss": loss, "finite": finite.astype(jnp.float32)}
+
+
+def _nats(table, tokens):
+  logits = jax.nn.log_softmax(table[tokens[:, :-1]])
+  nats = -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).sum()
+  return nats, jnp.float32(tokens[:, 1:].size)
