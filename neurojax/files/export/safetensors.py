@@ -1,0 +1,57 @@
+"""Writing safetensors files a tensor at a time.
+
+Format: https://github.com/huggingface/safetensors: the length of the header as 8 bytes, little-
+endian; the header, JSON; the tensors in the order of the header, without gaps.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+Dtype = Literal["float32", "bfloat16"]
+
+DTYPES: Mapping[Dtype, np.dtype] = {
+  "float32": np.dtype("<f4"),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16"}
+_ALIGNMENT = 8
+
+
+def write_safetensors(
+  path: Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  tensors: Iterable[np.ndarray],
+  dtype: Dtype,
+  metadata: Mapping[str, str],
+) -> None:
+  """Write a file.
+
+  Args:
+    shapes: Of each tensor by its name.
+    tensors: Their values in the order of `shapes`, of the dtype.
+  Raises: ValueError: a tensor has another shape or dtype.
+  """
+  header: dict[str, object] = {"__metadata__": dict(metadata)}
+  end = 0
+  for name, shape in shapes.items():
+    start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+    header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  # The tensors then begin at a multiple of this in the file.
+  text += b" " * (-len(text) % _ALIGNMENT)
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for (name, shape), values in zip(shapes.items(), tensors, strict=True):
+      if values.shape != shape or values.dtype != DTYPES[dtype]:
+        raise ValueError(f"{name} is {values.dtype} {values.shape}: {dtype} {shape} was announced")
+      np.ascontiguousarray(values).tofile(file)
+    file.flush()
+    os.fsync(file.fileno())
