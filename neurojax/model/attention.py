@@ -1,6 +1,7 @@
 """Grouped-query attention (arXiv:2305.13245), over a whole sequence or over the cache."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,29 @@ _FEWEST_KEYS = 64
 """A single query reads this many keys, or twice as many, or twice that."""
 
 
+Kind = Literal["einsum", "cudnn"]
+
+
 def attend(
-  q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+  q_BTNH: Float[Array, "B T N H"],
+  k_BTKH: Float[Array, "B T K H"],
+  v_BTKH: Float[Array, "B T K H"],
+  *,
+  kind: Kind = "einsum",
 ) -> Float[Array, "B T N H"]:
   """Causal attention within one sequence: query t sees keys 0..t. Differentiable.
 
   Softmax in float32. Query head n uses key-value head n // G.
+
+  Args:
+    kind: "einsum" keeps the scores of all T x T pairs and runs anywhere; "cudnn" keeps none
+      (FlashAttention, arXiv:2307.08691), on a CUDA GPU in bfloat16 or float16.
+  Raises: RuntimeError or ValueError, from JAX: cuDNN does not take this device, dtype or shape.
   """
+  if kind == "cudnn":
+    return jax.nn.dot_product_attention(
+      q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
+    )
   num_kv_heads = k_BTKH.shape[2]
   q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads)
   score_BKGTS = _dot("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH)

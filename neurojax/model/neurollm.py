@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig, Span
 from neurojax.kernels.gemm.layer import TernaryLayer
-from neurojax.model.attention import attend, attend_cache
+from neurojax.model.attention import Kind, attend, attend_cache
 from neurojax.model.cache import KVCache
 from neurojax.model.project import Matrix, project, project_all
 from neurojax.model.rope import rotate
@@ -43,9 +43,12 @@ class Attention(nnx.Module):
   """Grouped-query attention with rotary positions; causal, no biases. Heads of queries and keys, and
   what all heads give together, are normalised where the configuration says so."""
 
-  def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+  def __init__(
+    self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, attention: Kind = "einsum"
+  ):
     d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
     self.rope_base, self.rope_style = config.rope_base, config.rope_style
+    self.kind = attention
     self.q_DNH = _normal(rngs, (d, n, h), dtype)
     self.k_DKH = _normal(rngs, (d, k, h), dtype)
     self.v_DKH = _normal(rngs, (d, k, h), dtype)
@@ -72,7 +75,7 @@ class Attention(nnx.Module):
     q_BTNH = rotate(q_BTNH, position_BT, base=self.rope_base, style=self.rope_style)
     k_BTKH = rotate(k_BTKH, position_BT, base=self.rope_base, style=self.rope_style)
     if cache is None:
-      out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+      out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, kind=self.kind)
     else:
       start_B = position_BT[:, 0]
       cache = cache.write(layer, k_BTKH, v_BTKH, start_B)
@@ -109,11 +112,17 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One pre-norm layer."""
+  """One pre-norm layer.
 
-  def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+  Args:
+    attention: How a whole sequence attends to itself, see `attention.attend`.
+  """
+
+  def __init__(
+    self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, attention: Kind = "einsum"
+  ):
     self.attn_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=dtype)
-    self.attention = Attention(config, dtype=dtype, rngs=rngs)
+    self.attention = Attention(config, dtype=dtype, rngs=rngs, attention=attention)
     self.ffn_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=dtype)
     self.ffn = SwiGLU(config, dtype=dtype, rngs=rngs)
 

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from neurojax.config import ModelConfig, from_toml
 from neurojax.layout import Layout
+from neurojax.train.guard import GuardConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class DataConfig:
     batch_size: Sequences of one forward pass over all devices, not counting accumulation.
     seq_len: Tokens of each that are predicted; windows hold one more.
     seed: Of the shuffling.
-    workers: Processes that read ahead; 0: none.
+    workers: Threads that read ahead; 0: none.
   """
 
   folder: str
@@ -134,10 +135,12 @@ class TrainConfig:
       and sums of gradients are float32 in any case.
     remat: What the backward pass computes anew in each layer: "none": nothing; "dots": all but
       products and attention; "full": everything.
-    attention: "einsum" anywhere; "cudnn" on a CUDA GPU in bfloat16. "auto" is the latter where it
-      can be, and the step says which it is.
+    unroll: Layers that the compiler sees one after the other in each round of the loop over them.
+    attention: "einsum" anywhere; "cudnn" on a CUDA GPU in bfloat16. "auto" is the latter on a CUDA
+      GPU if compute_dtype is bfloat16, else the former.
     seed: Of the initial weights.
-    eval_every, checkpoint_every, log_every: In steps. eval_batches: of data.batch_size each.
+    eval_every, checkpoint_every, log_every: In steps. eval_batches: of data.batch_size each;
+      0: no evaluation, which data without a held-out split need.
     keep: Checkpoints that are kept.
     init_from: A model file whose weights are the initial ones, in place of random ones.
   """
@@ -149,10 +152,12 @@ class TrainConfig:
   quantization: Quantization = Quantization()
   layout: Layout = Layout()
   tracker: TrackerConfig = TrackerConfig()
+  guard: GuardConfig = GuardConfig()
   accumulation: int = 1
   z_loss: float = 0.0
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
   remat: Literal["none", "dots", "full"] = "dots"
+  unroll: int = 1
   attention: Literal["auto", "einsum", "cudnn"] = "auto"
   seed: int = 0
   eval_every: int = 500
@@ -164,10 +169,13 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     for name in (
-      "steps", "accumulation", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every",
+      "steps", "accumulation", "unroll", "eval_every", "eval_batches", "checkpoint_every", "keep",
+      "log_every",
     ):  # fmt: skip
       if getattr(self, name) < 1:
         raise ValueError(f"{name} = {getattr(self, name)}: it must be positive")
+    if self.eval_batches < 0:
+      raise ValueError(f"eval_batches = {self.eval_batches}: it must be 0 or positive")
     if not 0 <= self.z_loss < math.inf:
       raise ValueError(f"z_loss = {self.z_loss}: it must be 0 or positive, and finite")
     if self.optimizer.warmup_steps >= self.steps:

@@ -1,0 +1,135 @@
+"""The parameters of a model in training: a flat dict by canonical name, layers stacked on L.
+
+Three forms of one tree: the float32 master weights that the optimizer moves; what a step multiplies
+by, made of them once a step; and one layer of that as the module that runs it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Float32
+
+from neurojax import layout
+from neurojax.config import ModelConfig, Span
+from neurojax.model import params
+from neurojax.model.attention import Kind
+from neurojax.model.neurollm import Block
+from neurojax.ternary import aware
+from neurojax.ternary.aware import AwareMatrix
+from neurojax.train.config import Quantization, TrainConfig
+
+Params = dict[str, Float32[Array, "..."]]
+"""Master weights: "embedding_VD" [V, D], "q_DNH" [L, D, N, H] and so on."""
+
+CONTRACTED = {"o_NHD": 2}
+"""Axes of a layer's matrix that a product sums over; 1 unless listed."""
+
+_INIT_STD = 0.02
+
+
+def names(config: ModelConfig) -> list[str]:
+  """All parameters, those of the whole model first."""
+  outer = [name for name, _ in params.outer_names(config, Span.whole(config))]
+  return outer + [name for name, _ in params.layer_names(config)]
+
+
+def is_projection(name: str) -> bool:
+  """One of a layer's matrices: what becomes ternary, and what Muon moves."""
+  return name in params.LAYER and params.is_matrix(name)
+
+
+def letters(name: str) -> str:
+  """The axes of a master weight: "LDF" of "up_DF"."""
+  return ("L" if name in params.LAYER else "") + name.rpartition("_")[2]
+
+
+def shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+  sizes = config.sizes()
+  return tuple(sizes[letter] for letter in letters(name))
+
+
+def where(mesh: Mesh, name: str) -> NamedSharding:
+  """Matrices go by their letters. Norms are whole everywhere: small, and needed by each device."""
+  return layout.sharding(mesh, letters(name)) if params.is_matrix(name) else layout.replicated(mesh)
+
+
+def initial(config: ModelConfig, seed: int) -> Params:
+  """Normal weights of standard deviation 0.02, those that write to the residual stream smaller by
+  sqrt(2 L); norms are 1. Each weight depends on its name and the seed, and on no mesh.
+
+  Source: GPT-2 (Radford et al. 2019, section 2.3).
+  """
+  key = jax.random.key(seed)
+
+  def one(index: int, name: str) -> Array:
+    if not params.is_matrix(name):
+      return jnp.ones(shape(config, name), jnp.float32)
+    std = _INIT_STD
+    if name in ("o_NHD", "down_FD"):
+      std /= (2 * config.num_layers) ** 0.5
+    return std * jax.random.normal(jax.random.fold_in(key, index), shape(config, name))
+
+  # The index in the alphabet of all names, so that a further name changes no other weight.
+  every = [*params.FIRST, *params.LAST, *params.LAYER]
+  return {name: one(every.index(name), name) for name in names(config)}
+
+
+def effective(master: Params, config: TrainConfig) -> dict[str, Any]:
+  """What a step multiplies by, and a model file will hold.
+
+  Projections become `AwareMatrix`; the embedding and an untied head are rounded as the export will
+  be, yet stay float32, as a lookup's gradient is summed in float32; norms stay.
+  """
+  recipe = config.quantization
+
+  def one(name: str, w: Array) -> Any:
+    if is_projection(name):
+      return AwareMatrix(_values(name, w, config), recipe.activations)
+    return _outer(w, recipe) if params.is_matrix(name) else w
+
+  return {name: one(name, w) for name, w in master.items()}
+
+
+def _values(name: str, w_L: Array, config: TrainConfig) -> Array:
+  recipe, dtype = config.quantization, jnp.dtype(config.compute_dtype)
+  if recipe.weights == "none":
+    return w_L.astype(dtype)
+  return ternary(name, w_L, recipe, dtype)[0]
+
+
+def ternary(
+  name: str, w_L: Float32[Array, "L ..."], recipe: Quantization, dtype: jnp.dtype
+) -> tuple[Float[Array, "L ..."], Float32[Array, "L ..."]]:
+  """Values and scales of a stacked matrix: see `aware.absmean`."""
+  axes = CONTRACTED.get(name, 1)
+  return jax.vmap(lambda w: aware.absmean(w, axes, group_size=recipe.group_size, dtype=dtype))(w_L)
+
+
+def _outer(w: Array, recipe: Quantization) -> Array:
+  if recipe.outer == "float32":
+    return w
+  return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+
+
+def block(config: ModelConfig, dtype: str, attention: Kind) -> tuple[nnx.GraphDef, nnx.State]:
+  """One layer without numbers: its structure, and the state that `fill` puts numbers into."""
+  return nnx.split(
+    nnx.eval_shape(
+      lambda: Block(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0), attention=attention)
+    )
+  )
+
+
+def fill(state: nnx.State, layer: Mapping[str, Any]) -> nnx.State:
+  """The state of a block with the parameters of one layer, by canonical name."""
+  pure: dict[str, Any] = {}
+  for name, value in layer.items():
+    params.put(pure, params.LAYER[name][1:], value)
+  filled = jax.tree.map(lambda leaf: leaf, state)
+  nnx.replace_by_pure_dict(filled, pure)
+  return filled
