@@ -15,6 +15,7 @@ from neurojax.cli.chat import Chat
 from neurojax.cli.data import Data
 from neurojax.cli.demo import Demo
 from neurojax.cli.evaluate import Eval
+from neurojax.cli.export import Export
 from neurojax.cli.generate import Generate
 from neurojax.cli.inspect import Inspect
 from neurojax.cli.plan import Planning
@@ -43,6 +44,7 @@ Verbs = (
   | Annotated[Simulate, subcommand("simulate")]
   | Annotated[Data, subcommand("data")]
   | Annotated[Train, subcommand("train")]
+  | Annotated[Export, subcommand("export")]
   | Annotated[Eval, subcommand("eval")]
   | Annotated[Bench, subcommand("bench")]
 )

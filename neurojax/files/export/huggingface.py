@@ -20,6 +20,12 @@ from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.to_gguf import padded
 from neurojax.tokenizer.tokenizer_json import json_from_spec
 
+FILES = (
+  "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+  "tokenizer_config.json",
+)  # fmt: skip
+"""What such a folder holds."""
+
 # Source: transformers, modeling_llama.py, modeling_qwen3.py, modeling_bitnet.py. All of them pair
 # element i of a head with element i + H/2.
 _LAYER = "model.layers.{layer}."

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -64,6 +65,20 @@ class Weights:
     places = dict(params.outer_names(model.config, model.span))
     places |= dict(params.layer_names(model.config))
     return cls(model.config, {name: params.get(pure, path) for name, path in places.items()})
+
+  def model(self) -> NeuroLLM:
+    """A NeuroLLM with these very numbers, without any file in between: dense, float32."""
+    graph, state = nnx.split(NeuroLLM.abstract(self.config))
+    places = dict(params.outer_names(self.config, Span.whole(self.config)))
+    places |= dict(params.layer_names(self.config))
+    pure: dict[str, Any] = {}
+    for name, path in places.items():
+      array = self.arrays[name]
+      if isinstance(array, TernaryArray):
+        array = jax.tree.map(jnp.asarray, array).dequantize()
+      params.put(pure, path, jnp.asarray(array, jnp.float32))
+    nnx.replace_by_pure_dict(state, pure)
+    return nnx.merge(graph, state)
 
   def names(self) -> list[str]:
     """The canonical names of this architecture, those of the whole model first."""

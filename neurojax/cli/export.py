@@ -1,0 +1,164 @@
+"""`neurojax export`: from a training run to a file that others read."""
+
+import asyncio
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.progress import Progress
+
+from neurojax.cli.options import EngineOptions, open_engine, stderr
+from neurojax.cli.text import read_text
+
+if TYPE_CHECKING:
+  from neurojax.engine.perplexity import PerplexityResult
+  from neurojax.files.export.weights import Weights
+  from neurojax.tokenizer.spec import TokenizerSpec
+
+_FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+  """Write the model of a training run as GGUF, or as a folder for transformers.
+
+  Ternary matrices keep the very codes and scales that training multiplied by: a type that cannot hold
+  them is refused. In a folder they become plain numbers, in float32 unless bfloat16 changes none.
+
+  Example: neurojax export --workdir runs/tiny --out tiny.gguf --type TQ2_0
+  """
+
+  workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+  """The folder of the run."""
+  out: Annotated[Path, tyro.conf.arg(metavar="FILE.gguf|FOLDER")]
+  """GGUF if the name ends in .gguf, else a new folder."""
+  step: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  """The checkpoint; the newest if absent."""
+  type: Literal["TQ2_0", "TQ1_0", "Q2_0", "Q2_0_g128", "F32", "F16", "BF16"] | None = None
+  """Of ternary matrices in GGUF: the first of TQ2_0 and Q2_0 that holds them, if absent. llama.cpp
+  reads all but Q2_0_g128, which PrismML's fork reads. Of a model that is not ternary: of all
+  matrices, rounded."""
+  dtype: Literal["float32", "bfloat16"] | None = None
+  """Of all tensors in a folder."""
+  tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE|FOLDER")] = None
+  """A model file, a tokenizer.json or prepared data, where the run's own data are not at hand."""
+  text: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """Measure the perplexity of this text before and after, from the checkpoint and from the GGUF file,
+  as `neurojax eval ppl` does. Exit code 1 if they differ by more than 1e-4 of their value."""
+  ctx: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 512
+  chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  name: str | None = None
+  """What the file calls the model; the name of the run's folder if absent."""
+  license: Annotated[str | None, tyro.conf.arg(metavar="SPDX")] = None
+  description: str | None = None
+  author: str | None = None
+  url: str | None = None
+  overwrite: bool = False
+  """Replace what an earlier export left there."""
+
+  def run(self) -> int:
+    to_gguf = self.out.suffix.lower() == ".gguf"
+    self._check(to_gguf)
+    from neurojax.train.trained import read_run
+
+    with stderr.status("reading the checkpoint"):
+      trained = read_run(self.workdir, self.step)
+      spec = self._spec(trained.config.data.folder)
+    what = (
+      self._write_gguf(trained.weights, spec) if to_gguf else self._folder(trained.weights, spec)
+    )
+    files = [self.out] if to_gguf else sorted(self.out.iterdir())
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    print(f"{self.out}: step {trained.step} of {self.workdir}, {what}, {megabytes:.2f} MB")
+    if self.text is None:
+      return 0
+    return asyncio.run(self._compare(trained.weights, spec, read_text(self.text)))
+
+  def _check(self, to_gguf: bool) -> None:
+    """Raises: ValueError: options that do not go together, or something in the way."""
+    if self.out.suffix.lower() in _FOREIGN:
+      raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
+    if to_gguf and self.dtype is not None:
+      raise ValueError(f"--dtype {self.dtype} is of a folder: GGUF has --type")
+    if not to_gguf and (self.type is not None or self.text is not None):
+      option = "--type" if self.type is not None else "--text"
+      raise ValueError(f"{option} is of GGUF: let --out end in .gguf, or leave {option} away")
+    if to_gguf and self.out.exists() and not self.overwrite:
+      raise ValueError(f"--out {self.out} exists: name another file, or give --overwrite")
+
+  def _spec(self, data: str) -> "TokenizerSpec":
+    from neurojax.data.shards import read_spec
+    from neurojax.data.vocabulary import read_vocabulary
+
+    if self.tokenizer is not None:
+      return read_vocabulary(self.tokenizer)
+    try:
+      return read_spec(Path(data))
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        f"{error}: the run's data are not where they were: give the vocabulary with --tokenizer"
+      ) from error
+
+  def _write_gguf(self, weights: "Weights", spec: "TokenizerSpec") -> str:
+    from neurojax.files.export.gguf import Card, architecture, write_gguf
+
+    card = Card(
+      name=self.name or self.workdir.resolve().name,
+      license=self.license,
+      description=self.description,
+      author=self.author,
+      url=self.url,
+    )
+    # A type of plain numbers is of all matrices where none is ternary.
+    dense = self.type if self.type in ("F32", "F16", "BF16") and not weights.ternary() else None
+    with Progress(console=stderr, transient=True) as progress:
+      bar = progress.add_task("writing tensors")
+      kind = write_gguf(
+        self.out, weights, spec, card, kind=self.type, dense=dense,
+        progress=lambda done, total: progress.update(bar, completed=done, total=total),
+      )  # fmt: skip
+    return f"{architecture(weights.config)}, {kind}"
+
+  def _folder(self, weights: "Weights", spec: "TokenizerSpec") -> str:
+    from neurojax.files.export.huggingface import FILES, architecture, write_huggingface
+
+    if self.overwrite and self.out.is_dir():
+      if more := sorted(path.name for path in self.out.iterdir() if path.name not in FILES):
+        raise ValueError(f"--out {self.out}: {more[0]} is of no export: name another folder")
+      shutil.rmtree(self.out)
+    with Progress(console=stderr, transient=True) as progress:
+      bar = progress.add_task("writing tensors")
+      dtype = write_huggingface(
+        self.out, weights, spec, dtype=self.dtype,
+        progress=lambda done, total: progress.update(bar, completed=done, total=total),
+      )  # fmt: skip
+    return f"{architecture(weights.config)[0]}, {dtype}"
+
+  async def _compare(self, weights: "Weights", spec: "TokenizerSpec", text: str) -> int:
+    """The perplexity of a text before and after the export."""
+    from neurojax.engine.local import LocalEngine
+    from neurojax.engine.perplexity import perplexity
+    from neurojax.files.source import open_model
+    from neurojax.stage.compile import CompiledStage
+    from neurojax.tokenizer.tokenizer import Tokenizer
+
+    async def measure(engine) -> "PerplexityResult":
+      return await perplexity(engine, Tokenizer(spec), text, ctx=self.ctx, chunks=self.chunks)
+
+    with stderr.status("measuring perplexity before and after"):
+      stage = CompiledStage(weights.model(), context_length=self.ctx)
+      engine = LocalEngine(stage)
+      try:
+        before = await measure(engine)
+      finally:
+        await engine.close()
+      with open_model(self.out) as file:
+        async with open_engine(file, EngineOptions(context=self.ctx)) as engine:
+          after = await measure(engine)
+    print(
+      f"perplexity of {self.text}, {after.tokens} tokens: {before.perplexity:.6f} from the"
+      f" checkpoint, {after.perplexity:.6f} from {self.out}"
+    )
+    return 0 if abs(after.perplexity - before.perplexity) <= 1e-4 * before.perplexity else 1

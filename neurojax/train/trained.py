@@ -1,0 +1,54 @@
+"""What a run has learnt so far: a checkpoint as the weights of a model."""
+
+import dataclasses
+from pathlib import Path
+
+from neurojax.files.export.weights import Weights
+from neurojax.layout import Layout
+from neurojax.train.checkpoint import Checkpoints
+from neurojax.train.config import TrainConfig
+from neurojax.train.deploy import deploy
+from neurojax.train.folder import CHECKPOINTS, CONFIG, RunFolder
+from neurojax.train.step import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A checkpoint's model and where it comes from.
+
+  Attributes:
+    config: Of the run, with the layout of one device.
+    step: Steps that were taken.
+    weights: What training multiplied by, on the host.
+  """
+
+  config: TrainConfig
+  step: int
+  weights: Weights
+
+
+def read_run(workdir: Path, step: int | None = None) -> Trained:
+  """The newest checkpoint of a run, or that of a step, whatever mesh the run had.
+
+  Raises:
+    FileNotFoundError: no such folder. ValueError: no run, no such checkpoint, or a damaged one.
+  """
+  if not workdir.is_dir():
+    raise FileNotFoundError(f"--workdir {workdir}: no such folder")
+  if not RunFolder(workdir).begun:
+    raise ValueError(f"--workdir {workdir}: no run of `neurojax train`: it has no {CONFIG}")
+  config = TrainConfig.load(workdir / CONFIG)
+  config = dataclasses.replace(config, layout=Layout())
+  folder = workdir / CHECKPOINTS
+  known = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+  if not known:
+    raise ValueError(f"{folder}: there is no checkpoint yet: train until checkpoint_every")
+  if step is not None and step not in known:
+    raise ValueError(f"--step {step}: {folder} has checkpoints of {', '.join(map(str, known))}")
+  step = known[-1] if step is None else step
+  checkpoints = Checkpoints(folder, keep=config.keep)
+  try:
+    state, _ = checkpoints.restore(step, abstract_state(config, config.layout.mesh()))
+  finally:
+    checkpoints.close()
+  return Trained(config, step, Weights(config.model, deploy(state.params, config)))
