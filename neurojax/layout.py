@@ -1,12 +1,9 @@
 """One way to shard inside a host, or over hosts of one kind: shape letter -> mesh axis."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int32
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -111,25 +108,3 @@ def sharding(mesh: Mesh, letters: str, *, gathered: bool = False) -> NamedShardi
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
-
-
-def place_batch(mesh: Mesh, tokens: Int32[np.ndarray, "B T"]) -> jax.Array:
-  """A global batch from the rows that this process read: B / processes of them, in process order.
-
-  Raises: ValueError: the rows cannot be spread over this process's part of the mesh.
-  """
-  where = sharding(mesh, "BT")
-  rows = tokens.shape[0] * jax.process_count()
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % shards:
-    raise ValueError(
-      f"{tokens.shape[0]} rows of each of {jax.process_count()} processes cannot be spread over"
-      f" data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} devices"
-    )
-  return jax.make_array_from_process_local_data(where, tokens, (rows, tokens.shape[1]))
-
-
-def pieces(array: jax.Array) -> Iterator[tuple[int, int]]:
-  """(device id, bytes) of each part of an array that this process holds."""
-  for shard in array.addressable_shards:
-    yield shard.device.id, shard.data.nbytes

@@ -1,4 +1,4 @@
-"""`neurojax bench decode`, `neurojax bench gemm` and `neurojax bench int8`."""
+"""`neurojax bench`: decode, gemm, int8 here, train in its own file."""
 
 import asyncio
 import dataclasses
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import subcommand
 
+from neurojax.cli.bench_train import Train
 from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, stderr
 from neurojax.scaling.count import Weights
 
@@ -262,6 +263,7 @@ class Bench:
   what: (
     Annotated[Decode, subcommand("decode")]
     | Annotated[Gemm, subcommand("gemm")]
+    | Annotated[Train, subcommand("train")]
     | Annotated[Int8, subcommand("int8")]
   )
 

@@ -22,7 +22,7 @@ from neurojax.layout import BATCH
 from neurojax.model import params as places
 from neurojax.model.attention import Kind
 from neurojax.model.neurollm import RMSNorm
-from neurojax.train import optimizer, parameters
+from neurojax.train import optimizer, parameters, start
 from neurojax.train.config import TrainConfig
 from neurojax.train.loss import chunks_for, next_token_loss
 from neurojax.train.parameters import Params
@@ -72,19 +72,24 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> State:
 _OUTER = {**places.FIRST, **places.LAST}
 
 
-def init_state(config: TrainConfig, mesh: Mesh, weights: Params | None = None) -> State:
+def init_state(config: TrainConfig, mesh: Mesh) -> State:
   """The state before the first step, spread over the mesh; no device ever holds all of it.
 
-  Args:
-    weights: Initial weights, of any sharding, in place of random ones: see `train.start`.
+  Weights are random, by `config.seed`, or those of the file `config.init_from`.
+  Raises: as `start.from_file` does.
   """
   abstract = abstract_state(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  if weights is None:
+  if config.init_from is None:
     make = functools.partial(parameters.initial, config.model, config.seed)
     weights = jax.jit(make, out_shardings=shardings.params)()
   else:
-    weights = jax.tree.map(jax.device_put, weights, shardings.params)
+    read = start.from_file(config.init_from, config.model)
+    weights = jax.tree.map(
+      lambda w, where: jax.make_array_from_callback(w.shape, where, w.__getitem__),
+      read,
+      shardings.params,
+    )
   init = jax.jit(optimizer.transform(config.optimizer).init, out_shardings=shardings.opt_state)
   step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
   return State(step, weights, init(weights))
@@ -103,7 +108,7 @@ def make_train_step(
 ) -> Callable[[State, Int32[Array, "B S"]], tuple[State, Metrics]]:
   """A compiled step: (state, tokens) -> (state, metrics). The state given is consumed.
 
-  Tokens are int32 [accumulation * batch_size, seq_len + 1], spread as `layout.place_batch` does.
+  Tokens are int32 [accumulation * batch_size, seq_len + 1], spread as batches are.
   Each window predicts all its tokens but the first; where documents meet in a window, attention runs
   across, and the model learns from the separator that what came before no longer counts.
 
