@@ -18,6 +18,7 @@ from experiments.gpu import on_gpu
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
 README = HERE / "README.md"
+_PARTS = HERE.parents[1] / "build" / "train_mfu"
 _MARK = "<!-- results -->\n"
 
 _Rows = list[dict[str, str]]
@@ -26,7 +27,8 @@ _Rows = list[dict[str, str]]
 def measure(only: list[int]) -> None:
   """Run `neurojax bench train` for the chosen entries; the rows of all entries make the results."""
   runs = tomllib.loads((HERE / "config.toml").read_text(encoding="utf-8"))["runs"]
-  parts = [RESULTS.with_name(f"results.{i}.part.csv") for i in range(len(runs))]
+  _PARTS.mkdir(parents=True, exist_ok=True)
+  parts = [_PARTS / f"{i}.csv" for i in range(len(runs))]
   for i in only or range(len(runs)):
     parts[i].unlink(missing_ok=True)
     command, environment = _command(runs[i], parts[i])

@@ -165,7 +165,8 @@ def levels_and_steps(
   In the forward pass these are the numbers of `kernels.gemm.reference.quantize_rows`, to the bit.
   Gradients pass the rounding unchanged, and the step counts as a constant.
 
-  Returns: float32 levels in the shape of x, and steps with axes of 1 behind the kept ones.
+  Returns: float32 levels in the shape of x, and steps with axes of 1 behind the kept ones. Where x
+    holds a NaN or an infinity the step is NaN.
   """
   x = x.astype(jnp.float32)
   absmax = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=tuple(range(kept, x.ndim)), keepdims=True)
@@ -176,7 +177,7 @@ def levels_and_steps(
   # The difference of a number to the nearest integer is exact, and so is the sum.
   levels = scaled + lax.stop_gradient(jnp.round(scaled) - scaled)
   step = jnp.where(used, absmax * np.float32(1 / _LEVEL_MAX), 0)
-  return jnp.where(finite, levels, 0), jnp.where(finite, step, jnp.nan)
+  return levels, jnp.where(finite, step, jnp.nan)
 
 
 def _kept_axes(spec: str) -> int:

@@ -241,6 +241,10 @@ def _gather(mesh: Mesh, name: str, value: Any) -> Any:
   return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, where), value)
 
 
+_KEPT = ("dot_general", "rsqrt", "reduce_max")
+"""Products, and one number for each token from each norm and each rounding: a pass over the activations
+for next to no memory."""
+
 _ATTENTION = "dot_product_attention_fwd"
 """How the names of cuDNN's attention primitives begin (jax._src.cudnn)."""
 
@@ -251,7 +255,7 @@ def _rematerialized(layer: Callable, remat: str) -> Callable:
     return layer
 
   def is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name == "dot_general" or primitive.name.startswith(_ATTENTION)
+    return primitive.name in _KEPT or primitive.name.startswith(_ATTENTION)
 
   policy = is_kept if remat == "dots" else jax.checkpoint_policies.nothing_saveable
   # Within a loop nothing can be merged with the forward pass, so no barrier is needed.
