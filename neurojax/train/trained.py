@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from neurojax.files.export.weights import Weights
 from neurojax.layout import Layout
 from neurojax.train.checkpoint import Checkpoints
 from neurojax.train.config import TrainConfig
 from neurojax.train.deploy import deploy
-from neurojax.train.folder import CHECKPOINTS, CONFIG, RunFolder
+from neurojax.train.folder import CHECKPOINTS, CONFIG
 from neurojax.train.step import abstract_state
 
 
@@ -35,7 +37,7 @@ def read_run(workdir: Path, step: int | None = None) -> Trained:
   """
   if not workdir.is_dir():
     raise FileNotFoundError(f"--workdir {workdir}: no such folder")
-  if not RunFolder(workdir).begun:
+  if not (workdir / CONFIG).is_file():
     raise ValueError(f"--workdir {workdir}: no run of `neurojax train`: it has no {CONFIG}")
   config = TrainConfig.load(workdir / CONFIG)
   config = dataclasses.replace(config, layout=Layout())
@@ -48,7 +50,8 @@ def read_run(workdir: Path, step: int | None = None) -> Trained:
   step = known[-1] if step is None else step
   checkpoints = Checkpoints(folder, keep=config.keep)
   try:
-    state, _ = checkpoints.restore(step, abstract_state(config, config.layout.mesh()))
+    mesh = config.layout.mesh(jax.local_devices()[:1])
+    state, _ = checkpoints.restore(step, abstract_state(config, mesh))
   finally:
     checkpoints.close()
   return Trained(config, step, Weights(config.model, deploy(state.params, config)))
