@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -92,6 +93,21 @@ class SamplingOptions:
     return Sampling(
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
     )
+
+
+def check_out(flag: str, path: Path | None) -> None:
+  """Before the work is done: whether its result can be written.
+
+  Raises: ValueError: it cannot, and why.
+  """
+  if path is None:
+    return
+  if path.is_dir():
+    raise ValueError(f"{flag} {path}: this is a folder: name a file in it")
+  if not path.parent.is_dir():
+    raise ValueError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+  if not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise ValueError(f"{flag} {path}: it may not be written: choose another place")
 
 
 def model_path(model: str) -> Path:

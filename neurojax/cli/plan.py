@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,12 +55,21 @@ class PlanningOptions:
   seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 5.0
   """For the search, where the best plan cannot be computed."""
 
+  def _check(self) -> None:
+    for name, most in (("sequences", 4096), ("batch", 4096), ("context", 2**31)):
+      value = getattr(self, name)
+      if value is not None and not 1 <= value <= most:
+        raise ValueError(f"--{name} {value}: between 1 and {most}")
+    if not 0 < self.seconds < math.inf:
+      raise ValueError(f"--seconds {self.seconds}: a positive number of seconds")
+
   def read(self) -> "tuple[ModelConfig, Fleet, Load]":
     """Raises: ValueError: what is missing or does not go together."""
     from neurojax.scaling.fleet import read_fleet
     from neurojax.scaling.plan import Load
 
-    if self.model is None or self.fleet is None:
+    self._check()
+    if not self.model or not self.fleet:
       raise ValueError("give --model and --fleet: what is to be placed, and where")
     config, ternary = _model(self.model, self.weights, self.ternary)
     context = self.context or min(config.context_length, DEFAULT_CONTEXT)
@@ -80,8 +90,12 @@ class PlanningOptions:
     found = {}
     for text in self.pin:
       host, equals, layers = text.rpartition("=")
-      if not (equals and host and layers.isdecimal()):
+      if not (equals and host and layers.isascii() and layers.isdecimal()):
         raise ValueError(f"--pin {text}: write HOST=LAYERS, for example gpu-1=12")
+      if found.get(host, int(layers)) != int(layers):
+        raise ValueError(
+          f"--pin {text}: {host} is pinned to {found[host]} already; give one of them"
+        )
       found[host] = int(layers)
     return found
 
@@ -148,7 +162,7 @@ class Planning(PlanningOptions):
         }
       print(json.dumps(table, ensure_ascii=False, indent=1))
       return 0
-    console = Console()
+    console = Console(markup=False)
     _show(console, made)
     console.print(f"One more {added}: {_speeds(larger)}, {_change(made, larger)}.")
     if self.compare:

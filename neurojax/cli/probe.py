@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from neurojax.cli.options import stderr
+from neurojax.cli.options import check_out, stderr
 from neurojax.scaling.count import Weights
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Probe:
       check_address(address)
     if self.out and self.out.suffix != ".toml":
       raise ValueError(f"--out {self.out}: a fleet file's name ends in .toml")
+    check_out("--out", self.out)
     layers_of = ModelConfig.named(self.arch) if self.arch else None
     others = [read_fleet(str(path)) for path in self.add]
     # JAX and gRPC take seconds to import: only after everything that can be wrong was looked at.
@@ -155,7 +156,7 @@ def _print(fleet: "Fleet") -> None:
   ways.append(("two stages on one host", fleet.local_latency_s, fleet.local_bytes_per_s))
   for ends, latency_s, bytes_per_s in ways:
     links.add_row(ends, f"{latency_s * 1e3:.3f}", f"{bytes_per_s / 1e6:.0f}")
-  console = Console()
+  console = Console(markup=False)
   console.print(table)
   console.print(links)
 

@@ -71,7 +71,7 @@ class Simulate(PlanningOptions):
     if self.json:
       print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=1))
       return 0
-    _show(Console(), result)
+    _show(Console(markup=False), result)
     return 0
 
 

@@ -10,6 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from neurojax.cli.options import check_out
+
 if TYPE_CHECKING:
   from neurojax.config import ModelConfig
   from neurojax.scaling.curve import Point
@@ -77,18 +79,22 @@ class Size:
   plot: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
   """Draw parameters, loss and speed against memory, from 1/16 to 16 times this, into this file."""
 
-  def __post_init__(self) -> None:
+  def _check(self) -> None:
     if (self.fleet is None) == (self.memory is None):
       raise ValueError("give either --fleet or --memory")
     if self.json and self.toml:
       raise ValueError("--json and --toml: give one of them")
     if self.mode != "ours" and self.plot:
       raise ValueError(f"--mode {self.mode} draws nothing: leave --plot out")
-    for name in ("context", "batch"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"--{name} {getattr(self, name)}: at least 1")
+    for name, most in (("context", 2**31), ("batch", 2**20), ("vocab", 2**31)):
+      value = getattr(self, name)
+      if value is not None and not 1 <= value <= most:
+        raise ValueError(f"--{name} {value}: between 1 and {most}")
+    check_out("--out-config", self.out_config)
+    check_out("--plot", self.plot)
 
   def run(self) -> int:
+    self._check()
     if self.mode != "ours":
       return self._seed()
     from neurojax.config import ModelConfig
@@ -117,7 +123,7 @@ class Size:
     if self.json or self.toml:
       print(_text(found.table(), toml=self.toml), end="\n" if self.json else "")
     else:
-      render(found, Console())
+      render(found, Console(markup=False))
     return 0
 
   def _fleet(self) -> "Fleet":
@@ -166,7 +172,7 @@ class Size:
     if self.json or self.toml:
       print(_text(table, toml=self.toml), end="\n" if self.json else "")
       return 0
-    console = Console()
+    console = Console(markup=False)
     console.print(
       f"{self.mode}, {given.memory_gb:g} GB: {given.num_layers} layers of {given.model_dim}, "
       f"{given.num_heads} heads, {given.num_kv_heads} key-value heads, ffn {given.ffn_dim}, "
@@ -302,6 +308,9 @@ def draw(points: "list[Point]", path: Path) -> None:
     axes.set(ylabel=what, xscale="log", yscale=scale)
     axes.grid(alpha=0.3)
   axes.set_xlabel("memory of the fleet (GB)")
+  known = FigureCanvasAgg.get_supported_filetypes()
+  if path.suffix[1:].lower() not in known:
+    raise ValueError(f"--plot {path}: a name that ends in one of {', '.join(sorted(known))}")
   figure.savefig(path)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,13 @@ from neurojax.config import from_toml
 from neurojax.scaling.count import Weights
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
+
+MOST_BYTES = 2**50
+"""Of memory on one host: more is a slip, and sums over many hosts have to stay whole numbers."""
+
+MOST_LATENCY_S = 1e6
+RATES = (1.0, 1e24)
+"""Bytes or operations a second: beyond these the times of a plan leave what floating point can add."""
 
 LATENCY_S = 0.0005
 BYTES_PER_S = 10e9 / 8
@@ -65,19 +71,19 @@ class Device:
 
   def check(self, where: str) -> None:
     """Raises: ValueError: a value that no device has; `where` names the device."""
-    _check_positive(f"{where}: memory_bytes", self.memory_bytes)
+    _check_bytes(f"{where}: memory_bytes", self.memory_bytes)
     if not 0 <= self.used_bytes <= self.memory_bytes:
       raise ValueError(
         f"{where}: used_bytes = {self.used_bytes}: it must be between 0 and memory_bytes = "
         f"{self.memory_bytes}"
       )
     for name in ("read_bytes_per_s", "flops_per_s", "upload_bytes_per_s"):
-      _check_positive(f"{where}: {name}", getattr(self, name))
+      _check_rate(f"{where}: {name}", getattr(self, name))
     for field in dataclasses.fields(DecodeRates):
       rate = getattr(self.decode_bytes_per_s, field.name)
-      _check_positive(f"{where}: decode_bytes_per_s.{field.name}", rate)
+      _check_rate(f"{where}: decode_bytes_per_s.{field.name}", rate)
     for name in ("layer_overhead_s", "step_overhead_s", "sample_s_per_entry"):
-      _check_not_negative(f"{where}: {name}", getattr(self, name))
+      _check_seconds(f"{where}: {name}", getattr(self, name))
 
   @property
   def free_bytes(self) -> int:
@@ -111,7 +117,7 @@ class Host:
       check_address(self.address)
     if not (self.address if self.name is None else self.name.strip()):
       raise ValueError(f"a host with name = {self.name!r} and no address: give it either")
-    _check_positive(f"host {self.label}: memory_bytes", self.memory_bytes)
+    _check_bytes(f"host {self.label}: memory_bytes", self.memory_bytes)
     for label, device in _devices(self):
       if device is not None:
         device.check(f"host {label}")
@@ -152,8 +158,8 @@ class Link:
     if len(self.hosts) != 2:
       raise ValueError(f"hosts = {list(self.hosts)}: a link has two ends")
     ends = " - ".join(self.hosts)
-    _check_not_negative(f"link {ends}: latency_s", self.latency_s)
-    _check_positive(f"link {ends}: bytes_per_s", self.bytes_per_s)
+    _check_seconds(f"link {ends}: latency_s", self.latency_s)
+    _check_rate(f"link {ends}: bytes_per_s", self.bytes_per_s)
 
   def seconds(self, size_bytes: int) -> float:
     """To carry one message of this size one way."""
@@ -203,10 +209,10 @@ class Fleet:
     twice = twice or _twice(label for host in self.hosts for label, _ in _devices(host))
     if twice:
       raise ValueError(f"two hosts are called {twice}: give each a name of its own")
-    _check_not_negative("latency_s", self.latency_s)
-    _check_not_negative("local_latency_s", self.local_latency_s)
-    _check_positive("bytes_per_s", self.bytes_per_s)
-    _check_positive("local_bytes_per_s", self.local_bytes_per_s)
+    _check_seconds("latency_s", self.latency_s)
+    _check_seconds("local_latency_s", self.local_latency_s)
+    _check_rate("bytes_per_s", self.bytes_per_s)
+    _check_rate("local_bytes_per_s", self.local_bytes_per_s)
     labels = {host.label for host in self.hosts}
     for name in [*(name for link in self.links for name in link.hosts), self.coordinator]:
       if name is not None and name not in labels:
@@ -269,16 +275,30 @@ class Fleet:
 def read_fleet(text: str) -> Fleet:
   """From the path of a TOML file ([[hosts]] tables) or a list "host:port,host:port".
 
-  Raises: ValueError: neither, or a bad address. FileNotFoundError: a .toml path that is not there.
+  Raises: ValueError: neither, a bad address, or a file that cannot be read as a fleet.
   """
   if text.endswith(".toml"):
-    try:
-      table = Path(text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-      raise ValueError(f"{text}: not UTF-8 at byte {error.start}") from error
-    return from_toml(Fleet, table, where=text)
+    return from_toml(Fleet, read_text(text, "the fleet"), where=text)
+  if Path(text).exists() and text:
+    raise ValueError(
+      f"{text}: a fleet file's name ends in .toml; `neurojax probe --out` writes one"
+    )
   parts = [part.strip() for part in text.split(",") if part.strip()]
   return Fleet(hosts=tuple(Host(address=part) for part in parts))
+
+
+def read_text(path: str | Path, what: str) -> str:
+  """Raises: ValueError: the file is missing, a folder, forbidden, or not text."""
+  try:
+    return Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise ValueError(f"{path}: no such file; give the path of {what}'s TOML file") from error
+  except OSError as error:
+    raise ValueError(
+      f"{path}: {(error.strerror or str(error)).lower()}; give the path of {what}'s TOML file"
+    ) from error
 
 
 def merged(fleets: Sequence[Fleet]) -> Fleet:
@@ -319,18 +339,20 @@ def check_address(address: str) -> None:
 
 def parse_bytes(text: str) -> int:
   """Bytes of a size such as 6GB, 512MiB or 1000000. Raises: ValueError: none of these."""
-  match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*", text)
+  match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
   if not match:
     raise ValueError(
       f"size {text[:40]!r}: write a number with kB, MB, GB, TB or KiB, MiB, GiB, TiB"
     )
   unit = match[2] or ""
-  power = "kMGT".index(unit[0].replace("K", "k")) + 1 if unit else 0
+  power = "kmgt".index(unit[0]) + 1 if unit else 0
   number = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power
-  if not 1 <= number < 2**62:
-    raise ValueError(f"size {text[:40]!r}: it must be positive, and memory that a machine can have")
-  size = int(number)
-  return size
+  if not 1 <= number <= MOST_BYTES:
+    raise ValueError(
+      f"size {text[:40]!r}: it must be positive and at most {MOST_BYTES / 1e12:,.0f} TB; more than one "
+      "host's memory belongs into a fleet file"
+    )
+  return int(number)
 
 
 def _devices(host: Host) -> list[tuple[str, Device | None]]:
@@ -352,11 +374,19 @@ def _twice(values: Any) -> Any:
   return next((value for value, times in Counter(values).items() if times > 1), None)
 
 
-def _check_positive(name: str, value: float | None) -> None:
-  if value is not None and not 0 < value < math.inf:
-    raise ValueError(f"{name} = {value}: it must be positive and finite, or absent")
+def _check_bytes(name: str, value: int | None) -> None:
+  if value is not None and not 1 <= value <= MOST_BYTES:
+    raise ValueError(
+      f"{name} = {value}: it must be positive and at most {MOST_BYTES:,}, a pebibyte, or absent"
+    )
 
 
-def _check_not_negative(name: str, value: float) -> None:
-  if not 0 <= value < math.inf:
-    raise ValueError(f"{name} = {value}: it must be 0 or more, and finite")
+def _check_rate(name: str, value: float | None) -> None:
+  low, high = RATES
+  if value is not None and not low <= value <= high:
+    raise ValueError(f"{name} = {value}: it must be from {low:g} to {high:g} a second, or absent")
+
+
+def _check_seconds(name: str, value: float) -> None:
+  if not 0 <= value <= MOST_LATENCY_S:
+    raise ValueError(f"{name} = {value}: it must be 0 or more seconds, at most {MOST_LATENCY_S:g}")

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from neurojax.config import from_toml
+from neurojax.scaling.fleet import read_text
 
 FLOPS_PER_PARAMETER_TOKEN = 6
 """Of training, as the laws count it: 2 forward, 4 backward, attention left out."""
@@ -213,10 +213,10 @@ LAWS: Mapping[str, Law] = {
 def read_law(text: str) -> Law:
   """By name, or one's own fit from the path of a TOML file with the fields of `Law`.
 
-  Raises: ValueError: there is no such law. FileNotFoundError: a .toml path that is not there.
+  Raises: ValueError: there is no such law, or the file cannot be read.
   """
   if text.endswith(".toml"):
-    return from_toml(Law, Path(text).read_text(encoding="utf-8"), where=text)
+    return from_toml(Law, read_text(text, "the law"), where=text)
   if text not in LAWS:
     raise ValueError(f"law {text!r}: choose one of {', '.join(LAWS)}, or give a TOML file")
   return LAWS[text]

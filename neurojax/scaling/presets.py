@@ -1,16 +1,43 @@
-"""Architectures of published models, for those who have none of their files. Imports no JAX.
+"""Architectures by name: of published models, for those who have none of their files, and of our own.
 
 python -m neurojax.scaling.presets bonsai-8b configs/model/bonsai-8b.toml
 
-The numbers are those of each model's published config.json (Hugging Face's names in brackets): model_dim
+The numbers of published ones are those of each model's published config.json (Hugging Face's names in brackets): model_dim
 [hidden_size], num_layers [num_hidden_layers], ffn_dim [intermediate_size], rope_base [rope_theta],
-norm_eps [rms_norm_eps], context_length [max_position_embeddings unless a note says otherwise].
+norm_eps [rms_norm_eps], context_length [max_position_embeddings unless a note says otherwise]. Imports no JAX.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from neurojax.config import ModelConfig, to_toml
+
+_GAP = """one of the sizes of experiments/ternary_gap. Heads of 64, an
+FFN three times as wide as the model, a norm in front of every matrix (BitNet b1.58, arXiv:2402.17764).
+Contracted widths are multiples of 128, the group of Q2_0."""
+_MFU = """for experiments/train_mfu. Heads of 128, a norm in front of every matrix
+(BitNet b1.58, arXiv:2402.17764); contracted widths are multiples of 256, the group of TQ2_0."""
+
+
+def _own(
+  parameters: str, experiment: str, dim: int, layers: int, kv_heads: int
+) -> tuple[str, ModelConfig]:
+  """Of one family: an FFN of three widths, and a norm in front of every matrix."""
+  small = experiment is _GAP
+  head_dim = 64 if small else 128
+  config = ModelConfig(
+    vocab_size=8192 if small else 32768,
+    model_dim=dim,
+    num_layers=layers,
+    num_heads=dim // head_dim,
+    num_kv_heads=kv_heads,
+    head_dim=head_dim,
+    ffn_dim=3 * dim,
+    context_length=1024 if small else 2048,
+    sub_norm=True,
+  )
+  return f"{parameters}{' without the embedding' if small else ''}, {experiment}", config
+
 
 PRESETS: Mapping[str, tuple[str, ModelConfig]] = {
   "bonsai-1.7b": (
@@ -81,6 +108,12 @@ PRESETS: Mapping[str, tuple[str, ModelConfig]] = {
       tied_embedding=False,
     ),
   ),
+  "neurollm-3m": _own("3.1 million parameters", _GAP, 256, 4, 2),
+  "neurollm-10m": _own("10.3 million parameters", _GAP, 384, 6, 2),
+  "neurollm-30m": _own("31.5 million parameters", _GAP, 512, 10, 4),
+  "neurollm-100m": _own("96.3 million parameters", _GAP, 768, 14, 4),
+  "neurollm-350m": _own("336 million parameters", _MFU, 1024, 24, 4),
+  "neurollm-1b": _own("1.03 billion parameters", _MFU, 2048, 20, 4),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count, predict
-from neurojax.scaling.fleet import Fleet, Place
+from neurojax.scaling.fleet import MOST_BYTES, Fleet, Place
 from neurojax.scaling.load import Load, layer_bytes, stage_bytes
 
 MIDDLE, FIRST, LAST, WHOLE = range(4)
@@ -115,6 +115,12 @@ def problem(
   if context > load.capacity:
     raise ValueError(
       f"context = {context}: caches of capacity = {load.capacity} positions are planned"
+    )
+  takes = stage_bytes(config, Span.whole(config), load)
+  if takes > MOST_BYTES * 1000:
+    raise ValueError(
+      f"the model takes {takes:,} bytes with {load.max_sequences} caches of {load.capacity} positions: "
+      "more than any fleet that can be planned for has; make it, or these, smaller"
     )
   places = fleet.places()
   pins = _pins(config, fleet, places, pins or {})

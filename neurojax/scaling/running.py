@@ -1,23 +1,72 @@
 """A plan as running stage servers can have it. Imports no JAX."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from neurojax.config import ModelConfig, Span, from_toml
-from neurojax.scaling.fleet import Fleet, Host
-from neurojax.scaling.placements import Plan
+from neurojax.scaling.fleet import Fleet, Host, read_text
+from neurojax.scaling.placements import Plan, Stage
 
 
 def read_plan(path: str | Path) -> Plan:
   """What `neurojax plan --toml` printed.
 
-  Raises: ValueError: not such a file. OSError: it cannot be read.
+  Raises: ValueError: not such a file.
   """
+  plan = from_toml(Plan, read_text(path, "a plan"), where=str(path))
   try:
-    text = Path(path).read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
-  return from_toml(Plan, text, where=str(path))
+    _check(plan)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return plan
+
+
+def _check(plan: Plan) -> None:
+  """Raises: ValueError: what no planner prints; a file that was mended by hand may say anything."""
+  if not plan.stages:
+    raise ValueError("a plan without stages")
+  for name in ("batch", "context", "prefill_tokens"):
+    if getattr(plan, name) < 1:
+      raise ValueError(f"{name} = {getattr(plan, name)}: at least 1")
+  parts = sorted({stage.pipeline for stage in plan.stages})
+  if parts != list(range(len(parts))):
+    raise ValueError(f"stages of pipelines {parts}: they are to be numbered from 0 on")
+  where = {(stage.label, stage.pipeline) for stage in plan.stages}
+  for part in (*plan.stages, *plan.hops):
+    name = part.label if isinstance(part, Stage) else f"{part.a or '-'} to {part.b or '-'}"
+    values = {"prefill_s": part.prefill_s}
+    if isinstance(part, Stage):
+      values["step_s"] = part.step_s
+      if not 0 <= part.first_layer <= part.last_layer:
+        raise ValueError(f"{name}: layers {part.first_layer}..{part.last_layer} are no range")
+    else:
+      values |= {"latency_s": part.latency_s, "transfer_s": part.transfer_s}
+      for end in {part.a, part.b} - {""}:
+        if (end, part.pipeline) not in where:
+          raise ValueError(f"hop {name}: pipeline {part.pipeline} has no stage called {end!r}")
+    for key, value in values.items():
+      if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: {key} = {value}: 0 or more seconds, and finite")
+    if not 0 < part.share <= 1:
+      raise ValueError(f"{name}: share = {part.share}: above 0 and at most 1")
+  for label, pipeline in where:
+    into = any(hop.b == label and hop.pipeline == pipeline for hop in plan.hops)
+    if not into or not any(hop.a == label and hop.pipeline == pipeline for hop in plan.hops):
+      raise ValueError(f"no hop leads to {label}, or none away from it")
+  _check_order(plan)
+
+
+def _check_order(plan: Plan) -> None:
+  layers = {(stage.label, stage.pipeline): stage for stage in plan.stages}
+  if len(layers) < len(plan.stages):
+    raise ValueError("two stages in one place")
+  last = max(stage.last_layer for stage in plan.stages)
+  for hop in plan.hops:
+    end = layers[hop.a, hop.pipeline].last_layer + 1 if hop.a else 0
+    first = layers[hop.b, hop.pipeline].first_layer if hop.b else last + 1
+    if end != first:
+      raise ValueError(f"hop {hop.a or '-'} to {hop.b or '-'}: from before layer {end} to {first}")
 
 
 def servers(plan: Plan, config: ModelConfig) -> tuple[Fleet, Mapping[str, Span]]:

@@ -13,12 +13,16 @@ import dataclasses
 import heapq
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from neurojax.scaling.placements import Hop, Plan, Stage
 
 MAX_ATTEMPTS = 100
+MOST_EVENTS = 200_000_000
+"""Some ten minutes of one core; failures add to what is counted beforehand."""
+MOST_FAILURES = 3600.0
+"""Of a host in an hour."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +178,18 @@ def simulate(
   ):
     if value < 1:
       raise ValueError(f"{name} = {value}: it must be at least 1")
-  if not (0 <= failures_per_hour < math.inf and 0 <= repair_s < math.inf):
+  if not 0 <= failures_per_hour <= MOST_FAILURES:
     raise ValueError(
-      f"failures_per_hour = {failures_per_hour}, repair_s = {repair_s}: 0 or more, and finite"
+      f"failures_per_hour = {failures_per_hour}: from 0 to {MOST_FAILURES:g} of each host"
+    )
+  if not 0 <= repair_s < math.inf:
+    raise ValueError(f"repair_s = {repair_s}: 0 or more, and finite")
+  longest = max(Counter(stage.pipeline for stage in plan.stages).values())
+  events = requests * (answer + -(-prompt // plan.prefill_tokens)) * 2 * (longest + 1)
+  if events > MOST_EVENTS:
+    raise ValueError(
+      f"{requests} requests of {prompt} + {answer} tokens through up to {longest} stages are {events:.2g} "
+      f"events, and at most {MOST_EVENTS:.2g} are simulated: ask for fewer or shorter ones"
     )
   if concurrency < plan.batch and requests >= plan.batch:
     raise ValueError(

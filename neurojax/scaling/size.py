@@ -18,7 +18,7 @@ from neurojax.scaling.account import (
 )
 from neurojax.scaling.fit import Purpose, Serving
 from neurojax.scaling.fleet import Device, Fleet, Host, Place
-from neurojax.scaling.ladder import VOCAB_SIZE
+from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
 from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, serve, train
 
@@ -29,6 +29,9 @@ MFU = 0.4
 """Of the devices' FLOP/s in training. MaxText's Llama 2 7B reaches 0.38 to 0.50 on 8 to 128 H100,
 nanochat 0.41 to 0.46. Doubt: none is published for ternary training, for pipelines of unlike machines,
 or for CPUs."""
+
+MOST_TOKENS = 1e20
+"""Of training: some million times what people have written."""
 
 HYSTERESIS = 1.3
 """A current architecture that fits is kept until one of so many times its parameters fits: below it a
@@ -128,6 +131,12 @@ def size(
   notes: list[str] = []
   found = fit.largest(purpose, allowed, vocab_size, most_parameters)
   config, kept = _settle(found, current, purpose, allowed, notes)
+  if config is None and most_parameters is not None:
+    least = count.parameters(ladder(vocab_size, purpose.context)[0])
+    if most_parameters < least:
+      raise ValueError(
+        f"most_parameters = {most_parameters:g}: the smallest candidate has {least:,}"
+      )
   if config is None:
     raise ValueError(too_small(purpose, places, allowed, vocab_size, headroom))
   needed = fit.need(config, purpose)
@@ -209,6 +218,8 @@ def _check(
   for name, value in (("most_parameters", most_parameters), ("tokens", tokens), ("days", days)):
     if value is not None and not 0 < value < float("inf"):
       raise ValueError(f"{name} = {value!r}: it must be positive and finite")
+  if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
+    raise ValueError(f"tokens = {tokens!r}: from 1 to {MOST_TOKENS:g}")
   if tokens is not None and days is not None:
     raise ValueError(f"tokens = {tokens:g} and days = {days:g} contradict each other: give one")
   pinned = [host.label for host in fleet.hosts if host.layers]

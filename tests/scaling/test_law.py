@@ -123,7 +123,7 @@ def test_own_fits_come_from_toml(tmp_path):
     law.read_law(str(path))
   with pytest.raises(ValueError, match="choose one of besiroglu"):
     law.read_law("kaplan")
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(ValueError, match="no such file"):
     law.read_law(str(tmp_path / "none.toml"))
 
 

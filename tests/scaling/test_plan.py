@@ -121,7 +121,7 @@ def test_fleets_from_text_and_file(tmp_path):
   path.write_text('[[hosts]]\naddress = "gpu:7001"\nmemory = 5\n')
   with pytest.raises(ValueError, match="unknown key 'memory'"):
     read_fleet(str(path))
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(ValueError, match="no such file"):
     read_fleet(str(tmp_path / "none.toml"))
   check_address("localhost:0")
 
