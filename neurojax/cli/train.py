@@ -80,10 +80,13 @@ class Train:
     import jax
 
     from neurojax.data.shards import check_digests, read_meta
+    from neurojax.folders import cache_dir
+    from neurojax.stage.compile import use_compilation_cache
     from neurojax.train.folder import RunFolder
     from neurojax.train.loop import Loop, TrainingError
     from neurojax.train.program import MeshProgram
 
+    use_compilation_cache(cache_dir() / "xla")
     first = jax.process_index() == 0
     meta = read_meta(config.data.folder)
     if meta.vocab_size > config.model.vocab_size:

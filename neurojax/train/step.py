@@ -91,7 +91,8 @@ def init_state(config: TrainConfig, mesh: Mesh) -> State:
       shardings.params,
     )
   init = jax.jit(optimizer.transform(config.optimizer).init, out_shardings=shardings.opt_state)
-  step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+  # Not by device_put, whose result over several processes has no shards to save.
+  step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=shardings.step)()
   return State(step, weights, init(weights))
 
 

@@ -37,14 +37,20 @@ class Config:
   guard: GuardConfig = GuardConfig()
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path, *, shard_tokens: int = 1 << 20) -> Path:
   """A folder of prepared data: a few thousand tokens of counting."""
   rng = np.random.default_rng(0)
   words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
   documents = [" ".join(rng.choice(words, 400)) for _ in range(20)]
   source = folder / "text.txt"
   source.write_text("\x1f".join(documents))
-  plan = Preparation(inputs=(source,), separator="\x1f", valid_fraction=0.2, vocab_size=VOCAB)
+  plan = Preparation(
+    inputs=(source,),
+    separator="\x1f",
+    valid_fraction=0.2,
+    vocab_size=VOCAB,
+    shard_tokens=shard_tokens,
+  )
   with partial_folder(folder / "data") as partial:
     prepare(plan, partial)
   return folder / "data"

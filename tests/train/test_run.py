@@ -1,0 +1,244 @@
+"""`neurojax train` on the real step: it learns, it survives being killed, it refuses what is wrong."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neurojax.cli import main
+from neurojax.config import from_toml
+from neurojax.train.config import TrainConfig
+from neurojax.train.metrics import read_metrics
+from tests.train.chain import BLIND, LEAST, TINY, write_chain
+
+# Small enough to compile in seconds.
+SMALL = ("--model.num-layers", "1", "--model.model-dim", "32", "--model.ffn-dim", "64",
+         "--data.batch-size", "8", "--data.seq-len", "32", "--optimizer.warmup-steps", "4",
+         "--eval-every", "10", "--eval-batches", "2", "--log-every", "5")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return write_chain(tmp_path_factory.mktemp("chain"))
+
+
+def command(data: Path, workdir: Path, *more: str) -> list[str]:
+  return [
+    "train",
+    "--config",
+    str(TINY),
+    "--workdir",
+    str(workdir),
+    "--data.folder",
+    str(data),
+    *more,
+  ]
+
+
+def start(*arguments: str, script: str | None = None) -> subprocess.Popen:
+  """The command in a process of its own, which has one device."""
+  return subprocess.Popen(
+    [sys.executable, *(("-m", "neurojax", *arguments) if script is None else ("-c", script))],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+  out, _ = process.communicate(timeout=200)
+  assert process.returncode == code, out
+  return out
+
+
+def dying(arguments: list[str], step: int, number: int) -> subprocess.Popen:
+  """A run that gets this signal the moment it has written down this step."""
+  script = f"""
+import os, sys
+from neurojax.cli import main
+from neurojax.train.metrics import MetricsFile
+write = MetricsFile.write
+def dying(self, record):
+  write(self, record)
+  if record["step"] == {step} and "event" not in record:
+    os.kill(os.getpid(), {int(number)})
+MetricsFile.write = dying
+sys.exit(main({arguments!r}))
+"""
+  return start(script=script)
+
+
+def steps(workdir: Path) -> list[dict]:
+  timed = ("seconds_per_step", "tokens_per_s", "mfu")
+  records = read_metrics(workdir / "metrics.jsonl")
+  return [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+def test_tiny_learns_what_there_is_to_learn(data: Path, tmp_path: Path):
+  out = finish(start(*command(data, tmp_path / "run")))
+  evaluations = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid_loss" in r]
+  # Half of the way from knowing the words to knowing everything would be 2.43.
+  assert LEAST < evaluations[-1]["valid_loss"] < 2.0 < BLIND, out
+  assert [r["step"] for r in evaluations] == [100, 200, 300]
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(data: Path, tmp_path: Path):
+  more = (*SMALL, "--steps", "40", "--checkpoint-every", "8")
+  finish(start(*command(data, tmp_path / "whole", *more)))
+  arguments = command(data, tmp_path / "cut", *more)
+  finish(dying(arguments, 11, signal.SIGKILL), -signal.SIGKILL)
+  out = finish(dying(arguments, 29, signal.SIGTERM), 128 + signal.SIGTERM)
+  assert "the same command goes on from there" in out
+  out = finish(start(*arguments))
+  assert "goes on from step" in out
+  assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+  records = [r["step"] for r in steps(tmp_path / "cut") if "event" not in r]
+  assert records == list(range(1, 41))
+  starts = json.loads((tmp_path / "cut" / "env.json").read_text())
+  assert [s["step"] for s in starts][::2] == [0, starts[-1]["step"]] and starts[-1]["step"] >= 29
+  # A checkpoint that was being written when the end came may or may not be whole.
+  assert starts[1]["step"] in (0, 8)
+  assert {"jax", "grain", "numpy"} <= set(starts[0]["versions"]) and starts[0]["devices"]
+
+
+# In this process there are eight devices.
+EIGHT = (
+  *SMALL,
+  "--steps",
+  "6",
+  "--checkpoint-every",
+  "3",
+  "--layout.data",
+  "4",
+  "--layout.fsdp",
+  "2",
+)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+  try:
+    code = main(arguments)
+  except SystemExit as error:
+    code = int(error.code or 0)
+  out, err = capsys.readouterr()
+  return code, out, err
+
+
+def test_a_run_says_what_it_was_and_is_taken_up_only_by_its_like(
+  capsys, data: Path, tmp_path: Path
+):
+  work = tmp_path / "run"
+  code, out, err = run(capsys, *command(data, work, *EIGHT))
+  assert code == 0 and "the run begins" in out and "step 5/6" in out, err
+  kept = from_toml(TrainConfig, (work / "config.toml").read_text())
+  assert (kept.steps, kept.layout.fsdp, kept.data.folder) == (6, 2, str(data))
+  before = steps(work)
+
+  code, out, err = run(capsys, *command(data, work, *EIGHT))
+  assert code == 0 and "nothing to do" in out and steps(work) == before
+
+  code, _, err = run(capsys, *command(data, work, *EIGHT, "--optimizer.peak-lr", "0.5"))
+  assert code == 2 and "optimizer.peak_lr was 0.01, is 0.5" in err and "--overwrite" in err
+  code, _, err = run(capsys, *command(data, work, *EIGHT, "--quantization.weights", "none"))
+  assert code == 2 and "quantization.weights was 'ternary', is 'none'" in err
+
+  # Steps and evaluation may change, and the folder of the data may move.
+  moved = tmp_path / "moved"
+  shutil.copytree(data, moved)
+  code, out, err = run(capsys, *command(moved, work, *EIGHT, "--steps", "8", "--eval-every", "4"))
+  assert code == 0 and "goes on from step 6" in out, err
+  assert [r["step"] for r in steps(work) if "event" not in r] == list(range(1, 9))
+
+  other = write_chain(tmp_path, documents=60, valid_fraction=0.3)
+  code, _, err = run(capsys, *command(other, work, *EIGHT, "--steps", "8"))
+  assert code == 2 and "not those that the run began with" in err
+
+  code, out, err = run(
+    capsys, *command(data, work, *EIGHT, "--optimizer.peak-lr", "0.001", "--overwrite")
+  )
+  assert code == 0 and "the run begins" in out, err
+  assert [r["step"] for r in steps(work) if "event" not in r] == list(range(1, 7))
+  assert {r["learning_rate"] for r in steps(work) if "event" not in r} != {0.01}
+
+
+def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
+  mine = tmp_path / "mine"
+  mine.mkdir()
+  (mine / "thesis.txt").write_text("all of it")
+  damaged = tmp_path / "damaged"
+  shutil.copytree(data, damaged)
+  shard = damaged / "train-00000.bin"
+  shard.write_bytes(b"\xff\xff" + shard.read_bytes()[2:])
+  bad = tmp_path / "bad.toml"
+  bad.write_text("steps = ")
+  work = tmp_path / "run"
+  for arguments, named in {
+    (*command(data, work), "--stepps", "3"): "--stepps: neither an option nor a key",
+    (*command(data, work), "--steps"): "--steps: a value is missing",
+    (*command(data, work), "--steps", "many"): "steps = 'many': expected int",
+    (*command(data, work), "--steps", "0"): "steps = 0",
+    (*command(data, work), "stray"): "'stray': not an option",
+    (*command(data, work), "--model.vocab-size", "300"): "model.vocab_size = 300 is less than the",
+    (*command(data, work), "--data.seq-len", "512"): "exceeds model.context_length",
+    (*command(data, mine), *EIGHT, "--overwrite"): "a folder of other things",
+    tuple(command(tmp_path / "none", work)): "no such file",
+    tuple(command(damaged, work, *EIGHT)): "train-00000.bin: missing or not the bytes",
+    tuple(
+      command(data, work, *EIGHT, "--data.batch-size", "512")
+    ): "fewer than the 512 of one batch",
+    ("train", "--config", str(bad), "--workdir", str(work)): "bad.toml: not valid TOML",
+    ("train", "--config", str(TINY)): "--workdir is missing",
+    (*command(data, work), "--coordinator", "localhost:1"): "go together",
+  }.items():
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and named in err, (arguments, err)
+  assert (mine / "thesis.txt").read_text() == "all of it"
+
+
+def test_the_resolved_configuration_is_shown(capsys):
+  code, out, err = run(
+    capsys, "train", "--config", str(TINY), "--show", "--optimizer.peak-lr", "1e-3",
+    "--optimizer.second_lr=none", "--tracker.tensorboard", "true", "--data.folder", "some where",
+  )  # fmt: skip
+  assert code == 0, err
+  config = from_toml(TrainConfig, out)
+  assert (config.optimizer.peak_lr, config.optimizer.second_lr) == (1e-3, None)
+  assert config.tracker.tensorboard and config.data.folder == "some where"
+
+
+def test_tensorboard_is_written_when_asked(capsys, data: Path, tmp_path: Path):
+  pytest.importorskip("tensorboardX")
+  work = tmp_path / "run"
+  code, _, err = run(capsys, *command(data, work, *EIGHT, "--tracker.tensorboard", "true"))
+  assert code == 0, err
+  assert any((work / "tb").glob("events.out.*"))
+
+
+def test_two_processes_train_one_model_and_one_goes_on_alone(data: Path, tmp_path: Path):
+  more = (*SMALL, "--checkpoint-every", "4", "--data.workers", "1", "--compute-dtype", "float32")
+  finish(start(*command(data, tmp_path / "one", *more, "--steps", "12")))
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    where = f"127.0.0.1:{free.getsockname()[1]}"
+  arguments = command(data, tmp_path / "two", *more, "--steps", "12", "--layout.data", "2",
+                      "--coordinator", where, "--processes", "2")  # fmt: skip
+  both = [start(*arguments, "--process", str(i)) for i in range(2)]
+  out = [finish(process) for process in both]
+  # Only process 0 speaks and writes.
+  assert "held-out loss" in out[0] and "held-out loss" not in out[1]
+  assert len(json.loads((tmp_path / "two" / "env.json").read_text())) == 1
+  one, two = (
+    [(r["step"], r.get("loss", r.get("valid_loss"))) for r in steps(tmp_path / name)]
+    for name in ("one", "two")
+  )
+  assert [step for step, _ in one] == [step for step, _ in two]
+  assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-3)
+  # Another layout may go on with what these have saved.
+  alone = command(data, tmp_path / "two", *more, "--steps", "14")
+  assert "goes on from step 12" in finish(start(*alone))
+  assert steps(tmp_path / "two")[-1]["step"] == 14
