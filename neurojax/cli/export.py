@@ -72,9 +72,15 @@ class Export:
     files = [self.out] if to_gguf else sorted(self.out.iterdir())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     print(f"{self.out}: step {trained.step} of {self.workdir}, {what}, {megabytes:.2f} MB")
+    # GGUF has no word for it, so the reader must be told.
+    rounds = trained.config.quantization.activations == "int8" and bool(trained.weights.ternary())
+    if rounds and to_gguf:
+      print("trained with activations rounded to int8: run it with --weights w2a8")
     if self.text is None:
       return 0
-    return asyncio.run(self._compare(trained.weights, spec, read_text(self.text)))
+    return asyncio.run(
+      self._compare(trained.weights, spec, read_text(self.text), "w2a8" if rounds else "dense")
+    )
 
   def _check(self, to_gguf: bool) -> None:
     """Raises: ValueError: options that do not go together, or something in the way."""
@@ -136,7 +142,9 @@ class Export:
       )  # fmt: skip
     return f"{architecture(weights.config)[0]}, {dtype}"
 
-  async def _compare(self, weights: "Weights", spec: "TokenizerSpec", text: str) -> int:
+  async def _compare(
+    self, weights: "Weights", spec: "TokenizerSpec", text: str, form: Literal["dense", "w2a8"]
+  ) -> int:
     """The perplexity of a text before and after the export."""
     from neurojax.engine.local import LocalEngine
     from neurojax.engine.perplexity import perplexity
@@ -148,14 +156,16 @@ class Export:
       return await perplexity(engine, Tokenizer(spec), text, ctx=self.ctx, chunks=self.chunks)
 
     with stderr.status("measuring perplexity before and after"):
-      stage = CompiledStage(weights.model(), context_length=self.ctx)
+      stage = CompiledStage(
+        weights.model(None if form == "dense" else form), context_length=self.ctx
+      )
       engine = LocalEngine(stage)
       try:
         before = await measure(engine)
       finally:
         await engine.close()
       with open_model(self.out) as file:
-        async with open_engine(file, EngineOptions(context=self.ctx)) as engine:
+        async with open_engine(file, EngineOptions(context=self.ctx, weights=form)) as engine:
           after = await measure(engine)
     print(
       f"perplexity of {self.text}, {after.tokens} tokens: {before.perplexity:.6f} from the"

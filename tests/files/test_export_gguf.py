@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +18,6 @@ from neurojax.files.export.gguf import Card, write_gguf
 from neurojax.files.export.weights import Weights
 from neurojax.files.load import load_span
 from neurojax.files.source import open_model
-from neurojax.model import params
-from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage.random import random_model
 from neurojax.ternary.array import TernaryArray
 from tests.files import tiny, trained
@@ -44,23 +41,6 @@ GROUPS = {
   "TQ2_0": (None, 256, 512), "TQ1_0": (None, 256), "Q2_0": (None, 64, 128, 192, 256),
   "Q2_0_g128": (None, 128, 256),
 }  # fmt: skip
-
-
-def model_of(weights: Weights, mode: str = "w2a16") -> NeuroLLM:
-  """A NeuroLLM with these very parameters, made without any file."""
-  config = weights.config
-  graph, state = nnx.split(NeuroLLM.abstract(config))
-  pure: dict = {}
-  whole = Span.whole(config)
-  for name, path in (*params.outer_names(config, whole), *params.layer_names(config)):
-    array = weights.arrays[name]
-    if isinstance(array, TernaryArray):
-      array = dataclasses.replace(jax.tree.map(jnp.asarray, array), mode=mode)
-    else:
-      array = jnp.asarray(array, jnp.float32)
-    params.put(pure, path, array)
-  nnx.replace_by_pure_dict(state, pure)
-  return nnx.merge(graph, state)
 
 
 def check_read_back(path: Path, weights: Weights, kind: str) -> None:
@@ -158,7 +138,7 @@ def test_logits_are_the_very_same_in_the_same_grouping(
   weights = trained.make(CONFIGS[name], group_size)
   write_gguf(tmp_path / "m.gguf", weights, None, CARD, kind=kind)
   tokens = jnp.arange(24).reshape(2, 12) * 7 % 40
-  logits, _ = model_of(weights, form)(tokens)
+  logits, _ = weights.model(form)(tokens)
   with open_model(tmp_path / "m.gguf") as file:
     again, _ = load_span(file, weights=form)(tokens)
   assert np.abs(logits).max() > 0.1
@@ -170,7 +150,7 @@ def test_turned_heads_give_the_same_logits_to_rounding(tmp_path: Path, name: str
   weights = trained.make(CONFIGS[name], 256)
   write_gguf(tmp_path / "m.gguf", weights, None, CARD)
   tokens = jnp.arange(24).reshape(2, 12) * 7 % 40
-  logits, _ = model_of(weights)(tokens)
+  logits, _ = weights.model("w2a16")(tokens)
   with open_model(tmp_path / "m.gguf") as file:
     assert file.config.rope_style != weights.config.rope_style
     again, _ = load_span(file, weights="w2a16")(tokens)

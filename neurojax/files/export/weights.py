@@ -13,7 +13,7 @@ from neurojax.config import ModelConfig, RopeStyle, Span
 from neurojax.files import names
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.ternary.array import TernaryArray
+from neurojax.ternary.array import Mode, TernaryArray
 from neurojax.ternary.codecs import check_codes
 
 _TURNED = ("q_DNH", "k_DKH", "q_norm_H", "k_norm_H")
@@ -66,17 +66,25 @@ class Weights:
     places |= dict(params.layer_names(model.config))
     return cls(model.config, {name: params.get(pure, path) for name, path in places.items()})
 
-  def model(self) -> NeuroLLM:
-    """A NeuroLLM with these very numbers, without any file in between: dense, float32."""
+  def model(self, mode: Mode | None = None) -> NeuroLLM:
+    """A NeuroLLM with these very numbers, without any file in between: activations in float32.
+
+    Args:
+      mode: How activations are multiplied by ternary matrices, which then stay packed; None: all
+        matrices as float32.
+    """
     graph, state = nnx.split(NeuroLLM.abstract(self.config))
     places = dict(params.outer_names(self.config, Span.whole(self.config)))
     places |= dict(params.layer_names(self.config))
     pure: dict[str, Any] = {}
     for name, path in places.items():
       array = self.arrays[name]
-      if isinstance(array, TernaryArray):
-        array = jax.tree.map(jnp.asarray, array).dequantize()
-      params.put(pure, path, jnp.asarray(array, jnp.float32))
+      if not isinstance(array, TernaryArray):
+        array = jnp.asarray(array, jnp.float32)
+      else:
+        array = jax.tree.map(jnp.asarray, array)
+        array = array.dequantize() if mode is None else dataclasses.replace(array, mode=mode)
+      params.put(pure, path, array)
     nnx.replace_by_pure_dict(state, pure)
     return nnx.merge(graph, state)
 
