@@ -51,14 +51,30 @@ class Checkpoints:
       abstract: Shapes, dtypes and shardings of the state as it is wanted.
     Raises: ValueError: the checkpoint is damaged, or of another state.
     """
+    found = self._restore(
+      step,
+      **{_STATE: ocp.args.StandardRestore(abstract), _REST: ocp.args.JsonRestore()},
+    )
+    return found[_STATE], found[_REST]
+
+  def restore_fields(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Some fields of the state, without the memory for the others; otherwise as `restore`."""
+    found = self._restore(
+      step,
+      **{
+        _STATE: ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+        )
+      },
+    )
+    return found[_STATE]
+
+  def _restore(self, step: int, **items: Any) -> Any:
     self._manager.wait_until_finished()
     try:
-      found = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          **{_STATE: ocp.args.StandardRestore(abstract), _REST: ocp.args.JsonRestore()}
-        ),
-      )
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:
       others = [other for other in self._manager.all_steps() if other != step]
       remedy = f"go on from step {max(others)}" if others else "start anew"
@@ -66,7 +82,6 @@ class Checkpoints:
         f"{self._folder / str(step)}: this checkpoint cannot be read ({error}): remove that folder to"
         f" {remedy}"
       ) from error
-    return found[_STATE], found[_REST]
 
   def wait(self) -> None:
     """Until everything is on disk."""

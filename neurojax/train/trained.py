@@ -51,7 +51,9 @@ def read_run(workdir: Path, step: int | None = None) -> Trained:
   checkpoints = Checkpoints(folder, keep=config.keep)
   try:
     mesh = config.layout.mesh(jax.local_devices()[:1])
-    state, _ = checkpoints.restore(step, abstract_state(config, mesh))
+    # The optimizer's moments are twice as large, and of no use here.
+    abstract = abstract_state(config, mesh)
+    master = checkpoints.restore_fields(step, {"params": abstract.params})["params"]
   finally:
     checkpoints.close()
-  return Trained(config, step, Weights(config.model, deploy(state.params, config)))
+  return Trained(config, step, Weights(config.model, deploy(master, config)))
