@@ -1,6 +1,7 @@
 """Why a plan is as it is, from the same numbers that made it. Imports no JAX."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 
@@ -16,6 +17,8 @@ def explained(given: Problem, plan: Plan) -> Plan:
   layer_s = _layer_s(given)
   index = {place.label: number for number, place in enumerate(given.places)}
   used_s = [layer_s[index[label]] for label in held]
+  alike = Counter((stage.first_layer, stage.last_layer, stage.pipeline) for stage in plan.stages)
+  fastest_s = float(layer_s.min())
   reasons = []
   for number, place in enumerate(given.places):
     stage = held.get(place.label)
@@ -23,7 +26,9 @@ def explained(given: Problem, plan: Plan) -> Plan:
       why = _left_out(given, plan, number, float(layer_s[number]), max(used_s))
     else:
       pace_s = paces_s[stage.pipeline]
-      why = _placed(given, plan, number, stage, float(layer_s[number]), pace_s)
+      others = alike[stage.first_layer, stage.last_layer, stage.pipeline]
+      is_fastest = layer_s[number] <= fastest_s * (1 + 1e-9)
+      why = _placed(given, plan, number, stage, float(layer_s[number]), pace_s, others, is_fastest)
     reasons.append(Reason(host=place.label, layers=0 if stage is None else stage.layers, why=why))
   return dataclasses.replace(plan, reasons=tuple(reasons), limits=_limits(given, plan, paces_s))
 
@@ -51,7 +56,14 @@ def _pin(given: Problem, number: int) -> int | None:
 
 
 def _placed(
-  given: Problem, plan: Plan, number: int, stage: Stage, layer_s: float, pace_s: float
+  given: Problem,
+  plan: Plan,
+  number: int,
+  stage: Stage,
+  layer_s: float,
+  pace_s: float,
+  others: int,
+  is_fastest: bool,
 ) -> str:
   layer, _ = role_bytes(given.config, given.load)
   is_first = stage.first_layer == 0
@@ -60,11 +72,6 @@ def _placed(
   with_ends = f", with {' and '.join(ends)}" if ends else ""
   more_s = stage.step_s + layer_s
   if stage.share < 1:
-    others = sum(
-      (s.first_layer, s.last_layer, s.pipeline)
-      == (stage.first_layer, stage.last_layer, stage.pipeline)
-      for s in plan.stages
-    )
     why = f"takes {stage.share:.0%} of the sequences"
     if others > 1:
       why = f"one of {others} with these layers, {why}"
@@ -86,7 +93,7 @@ def _placed(
     )
   else:
     why = f"{milliseconds(layer_s)} a layer; takes what faster places have no memory for"
-    if layer_s <= min(_layer_s(given)) * (1 + 1e-9):
+    if is_fastest:
       why = f"{milliseconds(layer_s)} a layer, the fastest; holds what is left"
   return why + with_ends
 

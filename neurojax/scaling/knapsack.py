@@ -123,6 +123,29 @@ def local_hop_s(problem: Problem, hop_PP: np.ndarray) -> float:
   return float(hop_PP[problem.hosts[0][0], problem.hosts[0][0]])
 
 
+def contenders(problem: Problem, step_PRL: np.ndarray) -> list[int] | None:
+  """The places that a best plan needs where all hops are alike; None if all have to be looked at.
+
+  A plan has at most as many stages as layers: of more places than that, one that is not among so many
+  fastest at what it does can give way to one of these that is idle.
+  """
+  total = problem.num_layers
+  if problem.pins or len(problem.hosts) < len(step_PRL) or len(step_PRL) <= 4 * total:
+    return None
+  kept = np.zeros(len(step_PRL), bool)
+  enter_PR = np.zeros((len(step_PRL), 4))
+  enter_PR[:, FIRST] = problem.enter_P
+  enter_PR[:, LAST] = problem.leave_P
+  enter_PR[:, WHOLE] = problem.enter_P + problem.leave_P
+  for role in range(4):
+    for layers in range(1, total + 1):
+      value_P = step_PRL[:, role, layers] + enter_PR[:, role]
+      fastest = np.argpartition(value_P, total)[:total]
+      kept[fastest[np.isfinite(value_P[fastest])]] = True
+  found = np.flatnonzero(kept)
+  return [int(place) for place in found] if 0 < len(found) < len(step_PRL) else None
+
+
 def solve_uniform(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray
 ) -> tuple[float, Sequence] | None:
@@ -131,6 +154,10 @@ def solve_uniform(
   The places of a host lie next to each other, for hops between hosts are the longer ones; only a host
   that holds both ends of a pipeline over several hosts is visited twice.
   """
+  if (some := contenders(problem, step_PRL)) is not None:
+    fewer = problem.restricted(some)
+    solved = solve_uniform(fewer, step_PRL[some], hop_PP[np.ix_(some, some)])
+    return solved and (solved[0], [(some[place], layers) for place, layers in solved[1]])
   between_s, local_s = uniform_hop_s(problem, hop_PP), local_hop_s(problem, hop_PP)
   assert between_s is not None
   total = problem.num_layers

@@ -16,6 +16,10 @@ MIDDLE, FIRST, LAST, WHOLE = range(4)
 embedding, 2 the head."""
 
 
+MOST_PLACES = 4096
+"""Planned together: tables from place to place grow with the square."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
   """What is to be placed where, and what that takes. Made by `problem`.
@@ -123,6 +127,10 @@ def problem(
       "more than any fleet that can be planned for has; make it, or these, smaller"
     )
   places = fleet.places()
+  if len(places) > MOST_PLACES:
+    raise ValueError(
+      f"{len(places)} places: at most {MOST_PLACES} are planned together; plan for a part of the fleet"
+    )
   pins = _pins(config, fleet, places, pins or {})
   step_PRL = _steps(config, load, places, context, batch)
   _fix(step_PRL, places, pins, load, config)

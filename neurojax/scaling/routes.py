@@ -61,7 +61,10 @@ def _greedy(
     if abs(sum(held[i].rate for i in into) - scale) > 1e-6 * scale:
       return None
     hop_IJ = given.hop_PP[np.ix_([held[i].place for i in into], [held[j].place for j in out])]
+    open_ends = len(out)
     for index in np.argsort(hop_IJ, axis=None, kind="stable"):
+      if not open_ends:
+        break
       i, j = into[index // len(out)], out[index % len(out)]
       rate = min(left[i], left[j])
       if rate <= 1e-7 * scale:
@@ -71,6 +74,7 @@ def _greedy(
       ways[i, j] = rate
       left[i] -= rate
       left[j] -= rate
+      open_ends -= left[j] <= 1e-7 * scale
   total = given.num_layers
   for one in held:
     is_end = one.first == 0 or one.end == total

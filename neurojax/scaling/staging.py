@@ -9,6 +9,7 @@ from neurojax.scaling import count, fit
 from neurojax.scaling.fit import Need, Serving, Training
 from neurojax.scaling.fleet import Device, Fleet, Place
 from neurojax.scaling.plan import best
+from neurojax.scaling.problem import MOST_PLACES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,11 @@ def serve(
   unknown = [place.label for place in places if place.device.decode_rate(load.weights) is None]
   if unknown:
     notes.append(f"no tokens/s: read_bytes_per_s of {_some(unknown)} is unknown (`neurojax probe`)")
+    return _by_memory(needed, places, allowed), Speed(), []
+  if len(places) > MOST_PLACES:
+    notes.append(
+      f"no tokens/s: {len(places)} places, and at most {MOST_PLACES} are planned together"
+    )
     return _by_memory(needed, places, allowed), Speed(), []
   batch = purpose.sequences
   plan = best(

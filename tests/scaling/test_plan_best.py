@@ -249,3 +249,26 @@ def test_alike_hosts_are_one_kind_however_many(layers, hosts, objective, draw):
 def test_a_plan_survives_toml():
   made = plan.best(config(8), row((10**6, 1e9), (10**8, 1e8)), LOAD)
   assert from_toml(plan.Plan, to_toml(made)) == made
+
+
+@given(fleets(most_hosts=20, most_places=20, linked=False), st.integers(1, 3), OBJECTIVES)
+@settings(max_examples=150, deadline=None)
+def test_places_that_are_never_needed_are_left_aside_without_a_loss(fleet, layers, objective):
+  hosts = tuple(dataclasses.replace(host, devices=host.devices[:1]) for host in fleet.hosts)
+  fleet = dataclasses.replace(fleet, hosts=hosts)
+  model = config(layers)
+  try:
+    made = plan.best(model, fleet, LOAD, objective=objective)
+  except ValueError:
+    return
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan.knapsack, "contenders", lambda *_: None)
+    whole = plan.best(model, fleet, LOAD, objective=objective)
+  assert made.value()[0] == pytest.approx(whole.value()[0], rel=1e-12)
+  assert made.bound == pytest.approx(whole.bound, rel=1e-12)
+
+
+def test_more_places_than_are_planned_together_are_refused():
+  fleet = row(*[(10**7, 1e9)] * 4097)
+  with pytest.raises(ValueError, match="4097 places: at most 4096"):
+    plan.best(config(4), fleet, LOAD)
