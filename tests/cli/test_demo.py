@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from neurojax.cli import main, options
-from neurojax.cli.demo import PROMPT
+from neurojax.cli.demo import DEFAULT_MODEL, PROMPT
 from neurojax.config import ModelConfig
 from neurojax.files.export.gguf import Card, write_gguf
+from neurojax.files.load import ternary_matrices
+from neurojax.files.source import open_model
 from tests.files import trained
 from tests.tokenizer import vocab
 
@@ -69,3 +71,22 @@ def test_a_text_may_be_continued_by_any_model(base: Path):
   assert ask._prompt(plain)[0] == plain.encode(PROMPT, add_special=True)
   assert go_on._prompt(chats)[0] == go_on._prompt(plain)[0] == [259, 257]
   assert go_on._prompt(chats)[2] > 0
+
+
+def test_make_demo_runs_the_packaged_model_once_there_is_one():
+  makefile = Path(__file__).parents[2] / "Makefile"
+  [line] = [line for line in makefile.read_text().splitlines() if line.startswith("MODEL ")]
+  assert line.split() == ["MODEL", "?=", DEFAULT_MODEL]
+
+
+@pytest.mark.skipif(not options.PACKAGED.is_file(), reason="the package carries no model yet")
+def test_the_packaged_model_is_small_ternary_documented_and_runs(capsys):
+  assert options.PACKAGED.stat().st_size <= 20e6
+  assert options.PACKAGED.with_name("README.md").is_file()
+  with open_model(options.PACKAGED) as file:
+    assert file.problems() == [] and file.metadata["general.license"]
+    assert {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD"} <= set(
+      ternary_matrices(file)
+    )
+    assert file.tokenizer is not None
+  assert "same tokens" in demo(capsys)
