@@ -91,7 +91,7 @@ def muon_axes(tree: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | No
 
 def clip(gradients: Params, clip_norm: float | None) -> tuple[Params, Float32[Array, ""]]:
   """Scaled down to a global norm of `clip_norm` at most, and the norm they had (arXiv:1211.5063)."""
-  norm = optax.global_norm(gradients)
+  norm = optax.tree.norm(gradients)
   if clip_norm is None:
     return gradients, norm
   scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
