@@ -36,7 +36,6 @@ from neurojax.scaling import count, predict
 from neurojax.scaling.count import Weights
 from neurojax.scaling.fleet import DecodeRates, Device, Fleet, Host
 from neurojax.scaling.plan import Load, Placement, proportional, stage_bytes
-from neurojax.scaling.working import working_bytes
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.probe import probe_devices
 from neurojax.stage.runtime import StageRuntime
@@ -112,14 +111,14 @@ def memory(path: Path, load: Load, stages: int) -> Iterator[Row]:
       live = sum(array.nbytes for array in jax.live_arrays()) - before
       layers = f"layers {placement.span.first_layer}..{placement.span.last_layer}"
       held = stage_bytes(file.config, placement.span, load)
-      working = working_bytes(file.config, dtype=load.dtype, weights=load.weights)
+      whole = stage_bytes(file.config, placement.span, dataclasses.replace(load, working=True))
       yield row("held", load.weights, stages, layers, predicted=held, measured=live)
       yield row(
         "memory",
         load.weights,
         stages,
         layers,
-        predicted=held + working,
+        predicted=whole,
         measured=live + stage.working_bytes,
       )
       del runtime, stage

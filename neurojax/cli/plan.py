@@ -83,6 +83,7 @@ class PlanningOptions:
       capacity=count.capacity_for(context),
       max_sequences=self.sequences,
       ternary=ternary,
+      working=True,
     )
     return config, read_fleet(self.fleet), load
 

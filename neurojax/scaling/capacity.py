@@ -61,12 +61,14 @@ def check(given: Problem) -> None:
     more[largest] += middle
     enough = _most(given, load, more, pins) >= given.num_layers
     low, high = (low, middle) if enough else (middle, high)
+  working = int(extra_R[MIDDLE])
+  each = f", {working:,} for the working memory of each stage" if working else ""
   pinned = f", {sum(pins.values())} of them pinned to {len(pins)} places" if pins else ""
   raise ValueError(
     f"the fleet is too small: {len(free)} places have {int(free.sum()):,} bytes free for "
     f"{given.num_layers} layers of {layer:,} bytes each ({load.max_sequences} caches of {load.capacity} "
-    f"positions included){pinned}, {int(extra_R[FIRST]):,} for the embedding and {int(extra_R[LAST]):,} "
-    f"for norm and head; {fits}. {high:,} bytes more on {given.places[largest].label} would do; "
+    f"positions included){pinned}, {int(extra_R[FIRST] - working):,} for the embedding and "
+    f"{int(extra_R[LAST] - working):,} for norm and head{each}; {fits}. {high:,} bytes more on {given.places[largest].label} would do; "
     + _smaller(given, free, pins)
   )
 

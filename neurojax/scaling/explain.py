@@ -103,10 +103,10 @@ def _left_out(given: Problem, plan: Plan, number: int, layer_s: float, worst_s: 
   layer, extra_R = role_bytes(given.config, given.load)
   if _pin(given, number) == 0:
     return "pinned to no layers"
-  if place.free_bytes < layer:
-    return (
-      f"too small: a layer takes {layer:,} bytes, {layer - place.free_bytes:,} more than is free"
-    )
+  least = layer + int(extra_R[MIDDLE])
+  if place.free_bytes < least:
+    of = " with a stage's working memory" if least > layer else ""
+    return f"too small: a layer takes {least:,} bytes{of}, {least - place.free_bytes:,} more than is free"
   if plan.objective == "throughput":
     return (
       "not needed: the pace is set elsewhere, and one stage more would lengthen the way of a token"

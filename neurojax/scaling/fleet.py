@@ -89,6 +89,10 @@ class Device:
   def free_bytes(self) -> int:
     return self.memory_bytes - self.used_bytes
 
+  def is_measured(self, weights: Weights) -> bool:
+    """Whether decoding with weights of this form was measured."""
+    return getattr(self.decode_bytes_per_s, weights) is not None
+
   def decode_rate(self, weights: Weights) -> float | None:
     """Bytes per second of decoding with weights of this form; the best read rate where unmeasured."""
     return getattr(self.decode_bytes_per_s, weights) or self.read_bytes_per_s

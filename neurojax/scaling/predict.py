@@ -41,8 +41,9 @@ class StepCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """What one pass reads and multiplies, by part of the model. Made by `work`."""
+  """What one pass reads and multiplies, by part of the model. Made by `work`. tokens: New ones in it."""
 
+  tokens: int
   layer_bytes: int
   layer_flops: int
   embedding_bytes: int
@@ -63,8 +64,11 @@ class Work:
         f"read_bytes_per_s of {device.name or device.kind} is not known: measure it with `neurojax "
         "probe` on its host, or write it into the fleet file"
       )
-    # A pass over few tokens is bound by reading wherever we have measured it.
-    compute_s = 0.0 * layers if device.flops_per_s is None else flops / device.flops_per_s
+    # What decoding one token was measured to take has its products in it, whatever they are made of. Of
+    # more tokens, or without a measurement, the slower of reading and multiplying counts.
+    is_measured = self.tokens == 1 and device.is_measured(load.weights)
+    flops_per_s = None if is_measured else device.flops_per_s
+    compute_s = 0.0 * layers if flops_per_s is None else flops / flops_per_s
     overhead_s = layers * device.layer_overhead_s + device.step_overhead_s
     return (
       read_bytes / rate,
@@ -93,6 +97,7 @@ def work(config: ModelConfig, load: Load, *, batch: int = 1, context: int, token
   attention = 2 * config.num_heads * config.head_dim * seen_twice
   embedding = count.embedding_bytes(config, **form)
   return Work(
+    tokens=batch * tokens,
     layer_bytes=count.layer_bytes(config, **form) + batch * cache,
     layer_flops=batch * tokens * (matrices + attention),
     embedding_bytes=-(-embedding // config.vocab_size) * batch * tokens,

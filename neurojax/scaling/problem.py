@@ -9,7 +9,7 @@ import numpy as np
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count, predict
 from neurojax.scaling.fleet import MOST_BYTES, Fleet, Place
-from neurojax.scaling.load import Load, layer_bytes, stage_bytes
+from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working_bytes
 
 MIDDLE, FIRST, LAST, WHOLE = range(4)
 """What a stage holds beside layers: nothing; the embedding; norm and head; all of it. Bits: 1 is the
@@ -164,13 +164,14 @@ def problem(
 
 
 def role_bytes(config: ModelConfig, load: Load) -> tuple[int, np.ndarray]:
-  """Bytes of one layer, and those that each role adds."""
+  """Bytes of one layer, and those that each role adds to a stage of any layers."""
   layer = layer_bytes(config, load)
   whole = stage_bytes(config, Span.whole(config), load) - config.num_layers * layer
   embedding = count.embedding_bytes(config, **load.form)
   head = count.head_bytes(config, **load.form)
   norm = config.model_dim * count.DTYPE_BYTES[load.dtype]
-  return layer, np.array([0, embedding, norm + head, whole])
+  working = stage_working_bytes(config, load)
+  return layer, np.array([working, working + embedding, working + norm + head, whole])
 
 
 def _steps(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count
-from neurojax.scaling.load import Load, layer_bytes, stage_bytes
+from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,8 @@ def _counts(config: ModelConfig, free: list[int], load: Load) -> list[int] | Non
   embedding = count.embedding_bytes(config, **load.form)
   head = count.head_bytes(config, **load.form)
   norm = config.model_dim * count.DTYPE_BYTES[load.dtype]
-  room = list(free)
+  working = stage_working_bytes(config, load)
+  room = [space - working for space in free]
   room[0] -= embedding
   room[-1] -= norm + (head if len(free) > 1 or not config.tied_embedding else 0)
   most = [max(0, space // per_layer) for space in room]

@@ -30,6 +30,9 @@ MFU = 0.4
 nanochat 0.41 to 0.46. Doubt: none is published for ternary training, for pipelines of unlike machines,
 or for CPUs."""
 
+CLUSTER_FLOPS_PER_S = 1000 * 989e12 * MFU
+"""What a thousand H100 reach: a yardstick for models that fit where nobody has trained their like."""
+
 MOST_TOKENS = 1e20
 """Of training: some million times what people have written."""
 
@@ -173,6 +176,11 @@ def size(
     notes.append(
       f"for {flops:.3g} FLOPs {law.name} prefers {n:.3g} parameters and {d:.3g} tokens; this has "
       f"{parameters / n:.2g} times those parameters"
+    )
+  if isinstance(purpose, Serving) and (years := flops / CLUSTER_FLOPS_PER_S / 86400 / 365.25) > 1:
+    notes.append(
+      f"this is what fits, not what someone has trained: {flops:.3g} FLOPs are {years:,.3g} years of 1,000 "
+      f"H100 at an MFU of {MFU:g}; --most-parameters leaves larger candidates out"
     )
   used = sum(stage.memory_bytes for stage in stages) / sum(allowed)
   if used < 0.5 and not kept:

@@ -12,6 +12,7 @@ from neurojax.config import Span, from_toml, to_toml
 from neurojax.scaling import exact, plan, predict
 from neurojax.scaling.fleet import Fleet, Host, Link
 from neurojax.scaling.problem import problem
+from neurojax.scaling.working import working_bytes
 from tests.scaling.fleets import LOAD, brute, config, device, fleets
 
 OBJECTIVES = st.sampled_from(["latency", "throughput"])
@@ -272,3 +273,31 @@ def test_more_places_than_are_planned_together_are_refused():
   fleet = row(*[(10**7, 1e9)] * 4097)
   with pytest.raises(ValueError, match="4097 places: at most 4096"):
     plan.best(config(4), fleet, LOAD)
+
+
+@given(
+  st.integers(1, 16),
+  st.lists(st.integers(1_200_000, 6_000_000), min_size=1, max_size=6),
+  OBJECTIVES,
+)
+@settings(max_examples=100, deadline=None)
+def test_room_for_working_memory_is_kept_on_every_stage(layers, sizes, objective):
+  load, model = dataclasses.replace(LOAD, working=True), config(layers)
+  working = working_bytes(model, dtype=load.dtype, weights=load.weights)
+  fleet = row(*[(size, 1e9) for size in sizes])
+  simple = plan.compared(model, fleet, load, objective=objective)
+  try:
+    made = plan.best(model, fleet, load, objective=objective)
+  except ValueError as error:
+    assert not any(is_chain(other) for other in simple.values())
+    missing, label = re.search(r"([\d,]+) bytes more on (h\d)", str(error)).groups()
+    more = int(missing.replace(",", ""))
+    grown = [size + more * (f"h{i}" == label) for i, size in enumerate(sizes)]
+    plan.best(model, row(*[(size, 1e9) for size in grown]), load)
+    return
+  for known in (made, *(other for other in simple.values() if is_chain(other))):
+    for stage in known.stages:
+      span = Span(first_layer=stage.first_layer, last_layer=stage.last_layer, num_layers=layers)
+      assert stage.memory_bytes == plan.stage_bytes(model, span, LOAD) + working
+      assert stage.memory_bytes <= stage.free_bytes
+    assert made.value()[0] <= known.value()[0] + 1e-9 * abs(known.value()[0])

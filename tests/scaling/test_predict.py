@@ -145,3 +145,18 @@ def test_a_model_of_billions_reads_at_the_memorys_pace():
   assert cost.limit == "reading"
   # 16 GB of weights but the embedding, 1 GB of it.
   assert cost.total == pytest.approx(15e9 / 3.35e12, rel=0.02)
+
+
+def test_a_measured_decode_has_its_products_in_it_and_other_passes_have_not():
+  # Products of floats would be slower than what int8 weights were measured to reach.
+  slow = dataclasses.replace(GPU, flops_per_s=1e6)
+  measured = dataclasses.replace(slow, decode_bytes_per_s=DecodeRates(dense=5e8))
+  model, span = config(4), Span(first_layer=0, last_layer=3, num_layers=4)
+  one = predict.stage_step_s(model, span, LOAD, measured, context=100)
+  assert one.compute_s == 0 and one.limit == "reading"
+  assert predict.stage_step_s(model, span, LOAD, slow, context=100).compute_s > one.total
+  other = dataclasses.replace(LOAD, weights="int8")
+  assert predict.stage_step_s(model, span, other, measured, context=100).compute_s > 0
+  for more in ({"batch": 2}, {"tokens": 2}):
+    cost = predict.stage_step_s(model, span, LOAD, measured, context=100, **more)
+    assert cost.compute_s > 0 and cost.total > one.total
