@@ -51,7 +51,7 @@ Verbs = (
 
 DESCRIPTION = """Ternary language models, sized, packed, cut into stages and run across unlike machines.
 
-Exit codes: 0 done; 1 a check failed; 2 wrong use or a bad file; 3 a stage or engine failed; 130 interrupted.
+Exit codes: 0 done; 1 a check failed; 2 wrong use or a bad file; 3 a stage or engine failed; 130 interrupted; 143 ended by SIGTERM.
 """
 
 
