@@ -21,7 +21,7 @@ from neurojax.scaling.placements import Hop, Plan, Stage
 MAX_ATTEMPTS = 100
 MOST_EVENTS = 200_000_000
 """Some ten minutes of one core; failures add to what is counted beforehand."""
-MOST_FAILURES = 3600.0
+MOST_FAILURES = 1e6
 """Of a host in an hour."""
 
 
