@@ -55,6 +55,8 @@ ORDERLESS = "dynamic programming over layers, hops between hosts being alike"
 ORDERED = "dynamic programming over layers and sets of places"
 SEARCHED = "search over orders, with a bound"
 MANY_PLACES = 16
+NEAR = 1e-3
+"""As near to a bound as a search over orders has to come; what is exact goes on to the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +318,15 @@ def _narrowed(given: Problem, low_s: float, deadline_s: float) -> tuple[_Found, 
   times = np.unique(np.concatenate([given.step_PRL.ravel(), given.transfer_PP.ravel()]))
   times = times[(times > low_s * (1 + 1e-12)) & (times <= _busiest_s(given, found.chain))]
   low, high, proven = -1, len(times) - 1, low_s
-  sure = True
+  sure, stride = True, NEAR
   while high - low > 1:
+    if found.method == SEARCHED and _busiest_s(given, found.chain) <= low_s * (1 + NEAR):
+      break
     middle = (low + high) // 2
+    if found.method == SEARCHED and high == len(times) - 1:
+      # Something lies close above what is proven, and most times lie far above it: upwards in strides.
+      middle = min(middle, max(low + 1, int(np.searchsorted(times, low_s * (1 + stride)))))
+      stride *= 4
     better = _least(given, float(times[middle]), deadline_s, runs=6)
     if better is not None:
       found = better
