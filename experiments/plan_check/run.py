@@ -276,7 +276,9 @@ def table() -> str:
 def main(results: Path) -> None:
   settings = tomllib.loads((HERE / "config.toml").read_text())
   config = from_dict(ModelConfig, settings["model"], where="config.toml: model")
-  results.unlink(missing_ok=True)
+  # A run that fails leaves the results of the one before.
+  part = results.with_name("results.part.csv")
+  part.unlink(missing_ok=True)
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "dummy.gguf"
     write_dummy(path, config, settings["kind"])
@@ -297,11 +299,12 @@ def main(results: Path) -> None:
     (HERE / "fleet.toml").write_text(to_toml(fleet), encoding="utf-8")
     for load, measured in zip(loads.values(), rows, strict=True):
       for found in compared(config, load, fleet, measured, settings):
-        measure.append_csv(results, [found])
+        measure.append_csv(part, [found])
     for load in loads.values():
       for stages in settings["stages"]:
         for found in memory(path, load, stages):
-          measure.append_csv(results, [found])
+          measure.append_csv(part, [found])
+  part.replace(results)
 
 
 def write_table() -> None:
