@@ -57,7 +57,7 @@ def start(*arguments: str, script: str | None = None, flags: str = _QUICK) -> su
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-  out, _ = process.communicate(timeout=200)
+  out, _ = process.communicate(timeout=280)
   assert process.returncode == code, out
   return out
 
@@ -151,7 +151,7 @@ def test_a_run_says_what_it_was_and_is_taken_up_only_by_its_like(
   code, out, err = run(capsys, *command(data, work, *EIGHT))
   assert code == 0 and "the run begins" in out and "step 5/6" in out, err
   kept = from_toml(TrainConfig, (work / "config.toml").read_text())
-  assert (kept.steps, kept.layout.fsdp, kept.data.folder) == (6, 2, str(data))
+  assert (kept.steps, kept.layout.data, kept.data.folder) == (6, 8, str(data))
   before = steps(work)
 
   code, out, err = run(capsys, *command(data, work, *EIGHT))
@@ -165,7 +165,7 @@ def test_a_run_says_what_it_was_and_is_taken_up_only_by_its_like(
   # Steps and evaluation may change, and the folder of the data may move.
   moved = tmp_path / "moved"
   shutil.copytree(data, moved)
-  more = ("--eval-every", "4", "--keep", "3", "--layout.data", "8", "--layout.fsdp", "1")
+  more = ("--eval-every", "4", "--keep", "3", "--layout.data", "4", "--layout.fsdp", "2")
   code, out, err = run(capsys, *command(moved, work, *EIGHT, *more))
   assert code == 0 and "goes on from step 6" in out, err
   assert from_toml(TrainConfig, (work / "config.toml").read_text()).eval_every == 4
