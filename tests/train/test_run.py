@@ -122,17 +122,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(data: Path, whole: Path, 
 
 
 # In this process there are eight devices.
-EIGHT = (
-  *SMALL,
-  "--steps",
-  "6",
-  "--checkpoint-every",
-  "3",
-  "--layout.data",
-  "4",
-  "--layout.fsdp",
-  "2",
-)
+EIGHT = (*SMALL, "--steps", "6", "--checkpoint-every", "3", "--layout.data", "8")
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
