@@ -161,7 +161,7 @@ def run(
 def _measure(
   config: TrainConfig, arch: str, rates: measure.Rates, twin: Row | None, steps: int, runs: int
 ) -> Row:
-  mesh = config.layout.mesh()
+  mesh = config.layout.mesh(jax.devices()[: config.layout.devices])
   state = step.init_state(config, mesh)
   tokens = _tokens(config, mesh)
   began = time.perf_counter()

@@ -8,7 +8,7 @@ import numpy as np
 
 from neurojax.layout import Layout, sharding
 from neurojax.train.deploy import deploy
-from neurojax.train.step import init_state, make_train_step
+from neurojax.train.step import make_train_step
 
 
 def main(port: str, index: int) -> None:
@@ -20,7 +20,7 @@ def main(port: str, index: int) -> None:
 
   config = recipe(Layout(data=2, tensor=2))
   mesh = config.layout.mesh()
-  state, step = init_state(config, mesh), make_train_step(config, mesh)
+  state, step = tiny.start(config), make_train_step(config, mesh)
   metrics = []
   for i in range(STEPS):
     rows = tiny.batch(config, i)

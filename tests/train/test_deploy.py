@@ -47,7 +47,7 @@ def test_the_deployed_model_has_the_trained_models_loss():
   """Through the programs that run files: products of packed weights."""
   config = tiny.config(quantization=Quantization(weights="ternary", group_size=64))
   tokens = jnp.asarray(tiny.batch(config, 5))
-  wanted = jax.jit(lambda v: plain_loss(config, v, tokens))(values_of(tiny.seen(config)))
+  wanted = tiny.jit(lambda v: plain_loss(config, v, tokens))(values_of(tiny.seen(config)))
   packed = {
     name: jax.tree.map(jnp.asarray, array) if isinstance(array, TernaryArray) else array
     for name, array in deploy(tiny.weights(), config).items()

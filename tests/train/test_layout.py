@@ -17,7 +17,7 @@ from neurojax.layout import Layout, spec
 from neurojax.train.step import abstract_state, init_state
 from tests.train import tiny
 
-LAYOUTS = [Layout(data=8), Layout(fsdp=4, tensor=2), Layout(data=2, fsdp=2, tensor=2)]
+LAYOUTS = [Layout(data=8), Layout(data=2, fsdp=2, tensor=2)]
 STEPS = 2
 
 
@@ -42,7 +42,7 @@ def test_a_mesh_gives_the_losses_of_one_device(layout: Layout):
 
 def test_initial_weights_are_the_same_on_any_mesh_and_lie_where_the_letters_say():
   one = init_state(recipe(), tiny.mesh(recipe()))
-  config = recipe(LAYOUTS[1])
+  config = recipe(Layout(fsdp=4, tensor=2))
   many = init_state(config, tiny.mesh(config))
   # XLA may round the last bit of a normal number otherwise in another program.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one.params, many.params)
@@ -91,7 +91,7 @@ def test_two_processes_give_the_losses_of_one():
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   environment = {
-    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "PYTHONPATH": str(Path(__file__).parents[2]),
   }  # fmt: skip
   processes = [

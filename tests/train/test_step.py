@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from neurojax.layout import replicated, sharding
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.train import parameters
 from neurojax.train.config import Quantization
-from neurojax.train.step import init_state, make_eval_step, make_layers, make_loss
+from neurojax.train.step import make_eval_step, make_layers, make_loss
 from tests.train import tiny
 
 
@@ -49,8 +50,8 @@ def test_gradients_are_those_of_a_plain_model_at_the_rounded_weights(tied: bool)
   tokens = jnp.asarray(tiny.batch(config, 0))
   seen = tiny.seen(config)
   loss = make_loss(config, on)
-  (value, _), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(seen, tokens)
-  wanted, gradients = jax.jit(jax.value_and_grad(lambda v: plain_loss(config, v, tokens)))(
+  (value, _), found = tiny.jit(jax.value_and_grad(loss, has_aux=True))(seen, tokens)
+  wanted, gradients = tiny.jit(jax.value_and_grad(lambda v: plain_loss(config, v, tokens)))(
     values_of(seen)
   )
   assert value == pytest.approx(float(wanted), rel=1e-6)
@@ -68,7 +69,7 @@ def test_what_is_computed_anew_changes_no_number():
     seen = tiny.seen(config)
     loss = make_loss(config, tiny.mesh(config))
     tokens = jnp.asarray(tiny.batch(config, 0))
-    losses[remat] = jax.jit(jax.value_and_grad(loss, has_aux=True))(seen, tokens)
+    losses[remat] = tiny.jit(jax.value_and_grad(loss, has_aux=True))(seen, tokens)
   for remat in ("dots", "full"):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
@@ -102,7 +103,7 @@ def test_metrics_say_what_was_done():
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count():
   config = tiny.config(batch_size=8, quantization=tiny.TERNARY, z_loss=1e-3)
   on = tiny.mesh(config)
-  state = init_state(config, on)
+  state = tiny.start(config)
   weights = {**state.params, "final_norm_D": state.params["final_norm_D"].at[3].set(jnp.inf)}
   state = dataclasses.replace(state, params=weights)
   before = jax.tree.map(np.asarray, state)
@@ -122,7 +123,7 @@ def test_causality_by_gradients(quantization):
   seen = tiny.seen(config)
   tokens = jnp.asarray(np.random.default_rng(0).permutation(64)[None, :12], jnp.int32)
 
-  @jax.jit
+  @tiny.jit
   def gradient(position):
     def at(table_VD):
       return layers({**seen, "embedding_VD": table_VD}, tokens)[0, position].sum()
@@ -142,5 +143,31 @@ def test_evaluation_sums_the_nats_of_all_targets():
   nats, count = make_eval_step(config, on)(weights, jax.device_put(tokens, sharding(on, "BT")))
   assert count == 8 * tiny.SEQ_LEN
   values = values_of(tiny.seen(config))
-  wanted = jax.jit(lambda values: plain_loss(config, values, jnp.asarray(tokens)))(values)
+  wanted = tiny.jit(lambda values: plain_loss(config, values, jnp.asarray(tokens)))(values)
   assert nats / count == pytest.approx(float(wanted), rel=1e-5)
+
+
+def dots(jaxpr):
+  """All products of a program, those of loops and of what is computed anew too."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from dots(inner)
+
+
+@pytest.mark.parametrize("quantization", [Quantization(), tiny.TERNARY], ids=["bf16", "ternary"])
+def test_in_bfloat16_no_product_but_the_plain_attentions_has_a_float32_factor(quantization):
+  """One would be multiplied at a fraction of a GPU's speed."""
+  config = tiny.config(compute_dtype="bfloat16", quantization=quantization)
+  loss = make_loss(config, tiny.mesh(config))
+  tokens = jnp.asarray(tiny.batch(config, 0))
+  gradient = jax.make_jaxpr(jax.grad(loss, has_aux=True))(tiny.seen(config), tokens)
+  found = [
+    {factor.aval.dtype.name for factor in equation.invars}
+    for equation in dots(gradient.jaxpr)
+    # The heads of plain attention have five axes, as have its scores.
+    if max(factor.aval.ndim for factor in equation.invars) < 5
+  ]
+  # Seven matrices and the head, once forward and twice backward.
+  assert len(found) == 8 * 3 and all(kinds == {"bfloat16"} for kinds in found)

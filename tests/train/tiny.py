@@ -9,9 +9,9 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.layout import sharding
-from neurojax.train import parameters
+from neurojax.train import optimizer, parameters
 from neurojax.train.config import DataConfig, OptimizerConfig, Quantization, TrainConfig
-from neurojax.train.step import State, init_state, make_train_step
+from neurojax.train.step import State, abstract_state, make_train_step
 
 MODEL = ModelConfig(
   vocab_size=64, model_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=128,
@@ -44,27 +44,50 @@ def mesh(config: TrainConfig) -> jax.sharding.Mesh:
   return config.layout.mesh(jax.devices()[: config.layout.devices])
 
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiled in half the time: what is run here is small."""
+
+
 @functools.cache
 def weights(model: ModelConfig = MODEL, seed: int = 0) -> dict[str, jax.Array]:
   """Initial master weights."""
-  return jax.jit(lambda: parameters.initial(model, seed))()
+  return jit(lambda: parameters.initial(model, seed))()
 
 
 def seen(config: TrainConfig) -> dict[str, Any]:
   """What a step multiplies by at the start."""
-  return jax.jit(lambda w: parameters.effective(w, config))(weights(config.model))
+  return jit(lambda w: parameters.effective(w, config))(weights(config.model))
 
 
 @functools.cache
 def compiled(config: TrainConfig) -> Callable[[State, jax.Array], tuple[State, Any]]:
   """The step of a configuration, shared by tests."""
-  return make_train_step(config, mesh(config))
+  on = mesh(config)
+  rows = config.accumulation * config.data.batch_size
+  tokens = jax.ShapeDtypeStruct((rows, SEQ_LEN + 1), np.int32, sharding=sharding(on, "BT"))
+  lowered = make_train_step(config, on).lower(abstract_state(config, on), tokens)
+  return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
+def start(config: TrainConfig) -> State:
+  """The state before the first step: that of `init_state`, from weights that tests share."""
+  abstract = abstract_state(config, mesh(config))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  first = weights(config.model, config.seed)
+  state = State(np.zeros((), np.int32), first, optimizer.transform(config.optimizer).init(first))
+  return jax.tree.map(
+    lambda leaf, where: jax.make_array_from_callback(
+      np.shape(leaf), where, np.array(leaf).__getitem__
+    ),
+    state,
+    shardings,
+  )
 
 
 def run(config: TrainConfig, steps: int = 3) -> tuple[list[dict[str, float]], State]:
   """The metrics of some steps, and the state after them."""
   on = mesh(config)
-  state, step = init_state(config, on), compiled(config)
+  state, step = start(config), compiled(config)
   metrics = []
   for i in range(steps):
     tokens = jax.device_put(batch(config, i), sharding(on, "BT"))
