@@ -1,12 +1,12 @@
 """Between protobuf messages and what they mean. Everything that comes in is checked here."""
 
 import zlib
-from importlib import metadata
 
 import grpc
 import ml_dtypes
 import numpy as np
 
+import neurojax
 from neurojax.config import ModelConfig, Sampling
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.stage.step import StepInput
@@ -14,7 +14,7 @@ from neurojax.stage.step import StepInput
 PROTOCOL = 2
 """Raised by every change that an older peer would misread."""
 
-PACKAGE = metadata.version("neurojax")
+PACKAGE = neurojax.__version__
 
 _DTYPES: dict[str, np.dtype] = {
   "int32": np.dtype("<i4"),
