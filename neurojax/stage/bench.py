@@ -16,7 +16,7 @@ from jax import Array, lax
 from neurojax.config import ModelConfig
 from neurojax.kernels import measure
 from neurojax.kernels.decode.weights import LayerWeights
-from neurojax.kernels.gemm.bench import GROUP, random_rows
+from neurojax.kernels.gemm.bench import GROUP, dense_s, random_rows
 from neurojax.scaling.count import capacity_for
 from neurojax.stage import fused
 from neurojax.stage.fused import REFERENCE, Fused, Kernels
@@ -36,6 +36,9 @@ class Row:
   Attributes:
     length: decode: positions in the cache before the first timed step; prefill: of the prompt.
     us: decode: one step of all sequences; prefill: one prompt.
+    bf16_us: What XLA takes, in the same run, for the matrix products of that step or prompt alone, with
+      bfloat16 weights of the same shapes; attention and all else left out.
+    speedup: bf16_us / us.
     weight_bytes_per_s: Weights, read once per step, per second (decode only).
     flops_per_s: Of matrix products, attention not counted (prefill only).
     read_fraction, copy_fraction, matmul_fraction: Of what the device does at best, see `Rates`.
@@ -48,6 +51,8 @@ class Row:
   length: int
   tokens_per_s: float
   us: float
+  bf16_us: float
+  speedup: float
   weight_gib: float
   weight_bytes_per_s: float | None = None
   flops_per_s: float | None = None
@@ -70,6 +75,8 @@ COLUMNS = {
   "length": lambda row: str(row.length),
   "tok/s": lambda row: f"{row.tokens_per_s:,.0f}",
   "us": lambda row: f"{row.us:,.0f}",
+  "bf16 us": lambda row: f"{row.bf16_us:,.0f}",
+  "speedup": lambda row: f"{row.speedup:.2f}x",
   "GB/s": lambda row: _show(row.weight_bytes_per_s, 1e9, ".1f"),
   "of read": lambda row: _show(row.read_fraction, 1, ".0%"),
   "of copy": lambda row: _show(row.copy_fraction, 1, ".0%"),
@@ -115,6 +122,7 @@ def run(
   loops = _compile_loops(model, batches, max(contexts, default=0), kernels, steps)
   for batch in batches:
     chosen = kernels or kernels_for(mode, batch)
+    bf16_s = products_bf16_s(model, batch, batch, rates, runs)
     for context in contexts:
       step_s = decode_s(model, batch, context, loops[batch], runs)
       bytes_per_s = model.step_nbytes / step_s
@@ -124,6 +132,8 @@ def run(
         length=context,
         tokens_per_s=batch / step_s,
         us=step_s * 1e6,
+        bf16_us=bf16_s * 1e6,
+        speedup=bf16_s / step_s,
         weight_bytes_per_s=bytes_per_s,
         read_fraction=bytes_per_s / rates.read_bytes_per_s,
         copy_fraction=bytes_per_s / rates.copy_bytes_per_s,
@@ -133,6 +143,7 @@ def run(
   for length in prompts:
     chosen = kernels or kernels_for(mode, length)
     prompt_s = prefill_s(model, length, chosen, runs)
+    bf16_s = products_bf16_s(model, length, 1, rates, runs)
     flops_per_s = prefill_flops(model, length) / prompt_s
     yield Row(
       what="prefill",
@@ -140,6 +151,8 @@ def run(
       length=length,
       tokens_per_s=length / prompt_s,
       us=prompt_s * 1e6,
+      bf16_us=bf16_s * 1e6,
+      speedup=bf16_s / prompt_s,
       flops_per_s=flops_per_s,
       matmul_fraction=flops_per_s / rates.bf16_flops_per_s,
       kernels=_name(chosen, length),
@@ -163,7 +176,8 @@ def kernels_for(mode: Mode, rows: int) -> Kernels:
   device = jax.devices()[0]
   if device.platform != "gpu":
     return REFERENCE
-  return Kernels(programs=device.core_count if mode == "w2a8" and rows == 1 else 0)
+  programs = device.core_count if mode == "w2a8" and rows == 1 else 0
+  return Kernels(programs=programs, device=device.device_kind)
 
 
 Loops = dict[int, Any]
@@ -264,10 +278,24 @@ def prefill_s(model: Fused, length: int, kernels: Kernels, runs: int = 5) -> flo
 
 def prefill_flops(model: Fused, length: int) -> int:
   """Of the matrix products of a prompt: every layer for each token, the head for the last one."""
+  per_token = sum(n * k for n, k in _layer_shapes(model)) * model.layers.num_layers
+  return 2 * (length * per_token + model.head.contraction.n * model.head.contraction.k)
+
+
+def products_bf16_s(
+  model: Fused, rows: int, head_rows: int, rates: measure.Rates, runs: int = 5
+) -> float:
+  """Seconds of a model's matrix products by XLA with bfloat16 weights of the same shapes: `rows` rows
+  through every layer, `head_rows` through the head."""
+  layer_s = sum(dense_s(rows, n, k, rates, runs) for n, k in _layer_shapes(model))
+  head = model.head.contraction
+  return layer_s * model.layers.num_layers + dense_s(head_rows, head.n, head.k, rates, runs)
+
+
+def _layer_shapes(model: Fused) -> list[tuple[int, int]]:
   layers = model.layers
   matrices = (layers.qkv, layers.o, layers.gate_up, layers.down)
-  per_token = sum(w.contraction.n * w.contraction.k for w in matrices) * layers.num_layers
-  return 2 * (length * per_token + model.head.contraction.n * model.head.contraction.k)
+  return [(w.contraction.n, w.contraction.k) for w in matrices]
 
 
 def random_model(config: ModelConfig, mode: Mode, *, seed: int = 0) -> Fused:

@@ -25,7 +25,7 @@ from neurojax.config import ModelConfig, RopeStyle
 from neurojax.kernels.attention import api as attention
 from neurojax.kernels.attention.reference import turn
 from neurojax.kernels.decode.weights import LayerWeights, Shape, fuse_rows
-from neurojax.kernels.gemm import mosaic, reference
+from neurojax.kernels.gemm import mosaic, reference, tuned
 from neurojax.model.cache import KVCache
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.ternary.array import TernaryArray
@@ -42,6 +42,8 @@ class Kernels:
   Attributes:
     product: "mosaic" multiplies by packed weights; "dense" writes them out, one matrix at a time,
       for cuBLAS; "reference" is slow and runs anywhere.
+    device: In place of "mosaic", where this device's table of tuned products says so for a shape,
+      the Triton kernel; None: no table.
     attention: "gpu": cuDNN for whole prompts, Triton over the cache.
     programs: Multiprocessors that the kernel for a single token fills; 0: no such kernel, one
       sequence is a batch of one. It rounds activations, so it is for "w2a8" only.
@@ -51,6 +53,7 @@ class Kernels:
 
   product: Product = "mosaic"
   attention: Literal["reference", "gpu"] = "gpu"
+  device: str | None = None
   programs: int = 0
   unroll: bool = False
   interpret: bool = False
@@ -360,7 +363,7 @@ def decode(
 def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
   """float32 logits of what the last layer gave."""
   x_BD = _normalise(x_BD, model.final_norm, model.layers.shape.norm_eps)
-  return multiply(x_BD, model.head, None, kernels.product)
+  return multiply(x_BD, model.head, None, kernels)
 
 
 def step(
@@ -428,17 +431,28 @@ def multiply(
   x_MK: Float[Array, "M K"],
   w: TernaryArray,
   layer: Int[Array, ""] | None,
-  product: Product,
+  kernels: Kernels,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "M N"]:
   """x times the rows of a matrix, or of layer `layer` of a stack, in the weight's mode."""
-  if product == "reference":
+  if kernels.product == "reference":
     return reference.matmul(x_MK, w, layer=layer).astype(dtype)
-  if product == "dense":
+  if kernels.product == "dense":
     from neurojax.kernels.gemm import triton
 
     return triton.prefill(x_MK, w, layer=layer).astype(dtype)
+  if _is_by_triton(x_MK.shape[0], w, kernels.device):
+    from neurojax.kernels.gemm import triton
+
+    return triton.matmul(x_MK, w, layer=layer).astype(dtype)
   return mosaic.matmul(x_MK, w, layer, dtype=dtype)
+
+
+def _is_by_triton(m: int, w: TernaryArray, device: str | None) -> bool:
+  if device is None:
+    return False
+  entry = tuned.find(tuned.load(device), w.mode, m, w.contraction.n, w.contraction.k)
+  return entry is not None and entry.implementation == "triton"
 
 
 def _run_layers(
@@ -452,7 +466,7 @@ def _run_layers(
 ) -> tuple[Array, Cache]:
   """M tokens through all layers; attend: (qkv, cache, layer) to (attended, cache)."""
   eps = layers.shape.norm_eps
-  product = functools.partial(multiply, product=kernels.product)
+  product = functools.partial(multiply, kernels=kernels)
 
   def layer(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
     x_MD, cache = carry

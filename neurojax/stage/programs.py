@@ -196,15 +196,16 @@ def _whole(model: NeuroLLM) -> Fused:
 
 def _of_device(whole: Fused, capacity: int) -> Kernels:
   # A loop over layers, not unrolled: what XLA makes of a layer is then the same in every span.
+  kernels = Kernels(device=_device().device_kind)
   if whole.layers.qkv.mode != "w2a8":
-    return Kernels()
+    return kernels
   from neurojax.kernels.decode import triton
 
   programs = _device().core_count
   if reason := triton.supports(whole.layers, capacity, programs):
     _say(logging.INFO, f"no single kernel for a token: {reason}")
-    return Kernels()
-  return Kernels(programs=programs)
+    return kernels
+  return dataclasses.replace(kernels, programs=programs)
 
 
 def _needs_gpu(kernels: Kernels) -> bool:

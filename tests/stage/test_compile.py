@@ -255,8 +255,9 @@ def test_on_hopper_the_fused_programs_run(tmp_path, said, hopper):
   config = dataclasses.replace(QWEN, vocab_size=256, num_heads=8, ffn_dim=512)
   write_dummy(tmp_path / "fits.gguf", config, "Q2_0 (group 64)")
   chosen = choose(load(tmp_path / "fits.gguf", "w2a8"))
-  assert (chosen.kind, chosen.kernels) == ("fused", Kernels(programs=132))
-  assert choose(load(tmp_path / "fits.gguf", "w2a16")).kernels == Kernels()
+  device = hopper.device_kind
+  assert (chosen.kind, chosen.kernels) == ("fused", Kernels(programs=132, device=device))
+  assert choose(load(tmp_path / "fits.gguf", "w2a16")).kernels == Kernels(device=device)
   # A vocabulary of 97 is no multiple of 128.
   odd = dataclasses.replace(config, vocab_size=97)
   write_dummy(tmp_path / "odd.gguf", odd, "Q2_0 (group 64)")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from neurojax.config import ModelConfig
+from neurojax.kernels.gemm import tuned
 from neurojax.model.cache import KVCache
 from neurojax.stage import fused
 from neurojax.stage.bench import abstract_model
@@ -59,6 +60,23 @@ def test_a_step_of_64_sequences(mode: str, unroll: bool):
   assert memory.alias_size_in_bytes == 2 * 2 * keys.size
   codes = model(mode).layers.gate_up.codes
   assert memory.temp_size_in_bytes < codes.size // LAYERS
+
+
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+def test_a_step_where_a_table_prefers_triton_for_some_shapes(mode: str, monkeypatch, tmp_path):
+  entries = [
+    tuned.Entry(mode, 64, CONFIG.model_dim, CONFIG.ffn_dim, "triton", {}),
+    tuned.Entry(mode, 64, 2 * CONFIG.ffn_dim, CONFIG.model_dim, "mosaic", {}),
+  ]
+  monkeypatch.setattr(tuned, "load", lambda device: entries if device == "some GPU" else ())
+  step = functools.partial(fused.step, kernels=Kernels(device="some GPU"))
+  keys, values = caches(64)
+  compiled = aot.compile_for_h200(
+    step, model(mode), ints(64), keys, values, ints(64), donate=(2, 3)
+  )
+  text = compiled.as_text()
+  assert "mosaic_gpu" in text and "ternary_dot" in text
+  assert copied(text) == []
 
 
 @pytest.mark.parametrize("length", [1, 256])

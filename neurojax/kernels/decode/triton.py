@@ -32,8 +32,9 @@ WARPS = 8
 """Few, so that each thread has many registers: they hold what is requested ahead."""
 _ROWS = 16
 """Outputs of a unit of work: two for each warp."""
-_AHEAD = 1 << 15
-"""Bytes of codes that a program requests ahead."""
+_AHEAD = 3 << 14
+"""Bytes of codes that a program requests ahead, and fewer of them where registers would be spilled."""
+_AHEAD_QKV = 2 << 14
 _KEYS = 64
 """Keys that attention takes at once."""
 _LEAST = 64
@@ -57,6 +58,7 @@ class Product:
     n, k: Rows and columns of the matrix.
     programs: Of the grid.
     paired: Rows i and i + n/2 go to the same program, and its results are SwiGLU(i, i + n/2).
+    ahead: Bytes of codes that a program requests before it has what they are multiplied by.
   """
 
   n: int
@@ -64,6 +66,7 @@ class Product:
   group: int
   programs: int
   paired: bool = False
+  ahead: int = _AHEAD
 
   @property
   def chunks(self) -> int:
@@ -91,7 +94,7 @@ class Product:
   @property
   def slots(self) -> int:
     """Units that are requested ahead."""
-    return min(max(1, _AHEAD // (self.unit.count * TILE // 4)), self.rounds)
+    return min(max(1, self.ahead // (self.unit.count * TILE // 4)), self.rounds)
 
 
 class _Kernel:
@@ -113,7 +116,7 @@ class _Kernel:
     self.shape, self.layers, self.programs, self.capacity = s, layers, programs, capacity
     self.qk_norm, self.ops = qk_norm, Ops(interpret)
     product = functools.partial(Product, programs=programs)
-    self.qkv = product((s.n + 2 * s.k) * s.h, s.d, groups["qkv"])
+    self.qkv = product((s.n + 2 * s.k) * s.h, s.d, groups["qkv"], ahead=_AHEAD_QKV)
     self.o = product(s.d, s.n * s.h, groups["o"])
     self.gate_up = product(2 * s.f, s.d, groups["gate_up"], paired=True)
     self.down = product(s.d, s.f, groups["down"])
@@ -429,22 +432,18 @@ class _Kernel:
     if self.ops.interpret:
       ref[at] = ref[at] + 1
       return
-    plgpu.debug_barrier()
-    plgpu.atomic_add(ref, at, jnp.int32(1))
+    # Imported when needed: it exists where the GPU's compiler does.
+    from neurojax.kernels.decode import barrier
+
+    barrier.arrive(ref, at, threads=32 * WARPS)
 
   def _wait_for(self, ref, at, target: Array) -> None:
     """Until a counter has come to `target`."""
     if self.ops.interpret:
       return
-    thread = jnp.arange(32 * WARPS)
+    from neurojax.kernels.decode import barrier
 
-    def look(state):
-      seen = plgpu.load(ref.at[at + thread * 0], mask=thread == 0, other=0, volatile=True)
-      return jnp.sum(seen), state[1]
-
-    seen, _ = lax.while_loop(lambda state: state[0] < state[1], look, (jnp.int32(0), target))
-    # Never happens; without a use of its result the loop would be dropped as dead code.
-    plgpu.store(ref.at[1], seen, mask=seen < target)
+    barrier.wait(ref, at, target, threads=32 * WARPS)
 
   def arrive(self, refs) -> None:
     """Say that this program has written what the others wait for."""

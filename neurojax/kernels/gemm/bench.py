@@ -118,9 +118,8 @@ def run(
     for m in rows:
       x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
 
-      dense_bytes = dense[0].nbytes
-      bf16_s = product_s(lambda x, w, i: _xla(x, w[i]), x, dense, dense_bytes, n, rates, runs)
-      yield row(m, "bf16", "xla", bf16_s, dense_bytes, bf16_s)
+      bf16_s = _dense_s(x, dense, rates, runs)
+      yield row(m, "bf16", "xla", bf16_s, dense[0].nbytes, bf16_s)
       for mode in modes:
         weights = dataclasses.replace(packed, mode=mode)
         nbytes = weights.nbytes / weights.codes.shape[0]
@@ -210,6 +209,17 @@ def implementations(m: int, w: TernaryArray) -> dict[str, Multiply]:
     if cpu.supports(m, w.contraction.n, w.contraction.k, w) is None:
       found["cpu"] = lambda x, w, i: cpu.matmul(x, w, layer=i)
   return found
+
+
+def dense_s(m: int, n: int, k: int, rates: measure.Rates, runs: int = 5) -> float:
+  """Seconds of XLA's product of m rows with bfloat16 weights of n channels, none in a cache."""
+  x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+  return _dense_s(x, _dense(n, k), rates, runs)
+
+
+def _dense_s(x: Array, dense: list[Array], rates: measure.Rates, runs: int) -> float:
+  n, nbytes = dense[0].shape[0], dense[0].nbytes
+  return product_s(lambda x, w, i: _xla(x, w[i]), x, dense, nbytes, n, rates, runs)
 
 
 def product_s(

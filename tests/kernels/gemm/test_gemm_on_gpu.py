@@ -1,0 +1,51 @@
+"""Every implementation against the reference, on every product that is benchmarked, on a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.kernels.gemm import bench, mosaic, reference, triton
+from neurojax.ternary.array import TernaryArray
+from tests.kernels import hopper
+
+pytestmark = hopper.needed
+
+ROWS = (1, 8, 16, 64, 2048)
+
+
+@pytest.fixture(scope="module", params=bench.SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def stack(request) -> TernaryArray:
+  n, k = request.param
+  rows = bench.random_rows(jax.random.key(1, impl="rbg"), 2, n, k)
+  return TernaryArray(*rows, (k, n), 1, bench.GROUP)
+
+
+def relative(y: jax.Array, wanted: jax.Array) -> float:
+  """The largest difference, as a share of the largest value."""
+  return float(jnp.abs(y - wanted).max() / jnp.abs(wanted).max())
+
+
+@pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
+@pytest.mark.parametrize("m", ROWS)
+def test_products_are_the_references(stack: TernaryArray, m: int, mode: str):
+  w = dataclasses.replace(stack, mode=mode)
+  x = jax.random.normal(jax.random.key(m), (m, w.weight_shape[0]), jnp.bfloat16)
+  layer = jnp.int32(1)
+  wanted = jax.jit(lambda x, w: reference.matmul(x, w, layer=layer))(x, w)
+  assert float(jnp.abs(wanted).max()) > 1
+  y = jax.jit(lambda x, w: mosaic.matmul(x, w, layer))(x, w)
+  # Sums of a scale group are exact integers in int8, and the groups are added in the same order.
+  assert relative(y, wanted) < 2e-6
+  y = jax.jit(lambda x, w: triton.matmul(x, w, layer=layer))(x, w)
+  # Weights written out are bfloat16: 8 bits of each, errors of either sign.
+  assert relative(y, wanted) < (2e-6 if m < triton.PREFILL_ROWS else 1e-2)
+
+
+def test_rows_alone_and_together_are_the_same_rows(stack: TernaryArray):
+  w = dataclasses.replace(stack, mode="w2a8")
+  x = jax.random.normal(jax.random.key(9), (64, w.weight_shape[0]))
+  multiply = jax.jit(lambda x, w: mosaic.matmul(x, w, jnp.int32(0)))
+  np.testing.assert_array_equal(multiply(x, w)[40:41], multiply(x[40:41], w))
