@@ -66,7 +66,10 @@ def _check_order(plan: Plan) -> None:
     end = layers[hop.a, hop.pipeline].last_layer + 1 if hop.a else 0
     first = layers[hop.b, hop.pipeline].first_layer if hop.b else last + 1
     if end != first:
-      raise ValueError(f"hop {hop.a or '-'} to {hop.b or '-'}: from before layer {end} to {first}")
+      a, b = (name or "the coordinator" for name in (hop.a, hop.b))
+      raise ValueError(
+        f"the hop from {a} to {b} goes on with layer {first}, and layer {end} is the next to be placed"
+      )
 
 
 def servers(plan: Plan, config: ModelConfig) -> tuple[Fleet, Mapping[str, Span]]:

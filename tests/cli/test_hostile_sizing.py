@@ -112,7 +112,7 @@ PLAN_FAULTS = [
   ("batch = 1", "batch = 0", "batch = 0: at least 1"),
   ("prefill_tokens = 256", "prefill_tokens = 0", "prefill_tokens = 0"),
   ('a = "fast"', 'a = "else"', "no stage called 'else'"),
-  ("first_layer = 0", "first_layer = 1", "from before layer 0 to 1"),
+  ("first_layer = 0", "first_layer = 1", "layer 0 is the next to be placed"),
 ]
 
 
