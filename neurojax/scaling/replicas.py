@@ -8,6 +8,7 @@ small, and else consecutive places of an order for consecutive ranges.
 
 import dataclasses
 import time
+from collections import Counter
 
 import numpy as np
 
@@ -51,9 +52,7 @@ def replicated(given: Problem, deadline_s: float) -> Replicated:
   plans = []
   for method, held in ways:
     flow = routed(given, held)
-    # A pin wants its host used: if nothing flows there, pipelines without replicas have to do.
-    used = {one.place for one in flow[0]} if flow else set()
-    if flow and not forced - used and (not together or len(used) == len(held)):
+    if flow and _keeps_pins(given, flow[0]):
       plans.append(assemble_ways(given, *flow, method=method))
   found = min(plans, key=lambda plan: plan.value(), default=None)
   if found is not None and proven and found.throughput >= given.batch * most * (1 - 1e-6):
@@ -61,6 +60,16 @@ def replicated(given: Problem, deadline_s: float) -> Replicated:
     most = found.throughput / given.batch
   bound = given.batch * most
   return Replicated(found and bounded(found, bound), bound)
+
+
+def _keeps_pins(given: Problem, held: list[Held]) -> bool:
+  """Where nothing flows through a pinned host, pipelines without replicas have to do."""
+  layers: Counter[str] = Counter()
+  for one in held:
+    place = given.places[one.place]
+    for label in {place.label, place.host.label}:
+      layers[label] += one.layers
+  return all(layers[label] == pinned for label, pinned in given.pins.items())
 
 
 def rate_bound(given: Problem) -> float:
