@@ -1,7 +1,7 @@
 # Everything runs inside .venv, built from the lock files in requirements/.
 PYTHON ?= python3
 # The model of `make demo`: neurollm, which is in the repository, or smollm2, which is downloaded.
-MODEL  ?= smollm2
+MODEL  ?= neurollm
 # An accelerator extra: make demo EXTRA=cuda13 (or cuda12 for cards older than Turing).
 EXTRA  ?=
 

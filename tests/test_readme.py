@@ -4,6 +4,7 @@ import pytest
 
 import experiments.cpu_decode.run
 import experiments.cpu_ternary.run
+import experiments.embedded.run
 import experiments.gpu_decode.run
 import experiments.seed_sizes.run
 from experiments.readme import block
@@ -12,6 +13,12 @@ from experiments.readme import block
 @pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary", "gpu_decode", "seed_sizes"])
 def test_the_readmes_tables_are_those_of_the_results_files(name: str):
   assert block(name) == getattr(experiments, name).run.table()
+
+
+def test_the_packaged_models_card_has_the_tables_of_the_results_files():
+  card = (experiments.embedded.run.MODELS / "README.md").read_text(encoding="utf-8")
+  assert experiments.embedded.run.losses_table() in card
+  assert experiments.embedded.run.perplexity_table() in card
 
 
 def test_the_readme_shows_the_demo_and_its_verdict():

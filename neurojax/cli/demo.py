@@ -58,7 +58,8 @@ class Demo(ModelOptions, SamplingOptions):
   temperature: float | None = None
   """0 takes the likeliest token; if absent, 0 for an answer and 0.7 for a text that is continued."""
   weights: Weights | None = None
-  """As in `neurojax generate`; if absent, "w2a16" where the file has ternary matrices, else "dense"."""
+  """As in `neurojax generate`; if absent, "w2a8" for the model in this package, which was trained so,
+  "w2a16" for another file with ternary matrices, else "dense"."""
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 2
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
 
@@ -88,7 +89,8 @@ class Demo(ModelOptions, SamplingOptions):
         sampling=dataclasses.replace(self, temperature=temperature).sampling(),
         stop_ids=tokenizer.stop_ids,
       )
-      weights = self.weights or ("w2a16" if ternary_matrices(file) else "dense")
+      packed = "w2a8" if file.path == PACKAGED else "w2a16"
+      weights = self.weights or (packed if ternary_matrices(file) else "dense")
       out.print(
         f"[bold]{model_path(self.model).name}[/], {file.config.num_layers} layers, on {self.stages} stage servers\n"
       )
