@@ -20,7 +20,7 @@ def draw(rows: Sequence[Row], config: Plan, path: Path = FIGURE) -> None:
     from matplotlib.figure import Figure
   except ImportError as error:
     raise ValueError("--plot needs matplotlib: pip install neurojax[plot]") from error
-  plan.comparable(rows, config)
+  fit.check(rows, config)
   found, sd = fit.gaps(rows, config), fit.noise(rows, config)
   # The same file for the same numbers.
   with matplotlib.rc_context({"svg.hashsalt": "ternary_gap", "svg.fonttype": "none"}):

@@ -266,14 +266,19 @@ def _rounded(row: dict[str, object]) -> dict[str, object]:
   }
 
 
-def write(rows: Sequence[Row], config: Plan) -> str:
-  """fit.csv, gap.csv and the README's tables. Raises: ValueError: too few sizes."""
+def check(rows: Sequence[Row], config: Plan) -> None:
+  """Raises: ValueError: too few sizes have both weights, or losses are of other tokens."""
   plan.comparable(rows, config)
   whole = [size for size in config.sizes if all(best(rows, size.name, w) for w in plan.WEIGHTS)]
   if len(whole) < 3:
     raise ValueError(
       f"results.csv has {len(whole)} sizes with both weights: a fit needs 3, better 4"
     )
+
+
+def write(rows: Sequence[Row], config: Plan) -> str:
+  """fit.csv, gap.csv and the README's tables. Raises: ValueError: too few sizes."""
+  check(rows, config)
   plan.write_table(FITS, fits(rows, config))
   plan.write_table(GAPS, gaps(rows, config))
   text = report(rows, config)

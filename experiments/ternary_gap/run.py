@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.data is None:
       raise ValueError("--data is missing: name a folder of `neurojax data prepare`")
     return train(config, runs, arguments)
-  except ValueError as error:
+  except (ValueError, FileNotFoundError) as error:
     sys.exit(f"ternary_gap: {error}")
 
 

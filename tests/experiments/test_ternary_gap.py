@@ -194,7 +194,7 @@ def test_a_folder_of_other_options_and_other_data_are_refused(
 
 def test_wrong_words_are_named():
   for arguments in (
-    ["--data", "x", "--sizes", "5m"], ["--data", "x", "--only", "3m", "int4", "1e-3"], ["--sizes", "3m"]
+    ["--data", "x"], ["--data", "x", "--sizes", "5m"], ["--data", "x", "--only", "3m", "int4", "1e-3"], ["--sizes", "3m"]
   ):  # fmt: skip
     with pytest.raises(SystemExit, match="ternary_gap: "):
       run.main(arguments)
