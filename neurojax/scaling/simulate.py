@@ -23,6 +23,8 @@ MOST_EVENTS = 200_000_000
 """Some ten minutes of one core; failures add to what is counted beforehand."""
 MOST_FAILURES = 1e6
 """Of a host in an hour."""
+MOST_IN_VAIN = 100_000
+"""Failures in a row between which nothing could be started."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,10 +167,11 @@ def simulate(
 
   Args:
     prompt, answer: Tokens of each.
-    failures_per_hour: Of each host, at random times.
+    failures_per_hour: Of each host while it is up, at random times.
     repair_s: From a failure until a replacement serves the same layers.
     retry: Whether a request whose attempt failed is sent again, at most MAX_ATTEMPTS times.
-  Raises: ValueError: a number that makes no sense, or a failure of a host that the plan does not use.
+  Raises: ValueError: a number that makes no sense, a failure of a host that the plan does not use, or so
+    many failures that nothing can be served.
   """
   for name, value in (
     ("requests", requests),
@@ -205,19 +208,24 @@ def simulate(
   run = _Run(plan, requests, concurrency, prompt, answer, retry, repair_s)
   draw = random.Random(seed)
   planned = sorted(failures, key=lambda failure: failure.at_s)
-  rate = failures_per_hour / 3600 * len(hosts)
-  random_s = draw.expovariate(rate) if rate else math.inf
+  rate = failures_per_hour / 3600
+  # What is down cannot fail: of each host the next time, drawn anew from when it is back.
+  drawn = [(draw.expovariate(rate), host) for host in hosts] if rate else []
+  heapq.heapify(drawn)
   run.start(0.0)
   while run.heap:
     next_s = run.heap[0][0]
     planned_s = planned[0].at_s if planned else math.inf
-    if min(planned_s, random_s) <= next_s:
-      if planned_s <= random_s:
+    drawn_s = drawn[0][0] if drawn else math.inf
+    if min(planned_s, drawn_s) <= next_s:
+      if planned_s <= drawn_s:
         failure = planned.pop(0)
         run.fail(failure.host, failure.at_s)
-      else:
-        run.fail(draw.choice(hosts), random_s)
-        random_s += draw.expovariate(rate)
+        continue
+      host = drawn[0][1]
+      if run.down_until_s.get(host, 0.0) <= drawn_s:
+        run.fail(host, drawn_s)
+      heapq.heapreplace(drawn, (run.down_until_s[host] + draw.expovariate(rate), host))
       continue
     run.step()
   return run.result()
@@ -265,6 +273,7 @@ class _Run:
     self.gaps: list[float] = []
     self.whole: list[float] = []
     self.tokens = self.failed = self.restarts = self.failures = self.lost_tokens = self.events = 0
+    self.in_vain = 0
     self.now_s = 0.0
 
   # Positions in the way of a pass of K stages: 2k is hop k, 2k + 1 is stage k, 2K + 1 is the coordinator.
@@ -325,6 +334,7 @@ class _Run:
       group.firsts, group.gaps, group.times = [], [], []
       pipeline.active.add(group)
       self.under_way += 1
+      self.in_vain = 0
       chunk = self.plan.prefill_tokens
       group.prefilling = group.size
       for _ in range(group.size):
@@ -410,6 +420,12 @@ class _Run:
 
   def fail(self, host: str, at_s: float) -> None:
     self.failures, self.now_s = self.failures + 1, at_s
+    self.in_vain = 0 if self.under_way else self.in_vain + 1
+    if self.in_vain > MOST_IN_VAIN:
+      raise ValueError(
+        f"{MOST_IN_VAIN:,} failures in a row left no pipeline whole: fewer failures per hour, a shorter "
+        "repair, or a plan over fewer hosts"
+      )
     back_s = at_s + self.repair_s
     self.down_until_s[host] = max(self.down_until_s.get(host, 0.0), back_s)
     for pipeline in self.pipelines:

@@ -111,6 +111,19 @@ def test_failures_lose_work_but_no_request(seed: int, retry: bool, batch: int):
   assert all(use.busy <= 1 + 1e-9 for use in (*result.stages, *result.links))
 
 
+def test_what_is_down_does_not_fail_again_and_what_is_never_whole_ends():
+  p = made(alike(1), 2)
+  work = {"requests": 2, "concurrency": 1, "prompt": 1, "answer": 10}
+  calm = simulate(p, **work)
+  often = 3 * 3600 / calm.duration_s
+  result = simulate(p, **work, failures_per_hour=often, repair_s=1000 * calm.duration_s)
+  assert 0 < result.failures == result.restarts < 200
+  several = made(alike(4), 12)
+  assert len({stage.host for stage in several.stages}) > 2
+  with pytest.raises(ValueError, match="failures in a row"):
+    simulate(several, **work, failures_per_hour=1e6, repair_s=3600.0)
+
+
 def test_a_failure_takes_the_repair_and_what_was_done_before_it():
   p = made(alike(3), 12)
   calm = simulate(p, requests=1, concurrency=1, prompt=1, answer=10)
