@@ -124,7 +124,9 @@ def need(config: ModelConfig, purpose: Purpose) -> Need:
 
 def fits(needed: Need, free: Sequence[int]) -> bool:
   """Whether places with so many free bytes can hold the model."""
-  return bool(_fitting(_table((needed,)), free)[0])
+  if needed.total < _NOWHERE:
+    return bool(_fitting(_table((needed,)), free)[0])
+  return needed.total <= max(free) or _ends(needed, free) is not None
 
 
 def largest(
@@ -224,6 +226,10 @@ def _spread(
   return counts
 
 
+_NOWHERE = 2**60
+"""Bytes that no place has (`fleet.MOST_BYTES`); more than these are as many."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Table:
   """The needs of candidates C as arrays."""
@@ -239,7 +245,8 @@ class _Table:
 def _table(needs: Sequence[Need]) -> _Table:
   names = [field.name for field in dataclasses.fields(_Table)]
   return _Table(**{
-    name: np.array([getattr(needed, name) for needed in needs], np.int64) for name in names
+    name: np.array([min(getattr(needed, name), _NOWHERE) for needed in needs], np.int64)
+    for name in names
   })  # fmt: skip
 
 

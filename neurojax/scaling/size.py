@@ -21,6 +21,7 @@ from neurojax.scaling.fleet import Device, Fleet, Host, Place
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
 from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, serve, train
+from neurojax.scaling.working import working_bytes
 
 HEADROOM = 0.1
 """Left free on each place: what a runtime takes beside weights, caches and kept activations."""
@@ -182,6 +183,8 @@ def size(
       f"this is what fits, not what someone has trained: {flops:.3g} FLOPs are {years:,.3g} years of 1,000 "
       f"H100 at an MFU of {MFU:g}; --most-parameters leaves larger candidates out"
     )
+  if isinstance(purpose, Serving):
+    notes += _too_tight(config, purpose, stages)
   used = sum(stage.memory_bytes for stage in stages) / sum(allowed)
   if used < 0.5 and not kept:
     notes.append(
@@ -264,6 +267,19 @@ def _settle(
     f"parameters, below {HYSTERESIS}"
   )
   return current, True
+
+
+def _too_tight(config: ModelConfig, purpose: Serving, stages: Sequence[Stage]) -> list[str]:
+  """Where the headroom is less than `plan` keeps for the working memory of a stage's programs."""
+  working = working_bytes(config, dtype=purpose.dtype, weights=purpose.weights)
+  tight = [stage.label for stage in stages if stage.memory_bytes + working > stage.free_bytes]
+  if not tight:
+    return []
+  more = f" and {len(tight) - 1} more" if len(tight) > 1 else ""
+  return [
+    f"the programs of a stage work in about {working:,} bytes more, and {tight[0]}{more} has less left: "
+    "`neurojax plan` refuses it; a larger --headroom makes room"
+  ]
 
 
 def _hosts(stages: Sequence[Stage], places: Sequence[Place]) -> tuple[HostMemory, ...]:

@@ -120,6 +120,27 @@ def test_what_fits_is_what_brute_force_finds(needed: Need, free: list[int]):
       assert brute_force(needed, other) == enough
 
 
+def test_what_no_integer_of_a_machine_holds_does_not_fit():
+  purpose = Serving(context=2**31, sequences=2**20)
+  assert fit.largest(purpose, [2**50] * 3) is None
+  needed = fit.need(ladder()[0], purpose)
+  assert not fit.fits(needed, [2**50] * 3)
+  missing = fit.missing_bytes(needed, [2**50])
+  assert needed.total > 2**60 and missing == needed.total - 2**50
+  with pytest.raises(ValueError, match="memory is too small"):
+    size(one_host(2**50), purpose)
+
+
+def test_headroom_below_the_working_memory_is_said():
+  said = [
+    any("work in about" in note for note in found.notes)
+    for found in (
+      size(one_host(300 * 10**6), Serving(weights="int8"), headroom=h) for h in (0.1, 0.3)
+    )
+  ]
+  assert said == [True, False]
+
+
 def check_placed(needed: Need, free: list[int], placed: list[tuple[int, int]]) -> None:
   assert sum(layers for _, layers in placed) == needed.num_layers
   assert len({index for index, _ in placed}) == len(placed)
