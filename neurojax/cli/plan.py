@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from neurojax.scaling.plan import Load, Plan
 
 DEFAULT_CONTEXT = 2048
+DEFAULT_SEQUENCES, MOST_SEQUENCES = 4, 4096
 MOST_ROWS = 24
 
 
@@ -37,8 +38,9 @@ class PlanningOptions:
   """Positions of each sequence; the model's own, at most 2048, if absent."""
   batch: Annotated[int, tyro.conf.arg(metavar="N")] = 1
   """Sequences that go through together. The pipeline steps each by itself: 1."""
-  sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
-  """Sequences that may be in flight at once; memory for their caches is planned."""
+  sequences: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  """Sequences that may be in flight at once; memory for their caches is planned. If absent 4, or for
+  throughput as many as the plan gains by."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of activations and caches, and of dense weights."""
   weights: Weights = "dense"
@@ -56,7 +58,7 @@ class PlanningOptions:
   """For the search, where the best plan cannot be computed."""
 
   def _check(self) -> None:
-    for name, most in (("sequences", 4096), ("batch", 4096), ("context", 2**31)):
+    for name, most in (("sequences", MOST_SEQUENCES), ("batch", 4096), ("context", 2**31)):
       value = getattr(self, name)
       if value is not None and not 1 <= value <= most:
         raise ValueError(f"--{name} {value}: between 1 and {most}")
@@ -81,7 +83,7 @@ class PlanningOptions:
       dtype=self.dtype,
       weights=self.weights,
       capacity=count.capacity_for(context),
-      max_sequences=self.sequences,
+      max_sequences=self.sequences or DEFAULT_SEQUENCES,
       ternary=ternary,
       working=True,
     )
@@ -100,7 +102,22 @@ class PlanningOptions:
       found[host] = int(layers)
     return found
 
+  def _replicas(self) -> int | None:
+    return None if self.replicas == "auto" else self.replicas
+
   def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
+    """Of `Plan.sequences`, which may be more than the load's."""
+    made = self._plan(config, fleet, load)
+    needed = min(made.batches * made.batch, MOST_SEQUENCES)
+    if self.sequences is not None or self.objective == "latency" or needed <= load.max_sequences:
+      return made
+    try:
+      return self._plan(config, fleet, dataclasses.replace(load, max_sequences=needed))
+    except ValueError:
+      # There is no memory for so many: the plan says what the few of them get.
+      return made
+
+  def _plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
     from neurojax.scaling import plan
 
     return plan.best(
@@ -111,7 +128,7 @@ class PlanningOptions:
       context=self.context,
       batch=self.batch,
       pins=self.pins(),
-      replicas=None if self.replicas == "auto" else self.replicas,
+      replicas=self._replicas(),
       time_limit_s=self.seconds,
     )
 
@@ -143,7 +160,10 @@ class Planning(PlanningOptions):
     if self.toml:
       print(to_toml(made), end="")
       return 0
-    added, larger = plan.one_more(config, fleet, load, made, pins=self.pins())
+    load = dataclasses.replace(load, max_sequences=made.sequences or load.max_sequences)
+    added, larger = plan.one_more(
+      config, fleet, load, made, pins=self.pins(), replicas=self._replicas()
+    )
     simple: dict[str, Plan | str] = {}
     if self.compare:
       simple = plan.compared(

@@ -12,6 +12,7 @@ from rich.table import Table
 from neurojax.cli.plan import PlanningOptions
 
 if TYPE_CHECKING:
+  from neurojax.scaling.placements import Plan
   from neurojax.scaling.simulate import Failure, Result, Spread, Use
 
 MOST_ROWS = 24
@@ -53,9 +54,15 @@ class Simulate(PlanningOptions):
     if self.plan_file is not None:
       if self.model is not None or self.fleet is not None:
         raise ValueError("--plan says what lies where: leave --model and --fleet out")
+      for field in dataclasses.fields(PlanningOptions):
+        if getattr(self, field.name) != field.default:
+          raise ValueError(
+            f"--plan is made already: leave --{field.name} out, or plan anew with it"
+          )
       plan = read_plan(self.plan_file)
     else:
       plan = self.plan(*self.read())
+    self._check_room(plan)
     result = simulate(
       plan,
       requests=self.requests,
@@ -73,6 +80,20 @@ class Simulate(PlanningOptions):
       return 0
     _show(Console(markup=False), result)
     return 0
+
+  def _check_room(self, plan: "Plan") -> None:
+    """Raises: ValueError: more at a time, or longer, than memory was planned for."""
+    room = None if plan.sequences is None else plan.sequences * plan.pipelines
+    if room is not None and min(self.concurrency, self.requests) > room:
+      raise ValueError(
+        f"--concurrency {self.concurrency}: the plan has memory for the caches of {room} sequences: have "
+        "fewer at a time, or plan with more --sequences"
+      )
+    if self.prompt + self.answer > plan.context:
+      raise ValueError(
+        f"--prompt {self.prompt} and --answer {self.answer}: the plan is for {plan.context} positions: "
+        "shorten them, or plan with a longer --context"
+      )
 
 
 def _failure(text: str) -> "Failure":

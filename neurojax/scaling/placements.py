@@ -86,6 +86,7 @@ class Plan:
     bound: What no plan can do better, in the objective's unit; None where none was sought.
     gap: How far from the bound, as a fraction of it; 0 if the plan is proven best.
     batches: In flight from which on more do not help.
+    sequences: In flight in each pipeline, for whose caches memory is planned; None if nobody said.
     prefill_tokens: What `prefill_s` of stages and hops is for.
   """
 
@@ -99,6 +100,7 @@ class Plan:
   latency_s: float = 0.0
   throughput: float = 0.0
   batches: int = 1
+  sequences: int | None = None
   bound: float | None = None
   gap: float | None = None
   reasons: tuple[Reason, ...] = ()
@@ -196,6 +198,7 @@ class _Maker:
       batch=self.problem.batch,
       context=self.problem.context,
       prefill_tokens=self.tokens,
+      sequences=self.problem.load.max_sequences,
     )
     return bounded(
       dataclasses.replace(

@@ -99,9 +99,9 @@ def best(
   """
   deadline_s = time.monotonic() + time_limit_s
   given = problem(config, fleet, load, context=context or load.capacity, batch=batch, pins=pins)
-  if replicas is not None and not 1 <= replicas <= len(given.hosts):
+  if replicas is not None and not 1 <= replicas <= len(given.places):
     raise ValueError(
-      f"replicas = {replicas}: between 1 and the number of hosts, {len(given.hosts)}"
+      f"replicas = {replicas}: between 1 and the number of places, {len(given.places)}"
     )
   check(given)
   if replicas == 1 or (replicas is None and objective == "latency"):
@@ -143,11 +143,13 @@ def one_more(
   made: Plan,
   *,
   pins: Mapping[str, int] | None = None,
+  replicas: int | None = 1,
 ) -> tuple[str, Plan]:
   """The plan with one more host that has the best device of the fleet alone, linked as its like is.
 
   Args:
     made: What is planned without it; batch, context and objective are taken from there.
+    replicas: What it was planned with.
   Returns: What was added, and the plan.
   """
   given = problem(config, fleet, load, context=made.context, batch=made.batch)
@@ -168,16 +170,25 @@ def one_more(
     if place.host.label in link.hosts
   ]
   larger = dataclasses.replace(fleet, hosts=(*fleet.hosts, host), links=(*fleet.links, *links))
-  plan = best(
-    config,
-    larger,
-    load,
-    objective=made.objective,
-    context=made.context,
-    batch=made.batch,
-    pins=pins,
-    replicas=None if made.is_replicated else 1,
-  )
+  try:
+    plan = best(
+      config,
+      larger,
+      load,
+      objective=made.objective,
+      context=made.context,
+      batch=made.batch,
+      pins=pins,
+      replicas=replicas,
+    )
+  except ValueError:
+    # Places dealt out anew among several pipelines may not hold the model as often.
+    if not made.is_replicated:
+      raise
+    plan = made
+  if made.is_replicated:
+    # The new host may as well stay idle.
+    plan = min(plan, made, key=lambda plan: plan.value())
   return f"{place.device.name or place.device.kind} like {place.label}", plan
 
 

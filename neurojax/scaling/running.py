@@ -29,6 +29,8 @@ def _check(plan: Plan) -> None:
   for name in ("batch", "context", "prefill_tokens"):
     if getattr(plan, name) < 1:
       raise ValueError(f"{name} = {getattr(plan, name)}: at least 1")
+  if plan.sequences is not None and plan.sequences < plan.batch:
+    raise ValueError(f"sequences = {plan.sequences}: at least batch = {plan.batch}")
   parts = sorted({stage.pipeline for stage in plan.stages})
   if parts != list(range(len(parts))):
     raise ValueError(f"stages of pipelines {parts}: they are to be numbered from 0 on")

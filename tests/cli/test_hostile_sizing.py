@@ -78,6 +78,7 @@ REFUSED = [
   (f"{PLAN} --pin fast=\u0663", "write HOST=LAYERS"),
   (f"{PLAN} --pin fast=0 --pin large=0 --pin small=0", "32 too few"),
   (f"{SIZE} --tokens 1e300", "tokens = 1e+300"),
+  (f"{SIZE} --batch 1048576 --context 2147483648", "memory is too small"),
   (f"{SIZE} --vocab 0", "--vocab 0: between"),
   (f"{SIZE} --batch 99999999999999999999", "--batch 99999999999999999999: between"),
   (f"{SIZE} --headroom nan", "headroom = nan"),
@@ -110,6 +111,7 @@ PLAN_FAULTS = [
   ("pipeline = 0", "pipeline = 7", "numbered from 0"),
   ("share = 1.0", "share = 0.0", "share = 0.0"),
   ("batch = 1", "batch = 0", "batch = 0: at least 1"),
+  ("sequences = 4", "sequences = 0", "sequences = 0: at least batch = 1"),
   ("prefill_tokens = 256", "prefill_tokens = 0", "prefill_tokens = 0"),
   ('a = "fast"', 'a = "else"', "no stage called 'else'"),
   ("first_layer = 0", "first_layer = 1", "layer 0 is the next to be placed"),
@@ -137,6 +139,9 @@ def test_a_plan_mended_by_hand_is_read_with_suspicion(here: Path, capsys):
     ("--fail nobody@1", "uses only"),
     ("--repair inf", "repair_s = inf"),
     ("--model llama-8b", "leave --model and --fleet out"),
+    ("--sequences 9", "leave --sequences out"),
+    ("--concurrency 9", "caches of 4 sequences"),
+    ("--prompt 4000", "for 2048 positions"),
   ):
     capsys.readouterr()
     assert main(["simulate", "--plan", "plan.toml", *more.split(" ")]) == 2

@@ -104,6 +104,23 @@ def test_a_plan_in_toml_is_what_simulate_reads(capsys, fleet: str, tmp_path: Pat
   assert code == 0 and "1 failures ended" in out
 
 
+def test_throughput_plans_memory_for_the_sequences_it_takes(capsys, tmp_path: Path):
+  path = tmp_path / "fleet.toml"
+  card = (
+    '[[hosts]]\nname = "h{}"\n[[hosts.devices]]\nkind = "cuda"\nmemory_bytes = 12_000_000_000\n'
+  )
+  path.write_text("".join(f"{card.format(i)}read_bytes_per_s = 1e12\n" for i in range(7)))
+  arguments = ("--model", "llama-8b", "--fleet", str(path), "--dtype", "bfloat16")
+  plans = []
+  for more in ((), ("--sequences", "4")):
+    code, out, err = run(capsys, "plan", *arguments, "--objective", "throughput", *more, "--toml")
+    assert code == 0, err
+    plans.append(from_toml(Plan, out))
+  assert plans[0].sequences >= plans[0].batches > 4 == plans[1].sequences
+  assert not any("caches for" in limit for limit in plans[0].limits)
+  assert any("caches for 4 are planned" in limit for limit in plans[1].limits)
+
+
 @pytest.mark.parametrize(
   ("more", "said"),
   [

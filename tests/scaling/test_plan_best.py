@@ -154,6 +154,24 @@ def test_the_order_of_hosts_is_free():
   assert made.latency_s < 1
 
 
+def test_devices_of_one_host_may_be_pipelines_side_by_side():
+  cards = Host(name="box", devices=(device(10**7), device(10**7, read=5e8)))
+  fleet, model = Fleet(hosts=(cards,)), config(4)
+  made = plan.best(model, fleet, LOAD, objective="throughput", replicas=2)
+  check(made, model, fleet)
+  assert made.pipelines == 2
+  with pytest.raises(ValueError, match="number of places, 2"):
+    plan.best(model, fleet, LOAD, replicas=3)
+
+
+def test_one_more_keeps_the_number_of_pipelines():
+  fleet = row((10**7, 1e9), (10**7, 5e8))
+  model = config(4)
+  made = plan.best(model, fleet, LOAD, replicas=2)
+  _, larger = plan.one_more(model, fleet, LOAD, made, replicas=2)
+  assert larger.pipelines == 2 and larger.latency_s <= made.latency_s
+
+
 def test_more_hosts_than_layers_make_a_stream_faster_as_pipelines_side_by_side():
   fleet = row(*[(10**7, 1e9)] * 12)
   model = config(4)
