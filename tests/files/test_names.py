@@ -162,7 +162,10 @@ def test_refused(key: str, value: object) -> None:
 
 
 def test_known_architectures_are_listed() -> None:
-  assert "the known ones are bitnet, llama, qwen3" in interpret({"general.architecture": "qwen99"}).demands[0]
+  assert (
+    "the known ones are bitnet, llama, qwen3"
+    in interpret({"general.architecture": "qwen99"}).demands[0]
+  )
 
 
 @pytest.mark.parametrize(
