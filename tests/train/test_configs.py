@@ -32,11 +32,13 @@ def test_the_embedded_model_fits_twenty_megabytes_as_tq2_0():
   assert model.num_heads * model.head_dim == model.model_dim
 
 
-def test_the_twin_differs_in_weights_and_learning_rate_alone():
+def test_the_twin_differs_in_weights_and_their_decay_alone():
   folder = CONFIGS[0].parent
   ours, twin = (TrainConfig.load(folder / f"embedded{end}.toml") for end in ("", "-bf16"))
   assert dataclasses.replace(twin, quantization=ours.quantization, optimizer=ours.optimizer) == ours
-  assert twin.optimizer.second_lr is None and twin.quantization.weights == "none"
+  assert twin.quantization.weights == "none" and twin.optimizer.second_weight_decay is None
+  decay = {"second_weight_decay": ours.optimizer.second_weight_decay}
+  assert dataclasses.replace(twin.optimizer, **decay) == ours.optimizer
 
 
 @pytest.mark.parametrize(("changes", "message"), [
