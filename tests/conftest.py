@@ -9,11 +9,15 @@ from collections.abc import Iterator
 os.environ.setdefault("NEUROJAX_CACHE_DIR", tempfile.mkdtemp(prefix="neurojax-tests-"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["neurojax.model", "neurojax.quant", "neurojax.ternary"], "beartype.beartype")
+# No deadlines: on a busy machine they say nothing.
+hypothesis.settings.register_profile("neurojax", deadline=None)
+hypothesis.settings.load_profile("neurojax")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
