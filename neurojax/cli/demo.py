@@ -33,7 +33,7 @@ if TYPE_CHECKING:
   from neurojax.tokenizer.tokenizer import Tokenizer
 
 
-DEFAULT_MODEL = "neurollm" if PACKAGED.is_file() else "smollm2"
+DEFAULT_MODEL = "neurollm"
 QUESTION = "What is the capital of France, and what is it known for?"
 PROMPT = "The old house stood at the end of the road, and"
 

@@ -46,10 +46,9 @@ def write_dummy(
   writer.add_name(f"random {kind}")
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   arch = names.ARCHITECTURES[architecture]
-  for key, field in {**{key: field for field, key in arch.keys.items()}, **arch.same_as}.items():
-    value = getattr(config, field)
+  for key, value in arch.metadata(architecture, config).items():
     add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-    add(f"{architecture}.{key}", value)
+    add(key, value)
   _add_vocabulary(writer, config.vocab_size)
 
   tensors = list(_tensors(arch, config))

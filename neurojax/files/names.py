@@ -58,6 +58,11 @@ class Architecture:
   same_as: Mapping[str, str]
   neutral: Mapping[str, tuple[object, ...] | None]
 
+  def metadata(self, name: str, config: ModelConfig) -> dict[str, int | float]:
+    """What a file of this architecture, called `name`, says of a configuration: key to value."""
+    fields = {key: field for field, key in self.keys.items()} | dict(self.same_as)
+    return {f"{name}.{key}": getattr(config, field) for key, field in fields.items()}
+
 
 # Source: gguf-py, constants.py and tensor_mapping.py; convert_hf_to_gguf.py, LlamaModel.permute:
 # q and k rows are permuted so that rotary pairs are neighbours.

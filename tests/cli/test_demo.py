@@ -73,13 +73,12 @@ def test_a_text_may_be_continued_by_any_model(base: Path):
   assert go_on._prompt(chats)[2] > 0
 
 
-def test_make_demo_runs_the_packaged_model_once_there_is_one():
+def test_make_demo_runs_the_packaged_model():
   makefile = Path(__file__).parents[2] / "Makefile"
   [line] = [line for line in makefile.read_text().splitlines() if line.startswith("MODEL ")]
   assert line.split() == ["MODEL", "?=", DEFAULT_MODEL]
 
 
-@pytest.mark.skipif(not options.PACKAGED.is_file(), reason="the package carries no model yet")
 def test_the_packaged_model_is_small_ternary_documented_and_runs(capsys):
   assert options.PACKAGED.stat().st_size <= 20e6
   assert options.PACKAGED.with_name("README.md").is_file()

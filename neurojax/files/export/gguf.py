@@ -144,11 +144,9 @@ def _write(
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    keys = {key: field for field, key in rules.keys.items()} | dict(rules.same_as)
-    for key, field in keys.items():
-      value = getattr(config, field)
+    for key, value in rules.metadata(arch, config).items():
       add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-      add(f"{arch}.{key}", value)
+      add(key, value)
     writer.add_vocab_size(config.vocab_size)
     for key, value in gguf_from_spec(tokenizer, config.vocab_size).items():
       writer.add_key_value(key, value, _value_type(value))
