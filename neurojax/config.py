@@ -6,10 +6,117 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 T = TypeVar("T")
 RopeStyle = Literal["interleaved", "half"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
+Mixer = Literal["attention", "convolution"]
+RopeKind = Literal["linear", "llama3", "yarn", "factors", "proportional"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """How rotary frequencies depart from base**(-2i/H), for pair i of a head.
+
+    linear        divided by `factor` (arXiv:2306.15595)
+    llama3        wavelengths beyond original_context_length / low_freq_factor divided by `factor`,
+                  those below original_context_length / high_freq_factor kept, a line in between
+    yarn          divided by `factor` where a pair turns less than beta_slow times within
+                  original_context_length, kept where more than beta_fast times, a line in between;
+                  cosine and sine times attention_factor (arXiv:2309.00071)
+    factors       pair i divided by factors[i], and all by `factor`
+    proportional  the first part `rotated` of the pairs turn, the others do not; all by `factor`
+
+  Attributes:
+    attention_factor: yarn's; None: 0.1 ln(factor) + 1.
+    truncate: yarn's: the ends of its line are whole pairs.
+  """
+
+  kind: RopeKind
+  factor: float = 1.0
+  original_context_length: int | None = None
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
+  factors: tuple[float, ...] = ()
+  rotated: float = 1.0
+
+  _USED: ClassVar[dict[str, tuple[str, ...]]] = {
+    "linear": (),
+    "llama3": ("original_context_length", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+      "original_context_length",
+      "beta_fast",
+      "beta_slow",
+      "attention_factor",
+      "truncate",
+    ),
+    "factors": ("factors",),
+    "proportional": ("rotated",),
+  }
+
+  def __post_init__(self) -> None:
+    if self.kind not in self._USED:
+      raise ValueError(f"kind = {self.kind!r}: choose one of {', '.join(self._USED)}")
+    for field in dataclasses.fields(self):
+      value, used = getattr(self, field.name), ("kind", "factor", *self._USED[self.kind])
+      if field.name not in used and value != field.default:
+        raise ValueError(f"{field.name} = {value!r}: rope scaling {self.kind!r} has no use for it")
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+      _check_positive(name, getattr(self, name))
+    if self.attention_factor is not None:
+      _check_positive("attention_factor", self.attention_factor)
+    if self.kind in ("llama3", "yarn"):
+      _check_count("original_context_length", self.original_context_length)
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise ValueError(
+        f"low_freq_factor = {self.low_freq_factor} is not below high_freq_factor ="
+        f" {self.high_freq_factor}"
+      )
+    if self.beta_slow >= self.beta_fast:
+      raise ValueError(f"beta_slow = {self.beta_slow} is not below beta_fast = {self.beta_fast}")
+    if self.kind == "factors" and not self.factors:
+      raise ValueError("factors is empty: one for each rotated pair of a head")
+    for i, value in enumerate(self.factors):
+      _check_positive(f"factors[{i}]", value)
+    if not 0 < self.rotated <= 1:
+      raise ValueError(f"rotated = {self.rotated!r}: it must be above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+  """What differs between the layers of one model; None takes the model's own number.
+
+  Attributes:
+    mixer: What mixes positions: attention, or a short convolution gated on both sides (LFM2).
+    rope_scaling, sliding_window: None is none.
+    shared_kv: Values are what the key projection gives; there is no value projection (Gemma 4).
+  """
+
+  mixer: Mixer = "attention"
+  head_dim: int | None = None
+  num_kv_heads: int | None = None
+  rope_base: float | None = None
+  rope_scaling: RopeScaling | None = None
+  sliding_window: int | None = None
+  shared_kv: bool = False
+
+  def __post_init__(self) -> None:
+    if self.mixer not in typing.get_args(Mixer):
+      raise ValueError(f"mixer = {self.mixer!r}: choose one of {typing.get_args(Mixer)}")
+    if self.mixer == "convolution" and self != LayerKind(mixer="convolution"):
+      raise ValueError("a convolution has no heads, positions or window: leave its other keys out")
+    for name in ("head_dim", "num_kv_heads", "sliding_window"):
+      if getattr(self, name) is not None:
+        _check_count(name, getattr(self, name))
+    if self.head_dim is not None and self.head_dim % 2:
+      raise ValueError(f"head_dim = {self.head_dim} is odd: rotary positions turn pairs")
+    if self.rope_base is not None and not 1 < self.rope_base < math.inf:
+      raise ValueError(f"rope_base = {self.rope_base!r}: it must be above 1 and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +128,23 @@ class ModelConfig:
   RMSNorm of its own before it is rotated (Qwen3, arXiv:2505.09388). sub_norm says whether what
   attention's heads give, and the FFN's inner product, pass one in front of the matrix that follows,
   so that every matrix of a layer has normalised inputs (SubLN, arXiv:2210.06423; BitNet b1.58).
+
+  Attributes:
+    activation: Of the FFN's gate; "relu2" is max(x, 0)**2, "gelu_tanh" GELU by its tanh formula.
+    qkv_bias: Queries, keys and values have biases (Qwen2).
+    v_norm: Each head of values is normalised, without a scale (Gemma 4).
+    post_norm: What attention (or a convolution) and the FFN give passes an RMSNorm before it is
+      added to the residual stream (Gemma).
+    layer_scale: What a layer gives is multiplied by a stored number (Gemma 4).
+    embedding_scale: Rows of the embedding times this, rounded to the compute dtype (Gemma).
+    attention_scale: Of scores; None: head_dim**-0.5.
+    attention_softcap, logit_softcap: c tanh(x / c) in place of x, for scores and logits (Gemma 2).
+    sliding_window: Keys that a query sees, its own included (arXiv:2004.05150); None: all so far.
+    num_experts, experts_per_token: The FFN is a mixture of experts of ffn_dim each: a router's
+      softmax over its best few (arXiv:2401.04088); 0: one FFN.
+    conv_width: Positions that a gated short convolution sees, its own included (LFM2).
+    layer_kinds, layer_pattern: Layer i is of kind `layer_kinds[layer_pattern[i % length]]`; empty
+      where all are alike. rope_scaling and sliding_window are then each kind's own.
   """
 
   vocab_size: int
@@ -37,6 +161,22 @@ class ModelConfig:
   tied_embedding: bool = True
   qk_norm: bool = False
   sub_norm: bool = False
+  activation: Activation = "silu"
+  qkv_bias: bool = False
+  v_norm: bool = False
+  post_norm: bool = False
+  layer_scale: bool = False
+  embedding_scale: float = 1.0
+  attention_scale: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  sliding_window: int | None = None
+  rope_scaling: RopeScaling | None = None
+  num_experts: int = 0
+  experts_per_token: int = 0
+  conv_width: int = 0
+  layer_kinds: tuple[LayerKind, ...] = ()
+  layer_pattern: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
     for name in (
@@ -49,9 +189,7 @@ class ModelConfig:
       "ffn_dim",
       "context_length",
     ):
-      value = getattr(self, name)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} = {value!r}: it must be a positive integer")
+      _check_count(name, getattr(self, name))
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}: "
@@ -67,23 +205,133 @@ class ModelConfig:
       raise ValueError(f"norm_eps = {self.norm_eps!r}: it must be positive and below 1")
     if not 1 < self.rope_base < math.inf:
       raise ValueError(f"rope_base = {self.rope_base!r}: it must be above 1 and finite")
+    if self.activation not in typing.get_args(Activation):
+      raise ValueError(
+        f"activation = {self.activation!r}: choose one of {typing.get_args(Activation)}"
+      )
+    for name in ("embedding_scale", "attention_scale", "attention_softcap", "logit_softcap"):
+      if getattr(self, name) is not None:
+        _check_positive(name, getattr(self, name))
+    if self.sliding_window is not None:
+      _check_count("sliding_window", self.sliding_window)
+    self._check_experts()
+    self._check_kinds()
+
+  def _check_experts(self) -> None:
+    if self.num_experts == self.experts_per_token == 0:
+      return
+    _check_count("num_experts", self.num_experts)
+    _check_count("experts_per_token", self.experts_per_token)
+    if self.experts_per_token > self.num_experts:
+      raise ValueError(
+        f"experts_per_token = {self.experts_per_token} is more than num_experts = {self.num_experts}"
+      )
+    if self.sub_norm:
+      raise ValueError("sub_norm = True: experts have no norm of their inner product: leave it out")
+
+  def _check_kinds(self) -> None:
+    if bool(self.layer_kinds) != bool(self.layer_pattern):
+      raise ValueError("layer_kinds and layer_pattern go together: give both or neither")
+    if len(self.layer_pattern) > self.num_layers:
+      raise ValueError(
+        f"layer_pattern has {len(self.layer_pattern)} entries for num_layers = {self.num_layers}"
+      )
+    for entry in self.layer_pattern:
+      if isinstance(entry, bool) or entry not in range(len(self.layer_kinds)):
+        raise ValueError(
+          f"layer_pattern has {entry!r}: entries are places in the {len(self.layer_kinds)} layer_kinds"
+        )
+    if idle := set(range(len(self.layer_kinds))) - set(self.layer_pattern):
+      raise ValueError(f"layer_kinds[{min(idle)}] is not in layer_pattern: leave it out")
+    if self.layer_kinds:
+      for name in ("sliding_window", "rope_scaling"):
+        if getattr(self, name) is not None:
+          raise ValueError(f"{name} beside layer_kinds: give it to each kind that has it")
+    has_conv = any(kind.mixer == "convolution" for kind in self.layer_kinds)
+    if has_conv != bool(self.conv_width) or (
+      has_conv and (isinstance(self.conv_width, bool) or self.conv_width < 2)
+    ):
+      raise ValueError(
+        f"conv_width = {self.conv_width!r}: at least 2 if a layer is a convolution, else 0"
+      )
+    for kind in self.kinds:
+      if kind.mixer == "convolution":
+        continue
+      if self.num_heads % kind.num_kv_heads:
+        raise ValueError(
+          f"num_heads = {self.num_heads} is no multiple of a layer kind's num_kv_heads ="
+          f" {kind.num_kv_heads}: every key-value head serves the same number of query heads"
+        )
+      scaling = kind.rope_scaling
+      if scaling is not None and scaling.factors and 2 * len(scaling.factors) != kind.head_dim:
+        raise ValueError(
+          f"rope scaling has {len(scaling.factors)} factors for heads of {kind.head_dim}:"
+          " one for each pair"
+        )
+
+  @property
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The kinds of layers, every number filled in; one where all layers are alike."""
+    if not self.layer_kinds:
+      return (
+        LayerKind(
+          head_dim=self.head_dim,
+          num_kv_heads=self.num_kv_heads,
+          rope_base=self.rope_base,
+          rope_scaling=self.rope_scaling,
+          sliding_window=self.sliding_window,
+        ),
+      )
+    return tuple(
+      kind
+      if kind.mixer == "convolution"
+      else dataclasses.replace(
+        kind,
+        head_dim=kind.head_dim or self.head_dim,
+        num_kv_heads=kind.num_kv_heads or self.num_kv_heads,
+        rope_base=kind.rope_base or self.rope_base,
+      )
+      for kind in self.layer_kinds
+    )
+
+  def kind_index(self, layer: int) -> int:
+    """Which of `kinds` a layer is."""
+    return self.layer_pattern[layer % len(self.layer_pattern)] if self.layer_pattern else 0
+
+  def kind(self, layer: int) -> LayerKind:
+    """What a layer is, every number filled in."""
+    return self.kinds[self.kind_index(layer)]
 
   @property
   def group_size(self) -> int:
     """Query heads per key-value head (the letter G)."""
     return self.num_heads // self.num_kv_heads
 
-  def sizes(self) -> dict[str, int]:
-    """The size of each letter of the shape alphabet that the architecture fixes."""
+  def sizes(self, layer: int | None = None) -> dict[str, int]:
+    """The size of each letter of the shape alphabet that the architecture fixes.
+
+    Beside the common ones: E experts, W width of a convolution, M its channels, C the 3 M outputs of
+    the projection in front of it.
+
+    Args:
+      layer: Whose K, G and H; None: the model's own.
+    """
+    kind = LayerKind() if layer is None else self.kind(layer)
+    num_kv_heads = kind.num_kv_heads or self.num_kv_heads
     return {
       "L": self.num_layers,
       "D": self.model_dim,
       "F": self.ffn_dim,
       "N": self.num_heads,
-      "K": self.num_kv_heads,
-      "G": self.group_size,
-      "H": self.head_dim,
+      "K": num_kv_heads,
+      "G": self.num_heads // num_kv_heads,
+      "H": kind.head_dim or self.head_dim,
       "V": self.vocab_size,
+      "E": self.num_experts,
+      "W": self.conv_width,
+      "M": self.model_dim,
+      "C": 3 * self.model_dim,
+      "1": 1,
     }
 
   @classmethod
@@ -105,6 +353,16 @@ class ModelConfig:
         f"architecture {arch!r}: give the path of a TOML file, or one of {', '.join(known)}"
       )
     return cls.load(arch)
+
+
+def _check_count(name: str, value: Any) -> None:
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise ValueError(f"{name} = {value!r}: it must be a positive integer")
+
+
+def _check_positive(name: str, value: Any) -> None:
+  if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    raise ValueError(f"{name} = {value!r}: it must be positive and finite")
 
 
 def architectures() -> dict[str, Path]:

@@ -1,26 +1,41 @@
 """Canonical parameter names: what every file format maps to, and where NeuroLLM keeps each."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neurojax.config import ModelConfig, Span
+from neurojax.config import LayerKind, ModelConfig, Span
 
 LAYER: Mapping[str, tuple[str, ...]] = {
   "attn_norm_D": ("layers", "attn_norm", "scale_D"),
   "q_DNH": ("layers", "attention", "q_DNH"),
   "k_DKH": ("layers", "attention", "k_DKH"),
   "v_DKH": ("layers", "attention", "v_DKH"),
+  "q_bias_NH": ("layers", "attention", "q_bias_NH"),
+  "k_bias_KH": ("layers", "attention", "k_bias_KH"),
+  "v_bias_KH": ("layers", "attention", "v_bias_KH"),
   "q_norm_H": ("layers", "attention", "q_norm", "scale_D"),
   "k_norm_H": ("layers", "attention", "k_norm", "scale_D"),
   "attn_sub_norm_NH": ("layers", "attention", "sub_norm", "scale_D"),
   "o_NHD": ("layers", "attention", "o_NHD"),
+  "conv_in_DC": ("layers", "convolution", "in_DC"),
+  "conv_kernel_WM": ("layers", "convolution", "kernel_WM"),
+  "conv_out_MD": ("layers", "convolution", "out_MD"),
+  "attn_post_norm_D": ("layers", "attn_post_norm", "scale_D"),
   "ffn_norm_D": ("layers", "ffn_norm", "scale_D"),
+  "router_DE": ("layers", "ffn", "router_DE"),
   "gate_DF": ("layers", "ffn", "gate_DF"),
   "up_DF": ("layers", "ffn", "up_DF"),
   "ffn_sub_norm_F": ("layers", "ffn", "sub_norm", "scale_D"),
   "down_FD": ("layers", "ffn", "down_FD"),
+  "gate_EDF": ("layers", "ffn", "gate_EDF"),
+  "up_EDF": ("layers", "ffn", "up_EDF"),
+  "down_EFD": ("layers", "ffn", "down_EFD"),
+  "ffn_post_norm_D": ("layers", "ffn_post_norm", "scale_D"),
+  "layer_scale_1": ("layers", "scale_1"),
 }
-"""One per layer; stacked over the layers of a span on a leading axis L. See `layer_names`."""
+"""One per layer that has it; stacked over layers of one shape on a leading axis L. The places are
+those in a model whose layers all have one shape, see `stacks` for others."""
 
 FIRST: Mapping[str, tuple[str, ...]] = {"embedding_VD": ("embedding_VD",)}
 LAST: Mapping[str, tuple[str, ...]] = {
@@ -29,17 +44,96 @@ LAST: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Layers of one shape, whose parameters and caches are stacked on a leading axis L.
+
+  Attributes:
+    name: Where NeuroLLM keeps it, the first part of its parameters' places.
+    kind: Of one of its layers; the others may differ in rotary positions and window.
+    layers: Their numbers in the whole model, ascending.
+  """
+
+  name: str
+  kind: LayerKind
+  layers: tuple[int, ...]
+
+
+def stacks(config: ModelConfig, span: Span | None = None) -> tuple[Stack, ...]:
+  """The stacks that a span of layers (None: all) consists of."""
+  span = span or Span.whole(config)
+  kinds = config.kinds
+  shapes = list(dict.fromkeys(map(_shape, kinds)))
+  found = []
+  for place, shape in enumerate(shapes):
+    layers = tuple(
+      layer
+      for layer in range(span.first_layer, span.last_layer + 1)
+      if _shape(kinds[config.kind_index(layer)]) == shape
+    )
+    if layers:
+      name = "layers" if len(shapes) == 1 else f"layers_{place}"
+      found.append(Stack(name, config.kind(layers[0]), layers))
+  return tuple(found)
+
+
+def stack_names(config: ModelConfig, stack: Stack) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Names and places of the parameters that every layer of a stack has."""
+  is_conv = stack.kind.mixer == "convolution"
+  is_there = {
+    "q_DNH": not is_conv,
+    "k_DKH": not is_conv,
+    "v_DKH": not is_conv and not stack.kind.shared_kv,
+    "o_NHD": not is_conv,
+    "q_bias_NH": not is_conv and config.qkv_bias,
+    "k_bias_KH": not is_conv and config.qkv_bias,
+    "v_bias_KH": not is_conv and config.qkv_bias and not stack.kind.shared_kv,
+    "q_norm_H": not is_conv and config.qk_norm,
+    "k_norm_H": not is_conv and config.qk_norm,
+    "attn_sub_norm_NH": not is_conv and config.sub_norm,
+    "conv_in_DC": is_conv,
+    "conv_kernel_WM": is_conv,
+    "conv_out_MD": is_conv,
+    "attn_post_norm_D": config.post_norm,
+    "ffn_post_norm_D": config.post_norm,
+    "ffn_sub_norm_F": config.sub_norm,
+    "layer_scale_1": config.layer_scale,
+  }
+  has_experts = config.num_experts > 0
+  is_there |= dict.fromkeys(("router_DE", "gate_EDF", "up_EDF", "down_EFD"), has_experts)
+  is_there |= dict.fromkeys(("gate_DF", "up_DF", "down_FD"), not has_experts)
+  yield from (
+    (name, (stack.name, *path[1:])) for name, path in LAYER.items() if is_there.get(name, True)
+  )
+
+
 def layer_names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Names and places of the parameters that every layer of this architecture has."""
-  absent = set() if config.qk_norm else {"q_norm_H", "k_norm_H"}
-  if not config.sub_norm:
-    absent |= {"attn_sub_norm_NH", "ffn_sub_norm_F"}
-  yield from ((name, path) for name, path in LAYER.items() if name not in absent)
+  """Names and places of the parameters that every layer has, where all have one shape.
+
+  Raises: NotImplementedError: they have not: go through `stacks`.
+  """
+  first, *more = stacks(config)
+  if more:
+    raise NotImplementedError(
+      f"layers of {len(more) + 1} shapes (layer_kinds): this needs a model of one stack of layers"
+    )
+  return stack_names(config, first)
 
 
 def is_matrix(name: str) -> bool:
-  """Whether a canonical name is of a matrix that products multiply by, and of no norm."""
-  return "_norm_" not in name
+  """Whether a canonical name is of a matrix that products multiply by and that may be held narrow:
+  no norm, bias, kernel or scale, and not the small matrix of a router, by which experts are chosen.
+  """
+  return not any(part in name for part in ("_norm_", "_bias_", "_kernel_", "_scale_", "router_"))
+
+
+def is_expert(name: str) -> bool:
+  """Whether a layer's parameter is a matrix of each expert, behind a leading axis E."""
+  return name in ("gate_EDF", "up_EDF", "down_EFD")
+
+
+def _shape(kind: LayerKind) -> tuple[object, ...]:
+  return kind.mixer, kind.head_dim, kind.num_kv_heads, kind.shared_kv
 
 
 def outer_names(config: ModelConfig, span: Span) -> Iterator[tuple[str, tuple[str, ...]]]:
