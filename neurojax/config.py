@@ -302,6 +302,17 @@ class ModelConfig:
     """What a layer is, every number filled in."""
     return self.kinds[self.kind_index(layer)]
 
+  def beyond_plain(self) -> dict[str, Any]:
+    """What this has and the plain decoder lacks: fields and their values, from `activation` on.
+
+    The plain decoder is Llama's (with qk_norm and sub_norm): programs that compute nothing else ask
+    here, so that they refuse what they would compute wrongly.
+    """
+    fields = dataclasses.fields(self)
+    first = next(i for i, field in enumerate(fields) if field.name == "activation")
+    values = {field.name: getattr(self, field.name) for field in fields[first:]}
+    return {f.name: values[f.name] for f in fields[first:] if values[f.name] != f.default}
+
   @property
   def group_size(self) -> int:
     """Query heads per key-value head (the letter G)."""

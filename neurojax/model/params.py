@@ -11,28 +11,29 @@ LAYER: Mapping[str, tuple[str, ...]] = {
   "q_DNH": ("layers", "attention", "q_DNH"),
   "k_DKH": ("layers", "attention", "k_DKH"),
   "v_DKH": ("layers", "attention", "v_DKH"),
-  "q_bias_NH": ("layers", "attention", "q_bias_NH"),
-  "k_bias_KH": ("layers", "attention", "k_bias_KH"),
-  "v_bias_KH": ("layers", "attention", "v_bias_KH"),
   "q_norm_H": ("layers", "attention", "q_norm", "scale_D"),
   "k_norm_H": ("layers", "attention", "k_norm", "scale_D"),
   "attn_sub_norm_NH": ("layers", "attention", "sub_norm", "scale_D"),
   "o_NHD": ("layers", "attention", "o_NHD"),
-  "conv_in_DC": ("layers", "convolution", "in_DC"),
-  "conv_kernel_WM": ("layers", "convolution", "kernel_WM"),
-  "conv_out_MD": ("layers", "convolution", "out_MD"),
-  "attn_post_norm_D": ("layers", "attn_post_norm", "scale_D"),
   "ffn_norm_D": ("layers", "ffn_norm", "scale_D"),
-  "router_DE": ("layers", "ffn", "router_DE"),
   "gate_DF": ("layers", "ffn", "gate_DF"),
   "up_DF": ("layers", "ffn", "up_DF"),
   "ffn_sub_norm_F": ("layers", "ffn", "sub_norm", "scale_D"),
   "down_FD": ("layers", "ffn", "down_FD"),
+  # A name's place seeds its initial weights in training: further ones go to the end.
+  "q_bias_NH": ("layers", "attention", "q_bias_NH"),
+  "k_bias_KH": ("layers", "attention", "k_bias_KH"),
+  "v_bias_KH": ("layers", "attention", "v_bias_KH"),
+  "attn_post_norm_D": ("layers", "attn_post_norm", "scale_D"),
+  "ffn_post_norm_D": ("layers", "ffn_post_norm", "scale_D"),
+  "layer_scale_1": ("layers", "scale_1"),
+  "conv_in_DC": ("layers", "convolution", "in_DC"),
+  "conv_kernel_WM": ("layers", "convolution", "kernel_WM"),
+  "conv_out_MD": ("layers", "convolution", "out_MD"),
+  "router_DE": ("layers", "ffn", "router_DE"),
   "gate_EDF": ("layers", "ffn", "gate_EDF"),
   "up_EDF": ("layers", "ffn", "up_EDF"),
   "down_EFD": ("layers", "ffn", "down_EFD"),
-  "ffn_post_norm_D": ("layers", "ffn_post_norm", "scale_D"),
-  "layer_scale_1": ("layers", "scale_1"),
 }
 """One per layer that has it; stacked over layers of one shape on a leading axis L. The places are
 those in a model whose layers all have one shape, see `stacks` for others."""
@@ -50,13 +51,20 @@ class Stack:
 
   Attributes:
     name: Where NeuroLLM keeps it, the first part of its parameters' places.
-    kind: Of one of its layers; the others may differ in rotary positions and window.
-    layers: Their numbers in the whole model, ascending.
+    kinds: Those of the model that have this shape; they differ in rotary positions and window.
+    layers: Numbers in the whole model, ascending.
+    which: For each layer its place in `kinds`.
   """
 
   name: str
-  kind: LayerKind
+  kinds: tuple[LayerKind, ...]
   layers: tuple[int, ...]
+  which: tuple[int, ...]
+
+  @property
+  def kind(self) -> LayerKind:
+    """One that has the shape of all."""
+    return self.kinds[0]
 
 
 def stacks(config: ModelConfig, span: Span | None = None) -> tuple[Stack, ...]:
@@ -66,14 +74,21 @@ def stacks(config: ModelConfig, span: Span | None = None) -> tuple[Stack, ...]:
   shapes = list(dict.fromkeys(map(_shape, kinds)))
   found = []
   for place, shape in enumerate(shapes):
-    layers = tuple(
+    alike = [index for index, kind in enumerate(kinds) if _shape(kind) == shape]
+    layers = [
       layer
       for layer in range(span.first_layer, span.last_layer + 1)
-      if _shape(kinds[config.kind_index(layer)]) == shape
-    )
+      if config.kind_index(layer) in alike
+    ]
     if layers:
-      name = "layers" if len(shapes) == 1 else f"layers_{place}"
-      found.append(Stack(name, config.kind(layers[0]), layers))
+      found.append(
+        Stack(
+          name="layers" if len(shapes) == 1 else f"layers_{place}",
+          kinds=tuple(kinds[index] for index in alike),
+          layers=tuple(layers),
+          which=tuple(alike.index(config.kind_index(layer)) for layer in layers),
+        )
+      )
   return tuple(found)
 
 
