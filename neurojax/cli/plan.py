@@ -201,7 +201,7 @@ def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.
       raise ValueError(f"--ternary {form}: choose one of {', '.join(count.TERNARY_FORMATS)}")
     return config, count.uniform_ternary(config, count.TERNARY_FORMATS[form])
   from neurojax.cli.options import model_path
-  from neurojax.files.load import ternary_matrices
+  from neurojax.files.load import stored_forms
   from neurojax.files.source import open_model
 
   path = model_path(model)
@@ -210,7 +210,7 @@ def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.
       f"--model {model}: no such file, and no architecture of this name: {', '.join(architectures())}"
     )
   with open_model(path) as file:
-    return file.config, ternary_matrices(file)
+    return file.config, stored_forms(file)
 
 
 def _speeds(plan: "Plan") -> str:

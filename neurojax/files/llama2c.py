@@ -21,6 +21,7 @@ import numpy as np
 from neurojax.config import ModelConfig
 from neurojax.files import digest, names
 from neurojax.files.source import TensorInfo
+from neurojax.quant.rows import GroupedRows
 from neurojax.tokenizer.spec import TokenizerSpec
 
 _HEADER = struct.Struct("<7i")
@@ -168,6 +169,16 @@ class Llama2cFile:
   ) -> tuple[np.ndarray, np.ndarray, int | None]:
     kind = self.info(name, layer).type
     raise ValueError(f"{self.path}: {name} is {kind}, which is not ternary: read it as numbers")
+
+  def narrow_form(self, name: str, layer: int | None = None) -> None:
+    self.info(name, layer)
+
+  def read_grouped(self, name: str, layer: int | None = None) -> GroupedRows:
+    kind = self.info(name, layer).type
+    raise ValueError(f"{self.path}: {name} is {kind}, no grouped integers: read it as numbers")
+
+  def read_plain(self, name: str, layer: int | None = None) -> np.ndarray:
+    return self.read(name, layer)
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
     info = self.info(name, layer)

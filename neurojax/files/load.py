@@ -1,5 +1,6 @@
 """From a model file to the parameters of a span of its layers, and of no other."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ from neurojax.files.source import ModelFile
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.quant.array import Int8Array
-from neurojax.scaling.count import Scales, Weights
+from neurojax.quant.grouped import GroupedArray
+from neurojax.scaling.count import Form, Grouped, Plain, Scales, Weights
 from neurojax.ternary.array import TernaryArray
-from neurojax.ternary.codecs import CODECS
 
 _ALIGNMENT = 64
 _CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
@@ -36,21 +37,21 @@ def load_span(
   Args:
     dtype: Of activations, cache, norms, and of matrices if `weights` is "dense".
     weights: "w2a16" and "w2a8" keep what `ternary_matrices` lists packed, without any change, and
-      the other matrices dense.
+      the other matrices dense; "stored" keeps all that `stored_forms` lists.
     progress: Called with the number of layers read so far.
   Raises: ValueError: a tensor has another shape than the configuration says, or holds NaN or
     infinity; the file has no ternary matrix to keep; and whatever the file's reader raises.
   """
   config = file.config
   span = span or Span.whole(config)
-  packed = _packed(file, weights)
+  forms = _kept(file, weights)
   graph, state = nnx.split(NeuroLLM.abstract(config, span=span, dtype=dtype))
   shapes = nnx.to_pure_dict(state)
   pure: dict[str, Any] = {}
 
   def read(name: str, layer: int | None, shape: tuple[int, ...]) -> Any:
-    if name in packed:
-      return _ternary(file, name, layer, shape, weights)
+    if name in forms:
+      return _stored(file, name, layer, shape, weights, forms[name])
     return _narrow(_checked(file, name, layer, shape), name, dtype, weights)
 
   for name, path in params.outer_names(config, span):
@@ -73,18 +74,26 @@ def load_span(
   return nnx.merge(graph, state)
 
 
-def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
-  """The matrices that are ternary in the file, in every layer and with the same form of scales."""
+def stored_forms(file: ModelFile) -> dict[str, Form]:
+  """What the matrices are in the file, where one form has room for those of all layers, exactly, and is
+  no wider than 16 bits a number."""
   config = file.config
-  names = {name: None for name, _ in params.outer_names(config, Span.whole(config))}
-  names |= {name: range(config.num_layers) for name, _ in params.layer_names(config)}
+  places = {name: [None] for name, _ in params.outer_names(config, Span.whole(config))}
+  for stack in params.stacks(config):
+    for name, _ in params.stack_names(config, stack):
+      places.setdefault(name, []).extend(stack.layers)
   found = {}
-  for name, layers in names.items():
-    kinds = {file.info(name, layer).type for layer in layers or [None]}
-    forms = {_scales(kind) for kind in kinds} if params.is_matrix(name) else {None}
-    if len(forms) == 1 and (form := forms.pop()) is not None:
-      found[name] = form
+  for name, layers in places.items():
+    if params.is_matrix(name):
+      form = _joined({file.narrow_form(name, layer) for layer in layers})
+      if form is not None:
+        found[name] = form
   return found
+
+
+def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
+  """Those of `stored_forms` that are ternary."""
+  return {name: form for name, form in stored_forms(file).items() if isinstance(form, Scales)}
 
 
 def parameter_bytes(model: NeuroLLM) -> int:
@@ -93,7 +102,12 @@ def parameter_bytes(model: NeuroLLM) -> int:
 
 
 def _checked(file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-  array = file.read(name, layer)
+  return _sound(file.read(name, layer), file, name, layer, shape)
+
+
+def _sound(
+  array: np.ndarray, file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...]
+) -> np.ndarray:
   where = f"{file.path}: {name}" + ("" if layer is None else f" of layer {layer}")
   if array.shape != shape:
     raise ValueError(f"{where} has shape {array.shape}, the configuration wants {shape}")
@@ -108,31 +122,44 @@ def _narrow(array: np.ndarray, name: str, dtype: DTypeLike, weights: Weights) ->
   return array.astype(dtype)
 
 
-def _packed(file: ModelFile, weights: Weights) -> dict[str, Scales]:
-  """The matrices to keep packed."""
+def _kept(file: ModelFile, weights: Weights) -> dict[str, Form]:
+  """The matrices to keep as they are in the file."""
+  if weights == "stored":
+    return stored_forms(file)
   if weights not in ("w2a16", "w2a8"):
     return {}
   if found := ternary_matrices(file):
-    return found
+    return dict(found)
   kinds = ", ".join(sorted({info.type for info in file.tensors.values()}))
   raise ValueError(
     f"{file.path}: weights = {weights!r}, and no matrix of the file is ternary ({kinds}): choose"
-    " 'dense' or 'int8'"
+    " 'dense' or 'int8', or 'stored'"
   )
 
 
-def _scales(kind: str) -> Scales | None:
-  codec = CODECS.get(kind)
-  return None if codec is None else Scales(codec.group_size, codec.scale_dtype.itemsize)
+def _joined(forms: set[Form | None]) -> Form | None:
+  if len(forms) == 1:
+    return forms.pop()
+  grouped = [form for form in forms if isinstance(form, Grouped)]
+  return functools.reduce(Grouped.join, grouped) if len(grouped) == len(forms) else None
 
 
-def _ternary(
-  file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...], weights: Weights
-) -> TernaryArray:
+def _stored(
+  file: ModelFile,
+  name: str,
+  layer: int | None,
+  shape: tuple[int, ...],
+  weights: Weights,
+  form: Form,
+) -> Any:
+  axes = _CONTRACTED.get(name, 1)
+  if isinstance(form, Plain):
+    return _sound(file.read_plain(name, layer), file, name, layer, shape)
+  if isinstance(form, Grouped):
+    return GroupedArray.from_rows(file.read_grouped(name, layer).as_form(form), shape, axes)
   codes, scales, group_size = file.read_ternary(name, layer)
-  return TernaryArray.from_rows(
-    codes, scales, shape, _CONTRACTED.get(name, 1), group_size=group_size, mode=weights
-  )
+  mode = "w2a8" if weights == "w2a8" else "w2a16"
+  return TernaryArray.from_rows(codes, scales, shape, axes, group_size=group_size, mode=mode)
 
 
 def _buffer(layers: int, leaf: Any) -> np.ndarray:

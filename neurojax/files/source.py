@@ -13,6 +13,8 @@ from neurojax.tokenizer.spec import TokenizerSpec
 
 if TYPE_CHECKING:
   from neurojax.files.names import Interpretation
+  from neurojax.quant.rows import GroupedRows
+  from neurojax.scaling.count import Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,21 @@ class ModelFile(Protocol):
 
     Raises: ValueError: the stored type is not ternary, or the data are damaged; and like `read`.
     """
+    ...
+
+  def narrow_form(self, name: str, layer: int | None = None) -> "Form | None":
+    """What keeps a canonical name's numbers in the width of the file: `read_ternary` reads those of a
+    form `Scales`, `read_grouped` those of `Grouped`, `read_plain` those of `Plain`. None: nothing that
+    is narrower than `read`. Raises like `read`."""
+    ...
+
+  def read_grouped(self, name: str, layer: int | None = None) -> "GroupedRows":
+    """The integers and scales of a quantized matrix: a row is an output channel, or an entry of the
+    vocabulary. Raises: ValueError: no such form, a scale that is not finite; and like `read`."""
+    ...
+
+  def read_plain(self, name: str, layer: int | None = None) -> np.ndarray:
+    """As `read`, in the file's own dtype. Raises: ValueError: no plain numbers; and like `read`."""
     ...
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from neurojax.config import Span
-from neurojax.files.load import load_span, ternary_matrices
+from neurojax.files.load import load_span, stored_forms
 from neurojax.files.source import ModelFile
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.pipeline import pipeline_pb2 as pb
@@ -255,7 +255,7 @@ class StageServer(rpc.StageServicer):
       weights=request.weights,
       capacity=count.capacity_for(wanted.context_length),
       max_sequences=request.max_sequences,
-      ternary=ternary_matrices(self._file),
+      ternary=stored_forms(self._file),
     )
     reason = self._why_not_fused(wanted.dtype)
     if wanted.programs == "fused" and reason:

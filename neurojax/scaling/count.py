@@ -1,15 +1,16 @@
 """Exact bytes of a model's parts, and the FLOPs of a token. Imports no JAX."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 from neurojax.config import ModelConfig, Span
 
-Weights = Literal["dense", "int8", "w2a16", "w2a8"]
+Weights = Literal["dense", "int8", "w2a16", "w2a8", "stored"]
 """How matrices are held: "dense" in the compute dtype, "int8" as integers with scales; "w2a16" and
 "w2a8" keep a file's ternary ones packed, for activations as they are or rounded to int8, and the
-others dense."""
+others dense; "stored" keeps every one as its file has it, exactly, where that is narrower."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -25,9 +26,96 @@ class Scales:
   group_size: int | None
   scale_bytes: int
 
+  def matrix_bytes(self, contracted: int, output: int) -> int:
+    # ternary.array.TernaryArray: 16 bytes of codes for each 64 elements of a row.
+    codes = output * -(-contracted // 64) * 16
+    groups = 1 if self.group_size is None else output * -(-contracted // self.group_size)
+    return codes + groups * self.scale_bytes
 
-Ternary = Mapping[str, Scales]
-"""Which matrices, by canonical name, are ternary in a file; `files.load.ternary_matrices` tells."""
+
+PARENT = 256
+"""Contracted elements whose groups' scales are multiples of one, see `Grouped.parent`."""
+
+_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouped:
+  """How a matrix of small integers lies, `group_size` contracted elements of an output to a scale:
+
+    w = scale * (code - offset) [+ minimum]    or    w = scale * (code - offset - zero)
+
+  Attributes:
+    bits: Of a code: 1 to 8 except 7.
+    offset: What stands for zero.
+    scale: The dtype of a scale, and of a minimum.
+    parent: Whether a group has an int8 factor in its place (uint8 for minima), and PARENT elements
+      have the scale that it multiplies.
+    minima: Whether a group has a minimum, a zero (uint8), or none.
+  """
+
+  bits: int
+  offset: int
+  group_size: int
+  scale: Literal["float16", "float32"]
+  parent: bool = False
+  minima: Literal["none", "minimum", "zero"] = "none"
+
+  def planes(self, contracted: int) -> tuple[int, ...]:
+    """Bits of each plane that a row's codes are cut into: the lowest bits are in the first. A byte of
+    a plane holds codes that are apart by an equal part of the row, and every part has whole groups;
+    rows for which that does not come out are kept as bytes."""
+    planes = _PLANES[self.bits]
+    parts = 8 // min(planes)
+    return planes if contracted % (parts * self.group_size) == 0 else (8,)
+
+  def matrix_bytes(self, contracted: int, output: int) -> int:
+    row = sum(contracted * bits // 8 for bits in self.planes(contracted))
+    scales = 2 if self.minima == "minimum" else 1
+    groups = contracted // self.group_size
+    if self.parent:
+      row += scales * (groups + contracted // PARENT * DTYPE_BYTES[self.scale])
+    else:
+      row += scales * groups * DTYPE_BYTES[self.scale]
+    return output * (row + (groups if self.minima == "zero" else 0))
+
+  def join(self, other: "Grouped") -> "Grouped":
+    """The narrowest form that has room for matrices of both, exactly."""
+    if self == other:
+      return self
+    group_size = math.gcd(self.group_size, other.group_size)
+    bits, offset = 8, 128
+    if "zero" not in (self.minima, other.minima):
+      offset = max(self.offset, other.offset)
+      most = max((1 << form.bits) - form.offset for form in (self, other)) + offset
+      bits = next(b for b in sorted(_PLANES) if 1 << b >= most)
+    parent = self.parent and other.parent
+    same = self.scale == other.scale and self.parent == other.parent
+    return Grouped(
+      bits=bits,
+      offset=offset,
+      group_size=group_size,
+      scale=self.scale if same else "float32",
+      parent=parent,
+      minima="minimum" if "minimum" in (self.minima, other.minima) else "none",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """A matrix of plain numbers that are narrower than those computed with, or as wide."""
+
+  dtype: Literal["float16", "bfloat16"]
+
+  def matrix_bytes(self, contracted: int, output: int) -> int:
+    return contracted * output * DTYPE_BYTES[self.dtype]
+
+
+Form = Scales | Grouped | Plain
+
+Ternary = Mapping[str, Form]
+"""What matrices are in a file, by canonical name, where that is narrow; `files.load.stored_forms`
+tells. Those with `Scales` are ternary."""
 
 
 TERNARY_FORMATS: Mapping[str, Scales] = {
@@ -82,7 +170,7 @@ def layer_bytes(
   Raises: ValueError: it is needed and absent.
   """
   matrices = sum(
-    _matrix_bytes(k, n, dtype, weights, _scales(name, weights, ternary))
+    _matrix_bytes(k, n, dtype, weights, _form(name, weights, ternary))
     for name, (k, n) in layer_matrices(config).items()
   )
   return matrices + _layer_vectors(config) * DTYPE_BYTES[dtype]
@@ -92,8 +180,8 @@ def embedding_bytes(
   config: ModelConfig, *, dtype: str, weights: Weights, ternary: Ternary | None = None
 ) -> int:
   """Bytes of the token embedding (which serves as the head too, where they are tied)."""
-  scales = _scales("embedding_VD", weights, ternary)
-  return _matrix_bytes(config.model_dim, config.vocab_size, dtype, weights, scales)
+  form = _form("embedding_VD", weights, ternary)
+  return _matrix_bytes(config.model_dim, config.vocab_size, dtype, weights, form)
 
 
 def head_bytes(
@@ -101,8 +189,8 @@ def head_bytes(
 ) -> int:
   """Bytes of the matrix that gives the logits: the embedding, where they are tied."""
   name = "embedding_VD" if config.tied_embedding else "head_DV"
-  scales = _scales(name, weights, ternary)
-  return _matrix_bytes(config.model_dim, config.vocab_size, dtype, weights, scales)
+  form = _form(name, weights, ternary)
+  return _matrix_bytes(config.model_dim, config.vocab_size, dtype, weights, form)
 
 
 def span_bytes(
@@ -189,26 +277,30 @@ def _layer_vectors(config: ModelConfig) -> int:
   return vectors + (config.num_heads * config.head_dim + config.ffn_dim if config.sub_norm else 0)
 
 
-def _scales(name: str, weights: Weights, ternary: Ternary | None) -> Scales | None:
-  """Those of a matrix that is held packed, else None."""
-  if weights not in ("w2a16", "w2a8"):
+def _form(name: str, weights: Weights, ternary: Ternary | None) -> Form | None:
+  """That of a matrix that is held as its file has it, else None."""
+  if weights in ("dense", "int8"):
     return None
-  if not ternary:
-    absent = "which matrices of the file are ternary is not said: see files.load.ternary_matrices"
-    none = "no matrix of the file is ternary: choose 'dense' or 'int8'"
-    raise ValueError(f"weights = {weights!r}: {absent if ternary is None else none}")
-  return ternary.get(name)
+  if ternary is None:
+    raise ValueError(
+      f"weights = {weights!r}: what the matrices of the file are is not said: see"
+      " files.load.stored_forms"
+    )
+  if weights == "stored":
+    return ternary.get(name)
+  packed = {name: form for name, form in ternary.items() if isinstance(form, Scales)}
+  if not packed:
+    raise ValueError(
+      f"weights = {weights!r}: no matrix of the file is ternary: choose 'dense' or 'int8', or 'stored'"
+    )
+  return packed.get(name)
 
 
 def _matrix_bytes(
-  contracted: int, output: int, dtype: str, weights: Weights, scales: Scales | None = None
+  contracted: int, output: int, dtype: str, weights: Weights, form: Form | None = None
 ) -> int:
-  if scales is not None:
-    # ternary.array.TernaryArray: 16 bytes of codes for each 64 elements of a row.
-    codes = output * -(-contracted // 64) * 16
-    group_size = scales.group_size
-    groups = 1 if group_size is None else output * -(-contracted // group_size)
-    return codes + groups * scales.scale_bytes
+  if form is not None:
+    return form.matrix_bytes(contracted, output)
   if weights != "int8":
     return contracted * output * DTYPE_BYTES[dtype]
   # quant.array.Int8Array: outputs in lanes of 4, a float32 scale for each, one float32 for all.

@@ -1,0 +1,92 @@
+"""What quantized files hold, exactly: small integers, groups of which share a scale. Imports no JAX."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from neurojax.scaling.count import Grouped
+
+
+@dataclass(frozen=True)
+class GroupedRows:
+  """A matrix on the host: a row of K elements is an output channel, or an entry of the vocabulary.
+
+  Attributes:
+    form: What the arrays mean.
+    codes: uint8 [N, K], below 2**form.bits.
+    scales: [N, K / group_size] of form.scale; int8 if form.parent.
+    parents: [N, K / PARENT] of form.scale if form.parent, else None.
+    minima: like scales, but uint8 for a "zero" or under a parent, or None.
+    minima_parents: like parents.
+  """
+
+  form: Grouped
+  codes: UInt8[np.ndarray, "N K"]
+  scales: np.ndarray
+  parents: np.ndarray | None = None
+  minima: np.ndarray | None = None
+  minima_parents: np.ndarray | None = None
+
+  def values(self) -> Float32[np.ndarray, "N K"]:
+    """The numbers that these stand for: each product and sum rounded to float32 once."""
+    n, k = self.codes.shape
+    form = self.form
+    # Codes are below 2**8: what is taken off leaves exact integers.
+    q = self.codes.astype(np.float32).reshape(n, -1, form.group_size) - np.float32(form.offset)
+    with np.errstate(all="ignore"):
+      if form.minima == "zero":
+        q -= self.minima[..., None].astype(np.float32)
+      q *= _scaled(self.scales, self.parents)[..., None]
+      if form.minima == "minimum":
+        q += _scaled(self.minima, self.minima_parents)[..., None]
+    return q.reshape(n, k)
+
+  def check_finite(self) -> None:
+    """Raises: ValueError: a scale or minimum is not finite; it names the row."""
+    for what, array in (
+      ("scale", self.scales), ("scale", self.parents),
+      ("minimum", self.minima), ("minimum", self.minima_parents),
+    ):  # fmt: skip
+      if array is not None and not (good := np.isfinite(array)).all():
+        row = int(np.argwhere(~good)[0][0])
+        raise ValueError(f"row {row}: a {what} is NaN or infinite")
+
+  def as_form(self, form: Grouped) -> "GroupedRows":
+    """The same numbers in another form, one that `Grouped.join` gave of this one and others."""
+    if form == self.form:
+      return self
+    mine = self.form
+    times = mine.group_size // form.group_size
+    codes = self.codes.astype(np.int16) + np.int16(form.offset - mine.offset)
+    minima, minima_parents = self.minima, self.minima_parents
+    if mine.minima == "zero":
+      codes -= np.repeat(minima.astype(np.int16), mine.group_size, axis=1)
+      minima = None
+    scales, parents = self.scales, self.parents
+    if not form.parent:
+      scales, parents = _scaled(scales, parents).astype(form.scale), None
+      if minima is not None:
+        minima, minima_parents = _scaled(minima, minima_parents).astype(form.scale), None
+    elif parents is not None:
+      parents = parents.astype(form.scale)
+      minima_parents = None if minima_parents is None else minima_parents.astype(form.scale)
+    if form.minima == "minimum" and minima is None:
+      minima = np.zeros(scales.shape, np.uint8 if form.parent else scales.dtype)
+      minima_parents = None if parents is None else np.zeros_like(parents)
+    return GroupedRows(
+      form,
+      codes.astype(np.uint8),
+      np.repeat(scales, times, axis=1),
+      parents,
+      None if minima is None else np.repeat(minima, times, axis=1),
+      minima_parents,
+    )
+
+
+def _scaled(scales: np.ndarray, parents: np.ndarray | None) -> np.ndarray:
+  """float32 of each group."""
+  s = scales.astype(np.float32)
+  if parents is None:
+    return s
+  return s * np.repeat(parents.astype(np.float32), s.shape[1] // parents.shape[1], axis=1)
