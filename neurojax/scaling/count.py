@@ -36,7 +36,10 @@ class Scales:
 PARENT = 256
 """Contracted elements whose groups' scales are multiples of one, see `Grouped.parent`."""
 
-_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+_PLANES: Mapping[int, tuple[tuple[int, ...], ...]] = {
+  8: (), 6: ((4, 2),), 5: ((4, 1), (4, 2)), 4: ((4,),), 3: ((2, 1), (4,)), 2: ((2,), (4,)),
+  1: ((1,), (2,), (4,)),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,11 @@ class Grouped:
   def planes(self, contracted: int) -> tuple[int, ...]:
     """Bits of each plane that a row's codes are cut into: the lowest bits are in the first. A byte of
     a plane holds codes that are apart by an equal part of the row, and every part has whole groups;
-    rows for which that does not come out are kept as bytes."""
-    planes = _PLANES[self.bits]
-    parts = 8 // min(planes)
-    return planes if contracted % (parts * self.group_size) == 0 else (8,)
+    rows for which that does not come out are kept in more bits, at worst as bytes."""
+    for planes in _PLANES[self.bits]:
+      if contracted % (8 // min(planes) * self.group_size) == 0:
+        return planes
+    return (8,)
 
   def matrix_bytes(self, contracted: int, output: int) -> int:
     row = sum(contracted * bits // 8 for bits in self.planes(contracted))

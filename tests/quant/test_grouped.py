@@ -93,12 +93,13 @@ def test_products_and_rows(form: Grouped, monkeypatch: pytest.MonkeyPatch):
   np.testing.assert_allclose(taken, r.values()[np.minimum(ids, N - 1)], rtol=2e-7, atol=1e-7)
 
 
-def test_rows_that_do_not_fall_into_parts_are_kept_as_bytes():
+@pytest.mark.parametrize(("k", "planes"), [(256, (4, 1)), (384, (4, 2)), (288, (8,))])
+def test_rows_that_do_not_fall_into_parts_are_kept_in_more_bits(k: int, planes: tuple[int, ...]):
   form = Grouped(bits=5, offset=16, group_size=32, scale="float16")
-  assert form.planes(288) == (8,)
-  r = rows(form, 4, 288)
-  w = GroupedArray.from_rows(r, (4, 288), -1)
-  assert w.nbytes == form.matrix_bytes(288, 4)
+  assert form.planes(k) == planes
+  r = rows(form, 4, k)
+  w = GroupedArray.from_rows(r, (4, k), -1)
+  assert w.nbytes == form.matrix_bytes(k, 4)
   np.testing.assert_array_equal(w.dequantize(), r.values())
 
 
