@@ -206,6 +206,11 @@ def fits(rows: Sequence[Row], config: Plan) -> list[dict[str, object]]:
   return found
 
 
+def tried(rows: Sequence[Row], size: str, weights: str) -> int:
+  """How many learning rates the best loss was taken from."""
+  return len({row.lr for row in rows if (row.size, row.weights) == (size, weights)})
+
+
 def counting(row: Row, counted: str) -> int:
   return row.parameters if counted == "all" else row.non_embedding
 
@@ -296,7 +301,8 @@ def report(rows: Sequence[Row], config: Plan) -> str:
   ]
   for g in found:
     rates = [
-      f"{g[f'{w}_lr']}{' (edge)' if g[f'{w}_lr_at_edge'] else ''}" for w in ("bf16", "ternary")
+      f"{g[f'{w}_lr']} of {tried(rows, g['size'], w)}{', edge' if g[f'{w}_lr_at_edge'] else ''}"
+      for w in ("bf16", "ternary")
     ]
     out.append(
       f"| {g['size']} | {g['parameters'] / 1e6:.1f} M | {float(g['bf16_loss']):.4f} | {rates[0]}"
@@ -306,8 +312,8 @@ def report(rows: Sequence[Row], config: Plan) -> str:
   b, error = slope(found, sd.gap)
   out += [
     "",
-    f"Held-out losses in nats a token after {config.tokens:,} tokens, the best of each three or more learning"
-    ' rates; "edge": the best was the lowest or highest tried, a better one may lie beyond.'
+    f"Held-out losses in nats a token after {config.tokens:,} tokens, the best of so many learning rates;"
+    ' "edge": the best was the lowest or highest tried, a better one may lie beyond.'
     f" Standard deviation between seeds: {sd.loss:.4f} of a loss, {sd.gap:.4f} of a gap ({sd.source})."
     f" The gap changes by {b:+.4f} ± {error:.4f} nats for ten times the parameters.",
     "",
