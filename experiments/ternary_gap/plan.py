@@ -115,6 +115,7 @@ class Run:
     options: dict[str, object] = {
       f"model.{name}": str(value).lower() if isinstance(value, bool) else value
       for name, value in dataclasses.asdict(model).items()
+      if value is not None and value != ()
     }
     if self.weights == "ternary":
       options["quantization.group_size"] = plan.group_size
