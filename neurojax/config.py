@@ -108,7 +108,8 @@ class LayerKind:
   def __post_init__(self) -> None:
     if self.mixer not in typing.get_args(Mixer):
       raise ValueError(f"mixer = {self.mixer!r}: choose one of {typing.get_args(Mixer)}")
-    if self.mixer == "convolution" and self != LayerKind(mixer="convolution"):
+    more = [f.name for f in dataclasses.fields(self) if f.name != "mixer"]
+    if self.mixer == "convolution" and any(getattr(self, name) for name in more):
       raise ValueError("a convolution has no heads, positions or window: leave its other keys out")
     for name in ("head_dim", "num_kv_heads", "sliding_window"):
       if getattr(self, name) is not None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.files import names
+from neurojax.model import params
 from neurojax.ternary.codecs import CODECS, Codec
 
 # All bytes that hold four codes, none of them 3.
@@ -41,52 +42,51 @@ def write_dummy(
     raise ValueError(f"outer = {outer!r}: choose a type that the gguf package encodes, as 'Q8_0'")
   codec = CODECS[kind]
   outer_type = None if outer is None else gguf.GGMLQuantizationType[outer]
-  architecture = _architecture(config)
+  architecture = names.architecture_of(config, as_it_is=True)
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_name(f"random {kind}")
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   arch = names.ARCHITECTURES[architecture]
   for key, value in arch.metadata(architecture, config).items():
-    add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-    add(key, value)
+    _add(writer, key, value)
   _add_vocabulary(writer, config.vocab_size)
 
   tensors = list(_tensors(arch, config))
-  for name, shape in tensors:
-    type_id, nbytes = _storage(name, shape, codec, outer_type)
+  for name, shape, is_matrix in tensors:
+    type_id, nbytes = _storage(name, shape, codec if is_matrix else None, outer_type)
     # A dtype other than uint8, as that would make the package translate the shape.
     writer.add_tensor_info(name, shape, np.dtype(np.int8), nbytes, raw_dtype=type_id)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  for index, (name, shape) in enumerate(tensors):
+  for index, (name, shape, is_matrix) in enumerate(tensors):
     rng = np.random.default_rng([seed, index])
-    writer.write_tensor_data(_values(rng, name, shape, codec, outer_type))
+    values = _values(rng, name, shape, codec if is_matrix else None, outer_type)
+    if name == names.FACTORS:
+      values = np.array(names.rope_factors(config), np.float32)
+    writer.write_tensor_data(values)
   writer.close()
 
 
-def _architecture(config: ModelConfig) -> str:
-  for name, arch in names.ARCHITECTURES.items():
-    norms = "q_norm_H" in arch.tensors, "ffn_sub_norm_F" in arch.tensors
-    if (arch.rope_style, *norms) == (config.rope_style, config.qk_norm, config.sub_norm) and (
-      config.tied_embedding or "head_DV" in arch.tensors
-    ):
-      return name
-  raise ValueError(
-    f"no known architecture has rope_style = {config.rope_style!r}, qk_norm = {config.qk_norm},"
-    f" sub_norm = {config.sub_norm} and tied_embedding = {config.tied_embedding}"
-  )
+def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+  if isinstance(value, list):
+    writer.add_array(key, value)
+  elif isinstance(value, str):
+    writer.add_string(key, value)
+  elif isinstance(value, float):
+    writer.add_float32(key, value)
+  else:
+    writer.add_uint32(key, int(value))  # type: ignore[call-overload]
 
 
 def _tensors(
   arch: names.Architecture, config: ModelConfig
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-  for name, stored in arch.tensors.items():
-    shape = names.file_shape(stored.axes, config)
-    if name in names.PER_LAYER:
-      yield from ((stored.name.format(layer=i), shape) for i in range(config.num_layers))
-    elif name != "head_DV" or not config.tied_embedding:
-      yield stored.name, shape
+) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+  """Name and shape of each tensor, and whether it is a matrix that may be packed."""
+  if factors := names.rope_factors(config):
+    yield names.FACTORS, (len(factors),), False
+  for name, layer, stored in arch.places(config):
+    yield stored.name, names.file_shape(stored.axes, config, layer), params.is_matrix(name)
 
 
 def _is_outer(name: str) -> bool:
@@ -94,12 +94,12 @@ def _is_outer(name: str) -> bool:
 
 
 def _storage(
-  name: str, shape: tuple[int, ...], codec: Codec, outer: gguf.GGMLQuantizationType | None
+  name: str, shape: tuple[int, ...], codec: Codec | None, outer: gguf.GGMLQuantizationType | None
 ) -> tuple[int, int]:
-  if len(shape) == 1:
-    return gguf.GGMLQuantizationType.F32, 4 * shape[0]
+  if codec is None:
+    return gguf.GGMLQuantizationType.F32, 4 * math.prod(shape)
   if outer is None or not _is_outer(name):
-    return codec.type_id, codec.nbytes(*shape)
+    return codec.type_id, codec.nbytes(math.prod(shape[:-1]), shape[-1])
   block, block_bytes = gguf.GGML_QUANT_SIZES[outer]
   return outer, math.prod(shape) // block * block_bytes
 
@@ -108,12 +108,12 @@ def _values(
   rng: np.random.Generator,
   name: str,
   shape: tuple[int, ...],
-  codec: Codec,
+  codec: Codec | None,
   outer: gguf.GGMLQuantizationType | None,
 ) -> np.ndarray:
-  if len(shape) == 1:
+  if codec is None:
     return rng.uniform(0.5, 1.5, shape).astype(np.float32)
-  rows, k = shape
+  rows, k = math.prod(shape[:-1]), shape[-1]
   if outer is not None and _is_outer(name):
     return gguf.quantize(rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(k)), outer)
   codes = _TERNARY_BYTES[rng.integers(0, 81, (rows, k // 4), np.uint8)]

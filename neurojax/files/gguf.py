@@ -60,7 +60,8 @@ class GgufFile:
       self.version = header.version
       self.metadata: Mapping[str, object] = header.metadata
       self.tensors: Mapping[str, TensorInfo] = header.tensors
-      self.interpretation = names.interpret(self.metadata, self.tensors)
+      self._fields = header.fields
+      self.interpretation = names.interpret(self.metadata, self.tensors, self._floats)
       undo.pop_all()
 
   @property
@@ -102,7 +103,7 @@ class GgufFile:
     else:
       with self._file.range(info.offset, info.nbytes) as raw:
         values = _decode(raw, info)
-    return names.to_canonical(values, name, stored.axes, self.config)
+    return names.to_canonical(values, name, stored.axes, self.config, layer)
 
   def read_ternary(
     self, name: str, layer: int | None = None
@@ -151,7 +152,18 @@ class GgufFile:
       )
     with self._file.range(info.offset, info.nbytes) as raw:
       values = raw.view(_NUMBERS[info.type]).reshape(info.shape).copy()
-    return names.to_canonical(values, name, stored.axes, self.config)
+    return names.to_canonical(values, name, stored.axes, self.config, layer)
+
+  def field_bytes(self, key: str) -> bytes:
+    """A key of the metadata with its type and value, as the file has them. Raises: KeyError."""
+    start, end = self._fields[key]
+    return self._file.view(start, end - start).tobytes()
+
+  def tensor_bytes(self, file_name: str) -> contextlib.AbstractContextManager[np.ndarray]:
+    """The undecoded bytes of a tensor under the file's name: uint8, a read-only view of the file, whose
+    pages leave the process with the context. Raises: KeyError."""
+    info = self.tensors[file_name]
+    return self._file.range(info.offset, info.nbytes)
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
     info = self.info(name, layer)
@@ -203,6 +215,14 @@ class GgufFile:
     trace: TracebackType | None,
   ) -> None:
     self.close()
+
+  def _floats(self, file_name: str) -> np.ndarray:
+    """A tensor of few numbers, by the name in the file."""
+    info = self.tensors[file_name]
+    if info.type not in _NUMBERS:
+      raise NotImplementedError(f"tensor {file_name!r} is {info.type}: F32 is read")
+    with self._file.range(info.offset, info.nbytes) as raw:
+      return raw.view(_NUMBERS[info.type]).astype(np.float32).reshape(info.shape)
 
   def _locate(self, name: str, layer: int | None) -> names.Stored:
     config = self.config

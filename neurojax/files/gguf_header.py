@@ -83,7 +83,14 @@ class _Strings:
 
 
 class Header:
-  """The parsed header: `version`, `metadata`, `tensors`."""
+  """The parsed header.
+
+  Attributes:
+    version: Of the format.
+    metadata: By key.
+    fields: Where each key and its value stand in the file: the first byte, and the one behind them.
+    tensors: In the order of the file.
+  """
 
   def __init__(self, path: Path, data: memoryview) -> None:
     self._path, self._data, self._size = path, data, len(data)
@@ -104,6 +111,7 @@ class Header:
     num_tensors = self._count("tensors", smallest_bytes=24)
     num_keys = self._count("metadata keys", smallest_bytes=13)
 
+    self.fields: dict[str, tuple[int, int]] = {}
     values: dict[str, object] = {}
     kinds: dict[str, int] = {}
     for _ in range(num_keys):
@@ -113,6 +121,7 @@ class Header:
         raise self._fail(at, f"metadata key {key!r} appears twice")
       kinds[key] = self._integer(f"the type of {key!r}")
       values[key] = self._value(kinds[key], key, 0)
+      self.fields[key] = (at, self._at)
     self.metadata = _Metadata(values)
     alignment = values.get("general.alignment", 32)
     if kinds.get("general.alignment", _UINT32) != _UINT32:

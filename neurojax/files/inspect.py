@@ -1,6 +1,7 @@
 """What a model file holds, for programs (`describe`) and for people (`render`)."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from neurojax.config import ModelConfig
 from neurojax.files.source import ModelFile
 
 
@@ -32,12 +34,17 @@ def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
     "version": model.version,
     "architecture": model.interpretation.architecture,
     "name": name if isinstance(name, str) else None,
-    "config": None if config is None else dataclasses.asdict(config),
+    "config": None if config is None else _json(config),
     "parameters": sum(math.prod(info.shape) for info in model.tensors.values()),
     "types": _types(model),
     "tokenizer": _tokenizer(model),
     "unsupported": model.problems(),
   }
+
+
+def _json(config: ModelConfig) -> dict[str, Any]:
+  """Its fields as JSON has them: lists for tuples."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def render(description: Mapping[str, Any]) -> RenderableType:

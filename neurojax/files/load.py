@@ -57,19 +57,22 @@ def load_span(
   for name, path in params.outer_names(config, span):
     value = read(name, None, params.get(shapes, path).shape)
     params.put(pure, path, jax.tree.map(jax.device_put, value))
-  inner = dict(params.layer_names(config))
-  stacks: dict[str, Any] = {}
-  for place, layer in enumerate(range(span.first_layer, span.last_layer + 1)):
+  done = 0
+  for stack in params.stacks(config, span):
+    inner = dict(params.stack_names(config, stack))
+    stacked: dict[str, Any] = {}
+    for place, layer in enumerate(stack.layers):
+      for name, path in inner.items():
+        value = read(name, layer, params.get(shapes, path).shape[1:])
+        if name not in stacked:
+          stacked[name] = jax.tree.map(functools.partial(_buffer, len(stack.layers)), value)
+        for whole, leaf in zip(*map(jax.tree.leaves, (stacked[name], value)), strict=True):
+          whole[place] = leaf
+      done += 1
+      if progress:
+        progress(done)
     for name, path in inner.items():
-      value = read(name, layer, params.get(shapes, path).shape[1:])
-      if name not in stacks:
-        stacks[name] = jax.tree.map(lambda leaf: _buffer(len(span), leaf), value)
-      for stack, leaf in zip(*map(jax.tree.leaves, (stacks[name], value)), strict=True):
-        stack[place] = leaf
-    if progress:
-      progress(place + 1)
-  for name, path in inner.items():
-    params.put(pure, path, jax.tree.map(jax.device_put, stacks.pop(name)))
+      params.put(pure, path, jax.tree.map(jax.device_put, stacked.pop(name)))
   nnx.replace_by_pure_dict(state, pure)
   return nnx.merge(graph, state)
 
@@ -117,9 +120,16 @@ def _sound(
 
 
 def _narrow(array: np.ndarray, name: str, dtype: DTypeLike, weights: Weights) -> Any:
-  if weights == "int8" and params.is_matrix(name):
-    return Int8Array.quantize(array, contracted_axes=_CONTRACTED.get(name, 1))
-  return array.astype(dtype)
+  if weights != "int8" or not params.is_matrix(name):
+    return array.astype(dtype)
+  if params.is_expert(name):
+    return _together([Int8Array.quantize(expert, contracted_axes=1) for expert in array])
+  return Int8Array.quantize(array, contracted_axes=_CONTRACTED.get(name, 1))
+
+
+def _together(experts: list[Any]) -> Any:
+  """The matrices of all experts of a layer, on a leading axis E."""
+  return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *experts)
 
 
 def _kept(file: ModelFile, weights: Weights) -> dict[str, Form]:

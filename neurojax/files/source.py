@@ -163,16 +163,26 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> ModelFile:
-  """Open a model file. The content decides the format, never the extension.
+  """Open a model file, or a Hugging Face folder (config.json and safetensors). The content decides the
+  format, never the extension.
 
   Args:
-    tokenizer: The tokenizer file of a llama2.c checkpoint. GGUF carries its own.
+    tokenizer: The tokenizer file of a llama2.c checkpoint. GGUF and folders carry their own.
   Raises:
     FileNotFoundError: no such file.
     ValueError: no regular file, empty, damaged, or of no known format.
     NotImplementedError: a version of the format that is not read.
   """
   path = Path(path)
+  # Imported where they are needed: the readers import this module for TensorInfo.
+  if path.is_dir():
+    from neurojax.files.huggingface import CONFIG, HuggingFaceFile
+
+    if not (path / CONFIG).is_file():
+      raise ValueError(f"{path}: this is a folder without {CONFIG}: name the model file in it")
+    if tokenizer is not None:
+      raise ValueError(f"{path}: a folder carries its tokenizer: leave {tokenizer} away")
+    return HuggingFaceFile(path)
   size_bytes = _regular_file(path, "model")
   if tokenizer is not None:
     tokenizer = Path(tokenizer)
@@ -180,7 +190,6 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> ModelFi
   with path.open("rb") as file:
     head = file.read(64)
 
-  # Imported here: the readers import this module for TensorInfo.
   if head.startswith(b"GGUF"):
     from neurojax.files.gguf import GgufFile
 
@@ -196,8 +205,10 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> ModelFi
   if header is not None and header.file_bytes == size_bytes:
     return Llama2cFile(path, tokenizer)
   if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size_bytes:
-    raise ValueError(f"{path}: this is a safetensors file: convert it to GGUF")
-  reason = f"{path}: unknown format (first bytes {head[:8]!r}): GGUF and llama2.c are read"
+    raise ValueError(
+      f"{path}: this is a safetensors file: name its folder {path.parent}, where config.json is"
+    )
+  reason = f"{path}: unknown format (first bytes {head[:8]!r}): GGUF, llama2.c and folders of safetensors are read"
   if header is not None and size_bytes < header.file_bytes:
     # Junk can look like a header, so this stays a conjecture.
     missing = header.file_bytes - size_bytes

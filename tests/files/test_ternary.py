@@ -224,7 +224,7 @@ def test_the_gguf_package_reads_a_dummy(tmp_path: Path):
   [
     (LLAMA, "Q2_0", "choose one of TQ1_0"),
     (tiny.CONFIG, "TQ2_0", "rows of 32 elements are no whole TQ2_0 blocks"),
-    (dataclasses.replace(LLAMA, rope_style="half"), "TQ2_0", "no known architecture"),
+    (dataclasses.replace(LLAMA, qk_norm=True), "TQ2_0", "no architecture of GGUF holds this model"),
   ],
 )
 def test_dummies_that_cannot_be_written_are_refused(

@@ -27,37 +27,42 @@ QWEN = dataclasses.replace(CONFIG, rope_style="half", qk_norm=True)
 BITNET = dataclasses.replace(CONFIG, rope_style="half", sub_norm=True)
 
 
-def per_layer(config: ModelConfig) -> list[str]:
-  """The canonical names that each layer of this configuration has."""
-  absent = () if config.qk_norm else ("q_norm_H", "k_norm_H")
-  if not config.sub_norm:
-    absent += ("attn_sub_norm_NH", "ffn_sub_norm_F")
-  return [n for n in names.PER_LAYER if n not in absent]
+def per_layer(config: ModelConfig, layer: int = 0) -> list[str]:
+  """The canonical names that a layer of this configuration has."""
+  return names.layer_names(config, layer)
 
 
 def parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   """Random float32 arrays under "name" or "name/layer", axes as the canonical name spells them."""
   generator = np.random.default_rng(seed)
-  sizes = config.sizes()
-  wanted = [name for name in names.WHOLE_MODEL if name != "head_DV" or not config.tied_embedding]
-  wanted += [f"{name}/{layer}" for layer in range(config.num_layers) for name in per_layer(config)]
-  return {
-    name: generator.standard_normal(
-      [sizes[letter] for letter in name.split("/")[0].rpartition("_")[2]], np.float32
-    )
-    for name in wanted
-  }
+  wanted = [
+    (name, None) for name in names.WHOLE_MODEL if name != "head_DV" or not config.tied_embedding
+  ]
+  wanted += [(n, layer) for layer in range(config.num_layers) for n in per_layer(config, layer)]
+  values = {}
+  for name, layer in wanted:
+    sizes = config.sizes(layer)
+    shape = [sizes[letter] for letter in name.rpartition("_")[2]]
+    key = name if layer is None else f"{name}/{layer}"
+    values[key] = generator.standard_normal(shape, np.float32)
+  return values
 
 
 def as_stored(values: np.ndarray, name: str) -> np.ndarray:
-  """Canonical values as a llama GGUF file keeps them, written down by hand per name."""
+  """Canonical values as a GGUF file keeps them, written down by hand per name."""
   match name.split("/")[0]:
     case "embedding_VD" | "final_norm_D" | "attn_norm_D" | "ffn_norm_D" | "q_norm_H" | "k_norm_H":
       return values
-    case "attn_sub_norm_NH" | "ffn_sub_norm_F":
+    case "attn_post_norm_D" | "ffn_post_norm_D" | "layer_scale_1":
+      return values
+    case "attn_sub_norm_NH" | "ffn_sub_norm_F" | "q_bias_NH" | "k_bias_KH" | "v_bias_KH":
       return values.reshape(-1)
-    case "head_DV" | "gate_DF" | "up_DF" | "down_FD":
+    case "head_DV" | "gate_DF" | "up_DF" | "down_FD" | "router_DE":
       return values.T.copy()
+    case "conv_in_DC" | "conv_out_MD" | "conv_kernel_WM":
+      return values.T.copy()
+    case "gate_EDF" | "up_EDF" | "down_EFD":
+      return np.stack([expert.T for expert in values])
     case "q_DNH" | "k_DKH" | "v_DKH":
       # Row n*H + h of the file gives element h of head n.
       _, heads, width = values.shape
@@ -74,12 +79,21 @@ FILE_NAMES = {
   "q_norm_H": "attn_q_norm", "k_norm_H": "attn_k_norm", "o_NHD": "attn_output",
   "attn_sub_norm_NH": "attn_sub_norm", "ffn_norm_D": "ffn_norm", "gate_DF": "ffn_gate",
   "up_DF": "ffn_up", "ffn_sub_norm_F": "ffn_sub_norm", "down_FD": "ffn_down",
+  "attn_post_norm_D": "post_attention_norm", "ffn_post_norm_D": "post_ffw_norm",
+  "layer_scale_1": "layer_output_scale", "router_DE": "ffn_gate_inp",
+  "gate_EDF": "ffn_gate_exps", "up_EDF": "ffn_up_exps", "down_EFD": "ffn_down_exps",
+  "conv_in_DC": "shortconv.in_proj", "conv_kernel_WM": "shortconv.conv",
+  "conv_out_MD": "shortconv.out_proj",
 }  # fmt: skip
+BIASES = {"q_bias_NH": "attn_q", "k_bias_KH": "attn_k", "v_bias_KH": "attn_v"}
 
 
 def file_name(name: str) -> str:
   canonical, _, layer = name.partition("/")
-  return (f"blk.{layer}." if layer else "") + FILE_NAMES[canonical] + ".weight"
+  place = f"blk.{layer}." if layer else ""
+  if canonical in BIASES:
+    return place + BIASES[canonical] + ".bias"
+  return place + FILE_NAMES[canonical] + ".weight"
 
 
 def write_gguf(
