@@ -8,37 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from neurojax.tokenizer.pretokenizers import pre_tokenizer
 from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.stops import STOP_TEXTS
 
 _PREFIX = "tokenizer.ggml."
 # GGUF's numbers for llama.cpp's token types; 0 is "undefined".
 _TYPES = {0: "unused", 1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
 _UNSUPPORTED = ("bert", "t5", "rwkv", "plamo2", "hybriddna", "whitespace", "test")
-_STOP_TEXTS = frozenset(
-  {
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|flush|>",
-    "<|calls|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "</s>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<|end_of_text|>",
-    "<end_of_utterance>",
-    "<eos>",
-    "<turn|>",
-    "<|tool_response>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "[e~[",
-  }
-)
 # Fill-in-the-middle tokens that also end a generation: the key's last part and known spellings.
 _FILL_STOPS = {
   "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
@@ -101,7 +76,7 @@ def spec_from_gguf(metadata: Mapping[str, object]) -> TokenizerSpec:
     unknown_id=unknown_id,
     stop_ids=stop_ids,
     # Gemma 4 files were published with the flag wrongly off.
-    add_bos=add_bos or pre == "gemma4",
+    add_bos=add_bos or (rules is not None and rules.lines),
     add_eos=_read_flag(metadata, "add_eos_token", False),
     add_space_prefix=is_spm and _read_flag(metadata, "add_space_prefix", True),
     strip_after_ids=_strips(metadata, tokens, types),
@@ -192,9 +167,9 @@ def _stops(
   """The ids that end a generation, and the types with those known by text marked as control."""
   size = len(tokens)
   # What merges spell is text: Qwen2's "</s>" is a piece of HTML (llama.cpp stops there).
-  known = _STOP_TEXTS.union(*_FILL_STOPS.values())
+  known = STOP_TEXTS.union(*_FILL_STOPS.values())
   spelled = {text for line in merges if (text := line.replace(" ", "", 1)) in known}
-  by_text = {i: t for i, t in enumerate(tokens) if t in _STOP_TEXTS and t not in spelled}
+  by_text = {i: t for i, t in enumerate(tokens) if t in STOP_TEXTS and t not in spelled}
   texts = set(by_text.values())
   # These vocabularies have other stops, and give these texts another meaning.
   if texts & {"<|call|>", "<|calls|>"} and texts & {"<|return|>", "<|flush|>"}:

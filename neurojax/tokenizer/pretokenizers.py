@@ -3,7 +3,8 @@
 The names and the flags are llama.cpp's (`src/llama-vocab.cpp`), the regexes those that the models
 publish in their tokenizer.json. Where llama.cpp approximates a published regex (the letter cases of
 tekken and gpt-4o, `(?i:'s)`, which also matches U+017F, the white space within deepseek-llm's
-U+0800 to U+4E00), the published one stands here: it is what the model was trained on.
+U+0800 to U+4E00), the published one stands here: it is what the model was trained on. Regexes that
+group digits from the right are written so that long runs of digits take no quadratic time.
 """
 
 import dataclasses
@@ -46,9 +47,57 @@ _DEEPSEEK_LETTERS = (
   "\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
   "\U000118a0-\U000118df\U0001e900-\U0001e943]+"
 )
+_KANA_HAN = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _DEEPSEEK3 = (
-  r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+  r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+  r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
   rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+)
+_SPARK = (
+  r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+  r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+  r"| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+def _groups(digit: str) -> str:
+  """Cuts a piece of digits alone into threes from its end; one look at its length, then a chain of
+  matches, each where the one before ended."""
+  three = f"{digit}{{3}}"
+  whole = rf"\A{digit}{{1,2}}(?=(?:{three})++\z)|\A{three}(?=(?:{three})*+\z)"
+  return rf"{whole}|(?<={digit})\G{three}"
+
+
+_DIGIT_GROUPS = _groups(r"\d")
+_NUMBER_GROUPS = _groups(r"\p{N}")
+_YOUTU_WORDS = _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}")
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+_YOUTU = (
+  "[\uac00-\ud7a3\u3131-\u318e]+"
+  "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+  f"|[\u3105-\u312f]+|{_KANA_HAN}"
+)
+_NO_HAN_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_NO_HAN_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_KIMI = (
+  rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_NO_HAN_UPPER}*{_NO_HAN_LOWER}+{_CONTRACTIONS}?"
+  rf"|[^\r\n\p{{L}}\p{{N}}]?{_NO_HAN_UPPER}+{_NO_HAN_LOWER}*{_CONTRACTIONS}?"
+  rf"|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}"
+)
+_AFMOE_SCRIPTS = (
+  "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
+  "\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af"
+  "\u1100-\u11ff]+"
+)
+_JAIS2_SPACES = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+_JAIS2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+|{_JAIS2_SPACES}|\s{{1}}"
+_EXAONE_MOE = (
+  rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_BAILING = (
+  r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+  r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
 
@@ -62,12 +111,14 @@ class PreTokenizer:
     byte_level: Whether pieces are spelled in GPT-2's byte alphabet; otherwise they are plain text
       with U+2581 for a space and `<0xNN>` for bytes without a piece.
     whole_words: Whether a piece that is a token by itself is taken without merging.
+    lines: Whether a run of newlines that is a token is taken whole (text only).
     add_bos: Whether BOS goes in front where the model file does not say.
   """
 
   patterns: tuple[str, ...]
   byte_level: bool = True
   whole_words: bool = False
+  lines: bool = False
   add_bos: bool = False
 
 
@@ -75,41 +126,39 @@ _ONE_DIGIT = PreTokenizer(patterns=(r"\p{N}", _GPT2))
 _PLAIN = PreTokenizer(patterns=(_GPT2,))
 _LLAMA = PreTokenizer(patterns=(_LLAMA3,), whole_words=True, add_bos=True)
 _CL100K = PreTokenizer(patterns=(_LLAMA3,))
+_GLM = PreTokenizer(patterns=(_LLAMA3,), whole_words=True)
 _QWEN = PreTokenizer(patterns=(_QWEN2,))
 _O200K = PreTokenizer(patterns=(_GPT4O,))
-_DEEPSEEK_V3 = PreTokenizer(
-  patterns=(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3)
+_COMMAND = PreTokenizer(patterns=(r"(?<!\d)\d++\b", _DIGIT_GROUPS, _GPT4O))
+_DEEPSEEK_V3 = PreTokenizer(patterns=(r"\p{N}{1,3}", _KANA_HAN, _DEEPSEEK3))
+_LING = PreTokenizer(patterns=(_BAILING,))
+_FINNISH = PreTokenizer(patterns=(_BLOOM,))
+_LINES = r"[^\n]+|[\n]+"
+_GEMMA = PreTokenizer(patterns=(_LINES,), byte_level=False, lines=True, add_bos=True)
+
+_ALIKE: tuple[tuple[PreTokenizer, str], ...] = (
+  (_LLAMA, "llama3 llama-v3 llama-bpe lfm2 falcon3 falcon-h1 pixtral midm-2.0 jina-v5-nano"),
+  (_CL100K, "dbrx smaug-bpe chatglm-bpe"),
+  (_GLM, "glm4 glm5"),
+  (_PLAIN, "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum"),
+  (_PLAIN, "modern-bert jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe"),
+  (_ONE_DIGIT, "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
+  (_QWEN, "qwen2 deepseek-r1-qwen stablelm2 kormo f2llmv2 megrez hunyuan solar-open grok-2"),
+  (_O200K, "gpt-4o llama4 kanana2 talkie minimax-m2"),
+  (_COMMAND, "tiny_aya cohere2moe"),
+  (_DEEPSEEK_V3, "deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
+  (_LING, "bailingmoe bailingmoe2 llada-moe"),
+  (_FINNISH, "bloom gpt3-finnish poro-chat"),
+  (_GEMMA, "gemma4 granite-embed-multi-311m"),
 )
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
   # For files whose own pre-tokenizer is not known; llama.cpp's invention, no model's.
   "default": PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-  "llama3": _LLAMA,
-  "llama-v3": _LLAMA,
-  "llama-bpe": _LLAMA,
-  "lfm2": _LLAMA,
-  # As llama.cpp reads these; not compared with the tokenizer.json of the models.
-  "falcon3": _LLAMA,
-  "falcon-h1": _LLAMA,
-  "dbrx": _CL100K,
-  "smaug-bpe": _CL100K,
-  "chatglm-bpe": _CL100K,
-  "glm4": PreTokenizer(patterns=(_LLAMA3,), whole_words=True),
-  "gpt-2": _PLAIN,
-  "phi-2": _PLAIN,
-  "mpt": _PLAIN,
-  "olmo": _PLAIN,
-  "smollm": _ONE_DIGIT,
-  "starcoder": _ONE_DIGIT,
-  "refact": _ONE_DIGIT,
-  "command-r": _ONE_DIGIT,
-  "qwen2": _QWEN,
-  "deepseek-r1-qwen": _QWEN,
-  "stablelm2": _QWEN,
+  **{name: rules for rules, names in _ALIKE for name in names.split()},
   "qwen35": PreTokenizer(patterns=(_QWEN35,)),
   "tekken": PreTokenizer(patterns=(_TEKKEN,), whole_words=True, add_bos=True),
-  "gpt-4o": _O200K,
-  "llama4": _O200K,
+  "granite-embed-multi-97m": PreTokenizer(patterns=(_GPT4O,), whole_words=True),
   "deepseek-llm": PreTokenizer(
     patterns=(
       r"[\r\n]",
@@ -123,9 +172,36 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
   "deepseek-coder": PreTokenizer(
     patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_HAN, r"\p{N}")
   ),
-  "deepseek-v3": _DEEPSEEK_V3,
   "falcon": PreTokenizer(patterns=(r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
-  "gemma4": PreTokenizer(patterns=(r"[^\n]+|[\n]+",), byte_level=False, add_bos=True),
+  "minicpm5": PreTokenizer(
+    patterns=(r"\p{N}{1,3}", rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}+|{_SYMBOLS}|{_SPACES}"),
+    whole_words=True,
+  ),
+  "spark2_5": PreTokenizer(patterns=(r"\p{N}{1,3}", _KANA_HAN, _SPARK, r"\p{N}")),
+  "youtu": PreTokenizer(patterns=(_YOUTU, _YOUTU_WORDS), whole_words=True),
+  "jais-2": PreTokenizer(patterns=(_JAIS2,)),
+  "viking": PreTokenizer(patterns=(_BLOOM, r"\p{N}")),
+  "exaone-moe": PreTokenizer(patterns=(_EXAONE_MOE,)),
+  "chameleon": PreTokenizer(
+    patterns=(
+      r"<sentinel:[0-9]+>",
+      r"(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+      r"([\t\n]|    |  )",
+      r"\p{N}",
+      r"[\p{P}!-/:-@\[-`{-~]",
+      _GPT2,
+    ),
+    add_bos=True,
+  ),
+  "superbpe": PreTokenizer(patterns=(r"\p{N}+", _DIGIT_GROUPS, r"(?=(\d{3})+(?!\d))")),
+  "seed-coder": PreTokenizer(
+    patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
+  ),
+  "kimi-k2": PreTokenizer(patterns=(_KIMI,)),
+  "ufakzeka": PreTokenizer(patterns=(rf"{_WORDS}|\p{{N}}|{_SYMBOLS}|{_SPACES}",)),
+  "afmoe": PreTokenizer(patterns=(r"\p{N}+", _NUMBER_GROUPS, _AFMOE_SCRIPTS, _DEEPSEEK3)),
+  "laguna": PreTokenizer(patterns=(_LINES, _QWEN2)),
+  "sarvam-moe": PreTokenizer(patterns=(_LINES,), byte_level=False),
 }
 
 

@@ -12,7 +12,8 @@ class TokenizerSpec:
   """A vocabulary and its rules, free of any file format.
 
   Attributes:
-    kind: "bpe" is BPE with merges; "spm" is SentencePiece BPE with scores.
+    kind: "bpe" is BPE with merges; "spm" is SentencePiece BPE with scores; "json" is whatever its
+      `source` says.
     tokens: The piece of each id, in the spelling of the format (byte-level alphabet for "bpe",
       U+2581 for a space in "spm"; a vocabulary without any U+2581 may use plain spaces). Byte
       tokens are spelled `<0xNN>`. Pieces are unique, but for empty ones, which no text produces.
@@ -24,14 +25,16 @@ class TokenizerSpec:
     stop_ids: Every id that ends a generation (eos, end of turn, ...).
     add_bos, add_eos: What `encode(..., add_special=True)` adds by itself.
     add_space_prefix: Whether text gets a space in front at the start and after a special token
-      ("spm" only); decoding takes the first one away again.
+      ("spm" only); decoding takes the first one away again (so it does for "json").
     strip_after_ids: Special tokens that swallow the white space after them in parsed text.
+    strip_before_ids: Special tokens that swallow the white space before them.
     chat_template: Jinja source, or None.
+    source: The text of a tokenizer.json, which alone says how "json" encodes.
 
   Raises: ValueError: lengths differ, an id is out of range, or a value is not one of the above.
   """
 
-  kind: Literal["bpe", "spm"]
+  kind: Literal["bpe", "spm", "json"]
   tokens: tuple[str, ...]
   types: tuple[str, ...]
   merges: tuple[str, ...] = ()
@@ -45,12 +48,14 @@ class TokenizerSpec:
   add_eos: bool = False
   add_space_prefix: bool = False
   strip_after_ids: frozenset[int] = frozenset()
+  strip_before_ids: frozenset[int] = frozenset()
   chat_template: str | None = None
+  source: str | None = None
 
   def __post_init__(self):
     size = len(self.tokens)
-    if self.kind not in ("bpe", "spm"):
-      raise ValueError(f"kind is {self.kind!r}; it must be 'bpe' or 'spm'")
+    if self.kind not in ("bpe", "spm", "json"):
+      raise ValueError(f"kind is {self.kind!r}; it must be 'bpe', 'spm' or 'json'")
     if not size:
       raise ValueError("tokens is empty; a vocabulary needs at least one token")
     if len(self.types) != size:
@@ -64,11 +69,15 @@ class TokenizerSpec:
         )
       if any(math.isnan(score) for score in self.scores):
         raise ValueError("scores holds NaN, which has no order; the file is damaged")
+    elif self.kind == "json":
+      if not isinstance(self.source, str):
+        raise ValueError("source is no text; 'json' needs the text of its tokenizer.json")
     elif self.pre is None:
       raise ValueError("pre is None; 'bpe' needs the name of its pre-tokenizer")
     ids = [("bos_id", self.bos_id), ("eos_id", self.eos_id), ("unknown_id", self.unknown_id)]
     ids += [("stop_ids", i) for i in self.stop_ids]
     ids += [("strip_after_ids", i) for i in self.strip_after_ids]
+    ids += [("strip_before_ids", i) for i in self.strip_before_ids]
     for name, value in ids:
       if value is not None and not 0 <= value < size:
         raise ValueError(f"{name} is {value}, outside the vocabulary of {size}; correct or omit it")

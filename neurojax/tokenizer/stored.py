@@ -7,6 +7,8 @@ import typing
 from neurojax.tokenizer.spec import TokenizerSpec
 
 _FORMAT = "neurojax.tokenizer/1"
+# Data prepared before these fields were there have their defaults.
+_LATER = {"strip_before_ids", "source"}
 
 
 def dump_spec(spec: TokenizerSpec) -> str:
@@ -28,8 +30,7 @@ def parse_spec(text: str, *, where: str = "tokenizer") -> TokenizerSpec:
   if not isinstance(table, dict) or table.pop("format", None) != _FORMAT:
     raise ValueError(f"{where}: no tokenizer of format {_FORMAT!r}: prepare the data again")
   hints = typing.get_type_hints(TokenizerSpec)
-  if set(table) != set(hints):
-    odd = sorted(set(table) ^ set(hints))
+  if odd := sorted((set(table) ^ set(hints)) - _LATER):
     raise ValueError(f"{where}: {odd[0]!r} is missing or unknown: prepare the data again")
   for name, value in table.items():
     if isinstance(value, list):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from neurojax.tokenizer.from_gguf import spec_from_gguf
+from neurojax.tokenizer.portable import portable
 from neurojax.tokenizer.spec import TokenizerSpec
 
 _PREFIX = "tokenizer.ggml."
@@ -22,6 +23,8 @@ def gguf_from_spec(spec: TokenizerSpec | None, vocab_size: int) -> dict[str, Any
   """
   if spec is None:
     return {_PREFIX + "model": "no_vocab"}
+  free = spec.kind == "json"
+  spec = portable(spec)
   spec = padded(spec, vocab_size)
   keys: dict[str, Any] = {_PREFIX + "model": _model(spec)}
   if spec.pre is not None:
@@ -48,6 +51,9 @@ def gguf_from_spec(spec: TokenizerSpec | None, vocab_size: int) -> dict[str, Any
   for name, value in zip(("eot", "eom"), unnamed, strict=False):
     keys[f"{_PREFIX}{name}_token_id"] = value
   again = spec_from_gguf(keys)
+  if free and spec.stop_ids <= again.stop_ids:
+    # GGUF's readers know more tokens that end a generation, by their text.
+    spec = dataclasses.replace(spec, stop_ids=again.stop_ids, types=again.types)
   for field in dataclasses.fields(spec):
     mine, read = getattr(spec, field.name), getattr(again, field.name)
     if mine != read:

@@ -1,7 +1,9 @@
 """Text to token ids and back."""
 
 import codecs
+import functools
 import itertools
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
+from neurojax.tokenizer.library import Library, decoding, piece_bytes
 from neurojax.tokenizer.merge import Merger
 from neurojax.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 from neurojax.tokenizer.spec import TokenizerSpec
@@ -16,14 +20,14 @@ from neurojax.tokenizer.spec import TokenizerSpec
 _SPACE = "\u2581"
 # A noncharacter, which no text carries: it keeps apart what must not become a special token.
 _GUARD = "\ufdd0"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ASCII_SPACE = " \t\n\v\f\r"
 # Types whose spelling in a text never becomes the token by merging.
 _UNSPELLED = frozenset({"control", "unknown", "byte"})
 
 
 class Tokenizer:
-  """Encodes and decodes as llama.cpp does for the same vocabulary; safe to share among threads.
+  """Encodes and decodes as llama.cpp does for the same vocabulary, one of kind "json" as the library
+  `tokenizers` does; safe to share among threads.
 
   Where it differs on purpose: no merge ever spells a control, unknown or byte token, so that plain
   text never injects one; unused tokens are rendered as their text; decoding keeps every space of
@@ -35,7 +39,12 @@ class Tokenizer:
   def __init__(self, spec: TokenizerSpec):
     self.spec = spec
     self._fast: tokenizers.Tokenizer | None = None
-    if spec.kind == "spm":
+    self._library: Library | None = None
+    if spec.kind == "json":
+      control = {t: i for i, t in enumerate(spec.tokens) if spec.types[i] in ("control", "unknown")}
+      self._library = library = Library(spec.source, control)
+      self._encode_text = functools.partial(library.encode, parse_special=False)
+    elif spec.kind == "spm":
       self._encode_text = _scored(spec)
     elif (rules := pre_tokenizer(spec.pre)).byte_level:
       self._fast = fast = _byte_level(spec, rules)
@@ -91,18 +100,13 @@ class Tokenizer:
     ids: list[int] = []
     if add_special and self.spec.add_bos:
       ids.append(self.spec.bos_id)
-    prefix = self.spec.kind == "spm" and self.spec.add_space_prefix
-    after_special = True
-    for part in self._partition(text, parse_special):
-      if isinstance(part, int):
-        ids.append(part)
-        after_special = True
-        continue
-      if guarded:
-        part = part.replace(_GUARD, "")
-      if part:
-        ids.extend(self._encode_text(" " + part if prefix and after_special else part))
-        after_special = False
+    if self._library is None:
+      self._extend(ids, text, parse_special, guarded)
+    elif guarded and parse_special:
+      ids += self._library.encode_guarded(text, _GUARD)
+    else:
+      text = text.replace(_GUARD, "") if guarded else text
+      ids += self._library.encode(text, parse_special=parse_special)
     if add_special and self.spec.add_eos:
       ids.append(self.spec.eos_id)
     return ids
@@ -118,6 +122,10 @@ class Tokenizer:
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text. Byte-level vocabularies use all cores. Raises as `encode` does."""
+    if self._library is not None:
+      for text in texts:
+        _check_text(text)
+      return self._library.encode_many(texts)
     if self._fast is None or not self.cuts_at_spaces:
       return [self.encode(text) for text in texts]
     for text in texts:
@@ -171,24 +179,46 @@ class Tokenizer:
       raise ValueError(f"token id {index} is outside the vocabulary of {len(self._pieces)}")
     return index
 
+  def _extend(self, ids: list[int], text: str, parse_special: bool, guarded: bool):
+    """Adds the ids of a text, special tokens and what lies between them."""
+    prefix = self.spec.kind == "spm" and self.spec.add_space_prefix
+    after_special = True
+    for part in self._partition(text, parse_special):
+      if isinstance(part, int):
+        ids.append(part)
+        after_special = True
+        continue
+      if guarded:
+        part = part.replace(_GUARD, "")
+      if part:
+        ids.extend(self._encode_text(" " + part if prefix and after_special else part))
+        after_special = False
+
   def _partition(self, text: str, parse_special: bool) -> list[str | int]:
     """Cuts out the special tokens, the longest first wherever it occurs."""
     parts: list[str | int] = [text]
-    pairs = set(map(operator.add, text, text[1:])) | set(text)
+    present: dict[str, bool] = {}
     for token, token_id, user in self._specials:
-      # Asking for the first two characters first keeps thousands of tokens cheap.
-      if (not user and not parse_special) or token[:2] not in pairs or token not in text:
+      if not user and not parse_special:
         continue
-      strips = token_id in self.spec.strip_after_ids
+      # Asking for the first two characters first keeps thousands of tokens cheap.
+      if (start := token[:2]) not in present:
+        present[start] = start in text
+      if not present[start] or token not in text:
+        continue
+      swallows_after = token_id in self.spec.strip_after_ids
+      swallows_before = token_id in self.spec.strip_before_ids
       cut: list[str | int] = []
       for part in parts:
         if isinstance(part, int):
           cut.append(part)
           continue
-        for i, rest in enumerate(part.split(token)):
+        for i, rest in enumerate(pieces := part.split(token)):
           if i:
             cut.append(token_id)
-            rest = rest.lstrip(_ASCII_SPACE) if strips else rest
+            rest = rest.lstrip(_ASCII_SPACE) if swallows_after else rest
+          if swallows_before and i < len(pieces) - 1:
+            rest = rest.rstrip(_ASCII_SPACE)
           if rest:
             cut.append(rest)
       parts = cut
@@ -205,7 +235,7 @@ class Detokenizer:
     self._tokenizer = tokenizer
     self._special = special
     spec = tokenizer.spec
-    self._strip = spec.kind == "spm" and spec.add_space_prefix and not continues
+    self._strip = spec.kind != "bpe" and spec.add_space_prefix and not continues
     self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
   def push(self, token_id: int) -> str:
@@ -213,10 +243,15 @@ class Detokenizer:
     token_id = self._tokenizer._checked(token_id)
     piece = self._tokenizer._pieces[token_id]
     if self._tokenizer._hidden[token_id]:
-      return self._utf8.decode(piece) if self._special else ""
+      if not self._special:
+        return ""
+      self._strip = self._strip and self._tokenizer.spec.kind != "json"
+      return self._utf8.decode(piece)
     if self._strip:
-      self._strip = False
-      if self._tokenizer.spec.types[token_id] != "user":
+      spec = self._tokenizer.spec
+      # The library takes it off the text, whatever the first piece is; llama.cpp off a first word.
+      self._strip = spec.kind == "json" and not piece
+      if spec.kind == "json" or spec.types[token_id] != "user":
         piece = piece.removeprefix(b" ")
     return self._utf8.decode(piece)
 
@@ -236,18 +271,18 @@ def _check_text(text: str):
     ) from None
 
 
-def byte_alphabet() -> dict[str, int]:
-  """GPT-2's printable character for each byte: itself where it shows, else from U+0100 on."""
-  shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-  hidden = [byte for byte in range(256) if byte not in shown]
-  return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
 def _pieces(spec: TokenizerSpec) -> Iterable[bytes]:
+  if spec.kind == "json":
+    table = json.loads(spec.source)
+    byte_level, _ = decoding(table.get("decoder"))
+    fallback = bool(table["model"].get("byte_fallback"))
+    for token in spec.tokens:
+      yield piece_bytes(token, byte_level=byte_level, byte_fallback=fallback)
+    return
   byte_level = spec.kind == "bpe" and pre_tokenizer(spec.pre).byte_level
   alphabet = byte_alphabet()
   for token, kind in zip(spec.tokens, spec.types, strict=True):
-    if kind == "byte" and (match := _BYTE_TOKEN.fullmatch(token)):
+    if kind == "byte" and (match := BYTE_TOKEN.fullmatch(token)):
       yield bytes([int(match[1], 16)])
     elif kind in ("normal", "unused", "byte"):
       if not byte_level:
@@ -309,11 +344,12 @@ def byte_level_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
 
 
 def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], list[int]]:
-  """Pieces to ids, with a piece that has none spelled byte by byte."""
+  """Pieces to ids, with a piece that has none spelled byte by byte; a run of what no byte tokens
+  spell is one unknown token, as in SentencePiece."""
   byte_ids = {
     int(match[1], 16): i
     for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True))
-    if kind == "byte" and (match := _BYTE_TOKEN.fullmatch(token))
+    if kind == "byte" and (match := BYTE_TOKEN.fullmatch(token))
   }
 
   def missing(piece: str) -> list[int]:
@@ -325,23 +361,25 @@ def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], 
         f"the vocabulary cannot spell {piece!r}: it has neither byte tokens for it nor an unknown"
         " token; leave the character out"
       )
-    return [spec.unknown_id]
+    return unknown
+
+  unknown = [spec.unknown_id]
 
   def spell(pieces: list[str]) -> list[int]:
     out: list[int] = []
     for piece in pieces:
       token_id = ids.get(piece)
-      if token_id is None:
-        out.extend(missing(piece))
-      else:
+      if token_id is not None:
         out.append(token_id)
+      elif (spelled := missing(piece)) != unknown or out[-1:] != unknown:
+        out.extend(spelled)
     return out
 
   return spell
 
 
 def _raw_text(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[int]]:
-  """BPE on text itself (Gemma 4): merges by rank, and runs of newlines taken whole."""
+  """BPE on text itself (Gemma 4): merges by rank, line by line."""
   ids = _spelled(spec)
   ranks = _merges(spec, ids)
   merger = Merger(lambda a, b: ranks.get((a, b)), {a[-1] + b[0] for a, b in ranks})
@@ -353,7 +391,8 @@ def _raw_text(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[
   def encode(text: str) -> list[int]:
     out: list[int] = []
     for line in lines.findall(text.replace(" ", _SPACE)):
-      out.extend(spell([line] if line[0] == "\n" and line in ids else merger.pieces(line)))
+      whole = rules.lines and line[0] == "\n" and line in ids
+      out.extend(spell([line] if whole else merger.pieces(line)))
     return out
 
   return encode

@@ -45,10 +45,10 @@ def spec_from_json(
   model = table.get("model") if isinstance(table, dict) else None
   if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
     raise ValueError("no tokenizer.json: it has no model with a vocabulary")
-  _check_model(model)
+  check_model(model)
   if table.get("normalizer") is not None:
     raise NotImplementedError(f"normalizer {_kind(table['normalizer'])}: GGUF's 'gpt2' has none")
-  pre = _pre(table.get("pre_tokenizer"), whole_words=bool(model.get("ignore_merges")))
+  pre = pre_name(table.get("pre_tokenizer"), whole_words=bool(model.get("ignore_merges")))
 
   ids: dict[str, int] = dict(model["vocab"])
   types = dict.fromkeys(ids, "normal")
@@ -73,7 +73,7 @@ def spec_from_json(
     kind="bpe",
     tokens=tuple(tokens),
     types=tuple(types[token] for token in tokens),
-    merges=tuple(_merge(merge) for merge in model.get("merges") or ()),
+    merges=tuple(merge_line(merge) for merge in model.get("merges") or ()),
     pre=pre,
     bos_id=identify("bos", bos),
     eos_id=eos_id,
@@ -86,10 +86,12 @@ def spec_from_json(
 
 
 def json_from_spec(spec: TokenizerSpec) -> str:
-  """A tokenizer.json with the same ids: the inverse of `spec_from_json`.
+  """A tokenizer.json with the same ids: the inverse of `spec_from_json`; a "json" spec's own source.
 
   Raises: NotImplementedError: a tokenizer other than byte-level BPE.
   """
+  if spec.kind == "json":
+    return spec.source
   rules = pre_tokenizer(spec.pre) if spec.kind == "bpe" else None
   if rules is None or not rules.byte_level:
     raise NotImplementedError(
@@ -131,7 +133,7 @@ def json_from_spec(spec: TokenizerSpec) -> str:
   return json.dumps(table, ensure_ascii=False, indent=1)
 
 
-def _check_model(model: Mapping[str, Any]) -> None:
+def check_model(model: Mapping[str, Any]) -> None:
   if model.get("type", "BPE") != "BPE":
     raise NotImplementedError(f"model {model['type']!r}: GGUF's 'gpt2' is BPE")
   for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -139,7 +141,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
       raise NotImplementedError(f"model.{key} = {model[key]!r}: GGUF's 'gpt2' has no such thing")
 
 
-def _pre(table: Mapping[str, Any] | None, *, whole_words: bool) -> str:
+def pre_name(table: Mapping[str, Any] | None, *, whole_words: bool) -> str:
   """The name of a pre-tokenizer that cuts as this one does."""
   parts = [] if table is None else [table]
   while any(part["type"] == "Sequence" for part in parts):
@@ -169,14 +171,19 @@ def _pre(table: Mapping[str, Any] | None, *, whole_words: bool) -> str:
   wanted = PreTokenizer(patterns=tuple(patterns), whole_words=whole_words)
   for name in (*_FIRST, *PRE_TOKENIZERS):
     rules = PRE_TOKENIZERS[name]
-    if spells_bytes and (rules.patterns, rules.byte_level, rules.whole_words) == (
-      wanted.patterns, True, whole_words,
+    if spells_bytes and (tuple(map(_escaped, rules.patterns)), rules.byte_level, rules.whole_words) == (
+      tuple(map(_escaped, wanted.patterns)), True, whole_words,
     ):  # fmt: skip
       return name
   raise NotImplementedError(
     f"pre-tokenizer {patterns}, ignore_merges {whole_words}: GGUF has no name for it: train with"
     f" one of {', '.join(_FIRST)}"
   )
+
+
+def _escaped(pattern: str) -> str:
+  """Line ends in a pattern may be themselves or written out."""
+  return pattern.replace("\r", r"\r").replace("\n", r"\n")
 
 
 def _added(table: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
@@ -234,7 +241,7 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def _merge(merge: str | list[str]) -> str:
+def merge_line(merge: str | list[str]) -> str:
   return merge if isinstance(merge, str) else " ".join(merge)
 
 

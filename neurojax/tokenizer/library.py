@@ -1,0 +1,206 @@
+"""A tokenizer.json run by the library that defines the format (`tokenizers`), free text kept free.
+
+Ids are the library's own. Decoding is ours, piece by piece, so that it can stream; it equals the
+library's on every text that is valid UTF-8.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
+
+_SPACE = "\u2581"
+
+
+def load(source: str) -> tokenizers.Tokenizer:
+  """The library's tokenizer of a tokenizer.json, without truncation or padding.
+
+  Raises: ValueError: the library does not read it.
+  """
+  try:
+    fast = tokenizers.Tokenizer.from_str(source)
+    fast.no_truncation()
+    fast.no_padding()
+  except Exception as error:
+    raise ValueError(f"tokenizer.json is not read by the library `tokenizers`: {error}") from error
+  except BaseException as error:
+    # A panic of the library is no Exception.
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+      raise
+    raise ValueError(f"tokenizer.json breaks the library `tokenizers`: {error}") from error
+  return fast
+
+
+class Library:
+  """Text to ids by a tokenizer.json; safe to share among threads.
+
+  Args:
+    source: Its text.
+    control: Spellings and ids of the special tokens.
+  Raises: ValueError: as `load`.
+  """
+
+  def __init__(self, source: str, control: Mapping[str, int]):
+    self._source = source
+    self._control = control
+    self._starts = frozenset(token[:2] for token in control)
+    self._fast = load(source)
+    self._plain: tokenizers.Tokenizer | None = None
+    # No text can contain it but by knowing it.
+    self._start = f"<{secrets.token_hex(24)}>"
+    self._parts = _splitter(json.loads(source), control)
+
+  def encode(self, text: str, *, parse_special: bool) -> list[int]:
+    """The library's ids; without `parse_special` no special token is recognised."""
+    spelled = not parse_special and self._spells_control(text)
+    fast = self._without_control() if spelled else self._fast
+    return _run(fast, text)
+
+  def encode_guarded(self, text: str, guard: str) -> list[int]:
+    """Special tokens are recognised where no guard is inside them; guards are removed."""
+    if guard not in text:
+      return _run(self._fast, text)
+    plain = self._without_control()
+    ids: list[int] = []
+    first = True
+    for part in self._parts(text):
+      if isinstance(part, int):
+        ids.append(part)
+      elif rest := part.replace(guard, ""):
+        # What comes after a special token is encoded as such: some rules differ at the start.
+        ids += _run(plain, rest) if first else _run(plain, self._start + rest)[1:]
+      first = False
+    return ids
+
+  def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text without special tokens, on all cores."""
+    if any(map(self._spells_control, texts)):
+      return [self.encode(text, parse_special=False) for text in texts]
+    return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def _spells_control(self, text: str) -> bool:
+    # Most special tokens begin with the same few characters.
+    starts = {start for start in self._starts if start in text}
+    return any(token in text for token in self._control if token[:2] in starts)
+
+  def _without_control(self) -> tokenizers.Tokenizer:
+    """The same rules on a vocabulary without special tokens: nothing spells one."""
+    if self._plain is None:
+      table = json.loads(self._source)
+      _rename(table, {token: f"<{i}{self._start}" for i, token in enumerate(self._control)})
+      plain = load(json.dumps(table))
+      plain.add_special_tokens([tokenizers.AddedToken(self._start, normalized=False)])
+      self._plain = plain
+    return self._plain
+
+
+def _run(fast: tokenizers.Tokenizer, text: str) -> list[int]:
+  try:
+    return fast.encode(text, add_special_tokens=False).ids
+  except Exception as error:
+    raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
+  except BaseException as error:
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+      raise
+    raise ValueError(f"the tokenizer breaks on this text: {error}") from error
+
+
+def _rename(table: dict[str, Any], names: Mapping[str, str]) -> None:
+  """Spell the tokens of a tokenizer.json anew, with their ids, and drop the merges that make them."""
+  model = table["model"]
+  for added in table.get("added_tokens") or ():
+    added["content"] = names.get(added["content"], added["content"])
+  vocab = model["vocab"]
+  if isinstance(vocab, dict):
+    model["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
+    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or ()]
+    kept = [[a, b] for a, b in merges if not {a, b, a + b} & names.keys()]
+    model["merges"] = kept
+    if model.get("unk_token") is not None:
+      model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+  else:
+    model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+  # It names tokens by their spelling, and is not used here.
+  table["post_processor"] = None
+
+
+def _splitter(
+  table: Mapping[str, Any], control: Mapping[str, int]
+) -> Callable[[str], Iterator[str | int]]:
+  """Cuts a text at special tokens as the library does: the leftmost first, of those the longest."""
+  flags = {added["content"]: added for added in table.get("added_tokens") or ()}
+  patterns = []
+  for token in sorted(control, key=len, reverse=True):
+    rule = flags.get(token, {})
+    pattern = re.escape(token)
+    if rule.get("single_word"):
+      pattern = rf"(?<!\w){pattern}(?!\w)"
+    before = r"\s*" if rule.get("lstrip") else ""
+    after = r"\s*" if rule.get("rstrip") else ""
+    patterns.append(f"{before}({pattern}){after}")
+  every = re.compile("|".join(patterns) or "(?!)")
+
+  def split(text: str) -> Iterator[str | int]:
+    start = 0
+    for match in every.finditer(text):
+      if match.start() > start:
+        yield text[start : match.start()]
+      yield control[match[match.lastindex]]
+      start = match.end()
+    if start < len(text):
+      yield text[start:]
+
+  return split
+
+
+def decoding(decoder: Mapping[str, Any] | None) -> tuple[bool, bool]:
+  """What a tokenizer.json's decoder does: whether pieces are in GPT-2's byte alphabet (else spaces
+  are U+2581 and bytes `<0xNN>`), and whether a text's first space is taken away.
+
+  Raises: NotImplementedError: a step that is neither.
+  """
+  steps = [decoder] if decoder is not None else []
+  while any(step.get("type") == "Sequence" for step in steps):
+    steps = [
+      inner
+      for step in steps
+      for inner in (step["decoders"] if step.get("type") == "Sequence" else [step])
+    ]
+  byte_level = strips = False
+  for step in steps:
+    match step:
+      case {"type": "ByteLevel"}:
+        byte_level = True
+      case {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}:
+        pass
+      case {"type": "ByteFallback" | "Fuse"}:
+        pass
+      case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+        strips = True
+      case {"type": "Metaspace", "replacement": "\u2581"}:
+        strips = step.get("prepend_scheme", "always") != "never"
+      case _:
+        raise NotImplementedError(
+          f"decoder {json.dumps(step)[:120]} of tokenizer.json: only byte-level and SentencePiece's"
+          " are here"
+        )
+  if not steps:
+    raise NotImplementedError("tokenizer.json without a decoder: it would put a space between all")
+  return byte_level, strips
+
+
+def piece_bytes(token: str, *, byte_level: bool, byte_fallback: bool) -> bytes:
+  """What a token adds to the text."""
+  if byte_level:
+    alphabet = byte_alphabet()
+    if all(char in alphabet for char in token):
+      return bytes(map(alphabet.__getitem__, token))
+    return token.encode("utf-8", "replace")
+  if byte_fallback and (match := BYTE_TOKEN.fullmatch(token)):
+    return bytes([int(match[1], 16)])
+  return token.replace(_SPACE, " ").encode("utf-8", "replace")

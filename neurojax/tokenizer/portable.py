@@ -1,0 +1,121 @@
+"""A tokenizer.json in the terms of GGUF, or a refusal by name."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from neurojax.tokenizer.library import decoding
+from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_json import check_model, merge_line, pre_name
+
+_SPACE = "\u2581"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_PREPEND = {"type": "Prepend", "prepend": _SPACE}
+
+
+def portable(spec: TokenizerSpec) -> TokenizerSpec:
+  """The same tokenizer as "bpe" or "spm"; a spec of these kinds comes back as it is.
+
+  Two things are lost, as in llama.cpp's own converter: NFC, which puts letters and their marks
+  together before cutting, and which of two splits of one piece merges first ("spm").
+
+  Raises: NotImplementedError: GGUF cannot say what the file says.
+  """
+  if spec.kind != "json":
+    return spec
+  table = json.loads(spec.source)
+  model = table["model"]
+  if model.get("type", "BPE") != "BPE":
+    raise NotImplementedError(
+      f"model {model['type']!r} of tokenizer.json: GGUF takes BPE only here"
+    )
+  byte_level, _ = decoding(table.get("decoder"))
+  after, before = set(), set()
+  ids = {token: i for i, token in enumerate(spec.tokens)}
+  for added in table.get("added_tokens") or ():
+    after |= {ids[added["content"]]} if added.get("rstrip") else set()
+    before |= {ids[added["content"]]} if added.get("lstrip") else set()
+    if added.get("single_word"):
+      raise NotImplementedError(
+        f"added token {added['content']!r} is a single word: no such in GGUF"
+      )
+  spec = dataclasses.replace(
+    spec,
+    # Ids without a token: the library has none either.
+    tokens=tuple(token or f"[PAD{i}]" for i, token in enumerate(spec.tokens)),
+    source=None,
+    add_space_prefix=False,
+    strip_after_ids=frozenset(after),
+    strip_before_ids=frozenset(before),
+    kind="bpe",
+    pre="default",
+    merges=tuple(merge_line(merge) for merge in model.get("merges") or ()),
+  )
+  if byte_level:
+    check_model(model)
+    if table.get("normalizer") not in (
+      None,
+      {"type": "NFC"},
+      {"type": "Sequence", "normalizers": []},
+    ):
+      raise NotImplementedError(f"normalizer {table['normalizer']!r:.120}: GGUF has none")
+    whole_words = bool(model.get("ignore_merges"))
+    return dataclasses.replace(
+      spec, pre=pre_name(table.get("pre_tokenizer"), whole_words=whole_words)
+    )
+  if not model.get("byte_fallback") or model.get("ignore_merges"):
+    raise NotImplementedError("BPE on text without byte tokens: GGUF has no name for it")
+  if not _prepends(table):
+    return dataclasses.replace(spec, pre="gemma4")
+  return dataclasses.replace(
+    spec, kind="spm", pre=None, merges=(), add_space_prefix=True, scores=_scores(spec, model)
+  )
+
+
+def _prepends(table: Mapping[str, Any]) -> bool:
+  """Whether text gets a space in front; text is otherwise only spelled with U+2581."""
+  normalizer, pre = table.get("normalizer"), table.get("pre_tokenizer")
+  steps = (
+    normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer]
+  )
+  match pre:
+    case {"type": "Metaspace", "replacement": "\u2581", "split": False} if normalizer is None:
+      return pre.get("prepend_scheme", "always") != "never"
+    # All spaces are gone by then: this cuts nothing.
+    case None | {"type": "Split", "pattern": {"String": " "}}:
+      if steps == [_REPLACE]:
+        return False
+      if steps == [_PREPEND, _REPLACE]:
+        return True
+  raise NotImplementedError(
+    f"normalizer {normalizer!r:.120} with pre-tokenizer {pre!r:.120}: GGUF has no name for it"
+  )
+
+
+def _scores(spec: TokenizerSpec, model: Mapping[str, Any]) -> tuple[float, ...]:
+  """Scores that merge as the merges do.
+
+  Raises: NotImplementedError: two pieces that make a third have no merge, or pieces take turns.
+  """
+  rank: dict[str, int] = {}
+  merges = set()
+  last = None
+  for line in spec.merges:
+    cut = line.find(" ", 1)
+    pair = line[:cut], line[cut + 1 :]
+    piece = "".join(pair)
+    if piece != last and piece in rank:
+      raise NotImplementedError(
+        f"the merges that make {piece!r} are not in a row: no score says so"
+      )
+    rank.setdefault(piece, len(rank))
+    merges.add(pair)
+    last = piece
+  normal = {token for token, kind in zip(spec.tokens, spec.types, strict=True) if kind == "normal"}
+  for token in normal:
+    for cut in range(1, len(token)):
+      pair = token[:cut], token[cut:]
+      if pair not in merges and pair[0] in normal and pair[1] in normal:
+        raise NotImplementedError(f"{pair[0]!r} and {pair[1]!r} have no merge: no score says so")
+  return tuple(-float(rank.get(token, len(rank))) for token in spec.tokens)
