@@ -427,7 +427,7 @@ class HuggingFaceFile:
           " takes 1e-5 then"
         )
       packed = absmean(values, -1, scale_dtype="float32")
-      return packed.codes, packed.scales
+      return np.asarray(packed.codes), np.asarray(packed.scales)
     with self._array(weight.parts["scales"]) as array:
       scale = array.astype(np.float32)
     if scale.size != 1 or not np.isfinite(scale).all() or (scale <= 0).any():
