@@ -1,6 +1,7 @@
 """Every configuration as a frozen dataclass, with strict TOML in and out."""
 
 import dataclasses
+import functools
 import math
 import tomllib
 import types
@@ -500,7 +501,7 @@ def from_dict(cls: type[T], table: dict[str, Any], *, where: str = "table") -> T
   Raises: ValueError: an unknown or missing key, a wrong type, or what `cls` itself refuses.
   """
   fields = {field.name: field for field in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls)
+  hints = _hints(cls)
   unknown = sorted(set(table) - set(fields))
   if unknown:
     raise ValueError(
@@ -522,6 +523,11 @@ def from_dict(cls: type[T], table: dict[str, Any], *, where: str = "table") -> T
     raise ValueError(f"{where}: {error}") from error
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+  return typing.get_type_hints(cls)
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
@@ -529,6 +535,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
       raise ValueError(f"{where} = {value!r}: choose one of {', '.join(map(repr, args))}")
     return value
   if origin in (typing.Union, types.UnionType):
+    if value is None and type(None) in args:
+      return None
     inner = [arg for arg in args if arg is not type(None)]
     return _coerce(inner[0], value, where)
   if origin is tuple:

@@ -1,5 +1,6 @@
 """Grouped-query attention (arXiv:2305.13245), over a whole sequence or over the cache."""
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -20,6 +21,25 @@ _FEWEST_KEYS = 64
 
 Kind = Literal["einsum", "cudnn"]
 
+Window = Int[Array, ""] | int | None
+"""Keys that a query sees at most, its own included; one per layer where it is an array."""
+
+NO_WINDOW = 1 << 30
+"""In place of None where a window is an array: more than any position."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """How the scores of queries and keys are made.
+
+  Attributes:
+    scale: Their factor; None: head_dim**-0.5.
+    softcap: They are drawn below it; None: they are not.
+  """
+
+  scale: float | None = None
+  softcap: float | None = None
+
 
 def attend(
   q_BTNH: Float[Array, "B T N H"],
@@ -27,6 +47,8 @@ def attend(
   v_BTKH: Float[Array, "B T K H"],
   *,
   kind: Kind = "einsum",
+  scores: Scores = Scores(),
+  window: Window = None,
 ) -> Float[Array, "B T N H"]:
   """Causal attention within one sequence: query t sees keys 0..t. Differentiable.
 
@@ -35,17 +57,27 @@ def attend(
   Args:
     kind: "einsum" keeps the scores of all T x T pairs and runs anywhere; "cudnn" keeps none
       (FlashAttention, arXiv:2307.08691), on a CUDA GPU in bfloat16 or float16.
-  Raises: RuntimeError or ValueError, from JAX: cuDNN does not take this device, dtype or shape.
+    window: Keys that a query sees at most, the last ones; None: all.
+  Raises:
+    NotImplementedError: cuDNN is wanted, and it has no soft cap or a window that is not constant.
+    RuntimeError or ValueError, from JAX: cuDNN does not take this device, dtype or shape.
   """
   if kind == "cudnn":
+    if scores.softcap is not None or not isinstance(window, int | None):
+      raise NotImplementedError(
+        "attention 'cudnn' has no soft cap, and one window for all layers: choose 'einsum'"
+      )
+    local = {} if window is None else {"local_window_size": (window - 1, 0)}
     return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
+      q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=scores.scale, implementation="cudnn", **local
     )
   num_kv_heads = k_BTKH.shape[2]
-  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads)
-  score_BKGTS = _dot("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH)
+  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads, scores)
+  score_BKGTS = _capped(_dot("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH), scores)
   position_T = jnp.arange(q_BTNH.shape[1])
   causal_TS = position_T[:, None] >= position_T[None, :]
+  if window is not None:
+    causal_TS &= position_T[None, :] > position_T[:, None] - window
   score_BKGTS = jnp.where(causal_TS[None, None, None], score_BKGTS, _MASKED)
   weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BTKH.dtype)
   out_BTKGH = _dot("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BTKH)
@@ -53,20 +85,28 @@ def attend(
 
 
 def attend_cache(
-  q_BTNH: Float[Array, "B T N H"], cache: KVCache, layer: Int[Array, ""], start_B: Int[Array, "B"]
+  q_BTNH: Float[Array, "B T N H"],
+  cache: KVCache,
+  layer: Int[Array, ""],
+  start_B: Int[Array, "B"],
+  *,
+  scores: Scores = Scores(),
+  window: Window = None,
 ) -> Float[Array, "B T N H"]:
-  """Attention of T new queries over the cache: query t of row b sees keys 0..start_B[b]+t.
+  """Attention of T new queries over the cache: query t of row b sees keys 0..start_B[b]+t, and of
+  those the last `window`.
 
-  Work and memory follow the positions in use, not the capacity of the cache. Many queries visit
-  keys in blocks with a running maximum and sum; a single one sees all it needs at once, as its
-  scores are few and each operation in a loop over blocks costs more than it does.
+  Work and memory follow the positions in use, not the capacity of the cache, nor what lies in front
+  of the window. Many queries visit keys in blocks with a running maximum and sum; a single one sees
+  all it needs at once, as its scores are few and each operation in a loop over blocks costs more
+  than it does.
   Source: online softmax, arXiv:1805.02867; blocks as in arXiv:2205.14135.
   """
   if q_BTNH.shape[1] == 1:
-    return _attend_one(q_BTNH, cache, layer, start_B)
+    return _attend_one(q_BTNH, cache, layer, start_B, scores, window)
   batch, length, num_heads, head_dim = q_BTNH.shape
   num_kv_heads = cache.k_LBKSH.shape[2]
-  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads)
+  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads, scores)
   q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
   last_BT = start_B[:, None] + jnp.arange(length, dtype=start_B.dtype)[None]
 
@@ -76,9 +116,11 @@ def attend_cache(
     size = (1, batch, num_kv_heads, KEY_BLOCK, head_dim)
     k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
     v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
-    score_BKGTS = _dot("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    score_BKGTS = _capped(_dot("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), scores)
     key_S = i * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=start_B.dtype)
     seen_BTS = key_S[None, None, :] <= last_BT[:, :, None]
+    if window is not None:
+      seen_BTS &= key_S[None, None, :] > last_BT[:, :, None] - window
     score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, _MASKED)
     new_top_BKGT = jnp.maximum(top_BKGT, score_BKGTS.max(axis=-1))
     weight_BKGTS = jnp.exp(score_BKGTS - new_top_BKGT[..., None])
@@ -90,26 +132,42 @@ def attend_cache(
   shape = (batch, num_kv_heads, num_heads // num_kv_heads, length)
   blocks = (start_B.max() + length + KEY_BLOCK - 1) // KEY_BLOCK
   state = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-  _, total_BKGT, sum_BKGTH = lax.fori_loop(0, blocks, block, state)
+  first = 0 if window is None else jnp.maximum(start_B.min() - window + 1, 0) // KEY_BLOCK
+  _, total_BKGT, sum_BKGTH = lax.fori_loop(first, blocks, block, state)
   out_BKGTH = sum_BKGTH / total_BKGT[..., None]
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
 def _attend_one(
-  q_B1NH: Float[Array, "B 1 N H"], cache: KVCache, layer: Int[Array, ""], start_B: Int[Array, "B"]
+  q_B1NH: Float[Array, "B 1 N H"],
+  cache: KVCache,
+  layer: Int[Array, ""],
+  start_B: Int[Array, "B"],
+  scores: Scores,
+  window: Window,
 ) -> Float[Array, "B 1 N H"]:
   """`attend_cache` of one query, over the least sufficient power of two of keys."""
   batch, _, _, head_dim = q_B1NH.shape
   num_kv_heads = cache.k_LBKSH.shape[2]
-  q_BKGH = _scaled_groups(q_B1NH, num_kv_heads)[:, 0]
+  q_BKGH = _scaled_groups(q_B1NH, num_kv_heads, scores)[:, 0]
+  # Of the keys that some row sees.
+  first = None if window is None else jnp.maximum(start_B.min() - window + 1, 0)
 
   def over(count: int) -> jax.Array:
-    at, size = (layer, 0, 0, 0, 0), (1, batch, num_kv_heads, count, head_dim)
+    # In front of the end, where XLA would move the slice back and the positions would not.
+    begin = 0 if first is None else jnp.minimum(first, cache.capacity - count)
+    at, size = (layer, 0, 0, begin, 0), (1, batch, num_kv_heads, count, head_dim)
     k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
     v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
     # Keys first: XLA:CPU copies the operand on the right into another layout.
-    score_BKGS = _dot("BKSH,BKGH->BKSG", k_BKSH, q_BKGH).swapaxes(2, 3)
-    seen_BS = jnp.arange(count, dtype=start_B.dtype)[None] <= start_B[:, None]
+    score_BKGS = _capped(_dot("BKSH,BKGH->BKSG", k_BKSH, q_BKGH).swapaxes(2, 3), scores)
+    key_S = jnp.arange(count, dtype=start_B.dtype)
+    if window is None:
+      seen_BS = key_S[None] <= start_B[:, None]
+    else:
+      key_S = key_S + begin
+      seen_BS = key_S[None] <= start_B[:, None]
+      seen_BS &= key_S[None] > start_B[:, None] - window
     score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, _MASKED)
     weight_BKGS = jnp.exp(score_BKGS - score_BKGS.max(axis=-1, keepdims=True))
     sum_BKGH = _dot("BKGS,BKSH->BKGH", weight_BKGS.astype(v_BKSH.dtype), v_BKSH)
@@ -118,15 +176,27 @@ def _attend_one(
   counts = [min(_FEWEST_KEYS, cache.capacity)]
   while counts[-1] < cache.capacity:
     counts.append(min(2 * counts[-1], cache.capacity))
-  enough = jnp.sum(jnp.array(counts, start_B.dtype) <= start_B.max())
+  last = start_B.max() if first is None else start_B.max() - first
+  enough = jnp.sum(jnp.array(counts, start_B.dtype) <= last)
   out_BKGH = lax.switch(enough, [functools.partial(over, count) for count in counts])
   return out_BKGH.reshape(q_B1NH.shape).astype(q_B1NH.dtype)
 
 
-def _scaled_groups(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+def _scaled_groups(q_BTNH: jax.Array, num_kv_heads: int, scores: Scores) -> jax.Array:
   batch, length, num_heads, head_dim = q_BTNH.shape
-  q_BTNH = q_BTNH * jnp.asarray(head_dim**-0.5, q_BTNH.dtype)
+  scale = head_dim**-0.5 if scores.scale is None else scores.scale
+  if scale != 1:
+    q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
   return q_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
+
+def _capped(score: jax.Array, scores: Scores) -> jax.Array:
+  return score if scores.softcap is None else softcap(score, scores.softcap)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """x where it is small, never beyond +-cap. Gemma 2, arXiv:2408.00118, section 2.2."""
+  return cap * jnp.tanh(x / cap)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The key-value cache: what attention remembers of each sequence."""
+"""What layers remember of each sequence: keys and values, or the last inputs of a convolution."""
 
 import dataclasses
 from typing import Any
@@ -71,6 +71,56 @@ class KVCache:
     return dataclasses.replace(
       self, k_LBKSH=put(self.k_LBKSH, k_BTKH), v_LBKSH=put(self.v_LBKSH, v_BTKH)
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvState:
+  """What went into the convolutions of a range of layers at the X last positions before the next one.
+
+  It goes on only from where it stands: unlike keys and values it cannot be read again from an
+  earlier position. Of positions before 0 it gives zeros, whatever it holds.
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  u_LBXM: Any
+
+  @classmethod
+  def zeros(
+    cls, *, num_layers: int, batch: int, width: int, channels: int, dtype: DTypeLike
+  ) -> "ConvState":
+    """width: Positions that the convolution sees, its own included."""
+    return cls(jnp.zeros((num_layers, batch, width - 1, channels), dtype))
+
+  def read(self, layer: Int[Array, ""], start_B: Int[Array, "B"]) -> Float[Array, "B X M"]:
+    """The X positions before `start_B`."""
+    u_BXM = lax.dynamic_index_in_dim(self.u_LBXM, layer, keepdims=False)
+    before = u_BXM.shape[1]
+    position_BX = start_B[:, None] - before + jnp.arange(before, dtype=start_B.dtype)[None]
+    return jnp.where((position_BX >= 0)[..., None], u_BXM, 0)
+
+  def write(
+    self, layer: Int[Array, ""], all_BSM: Float[Array, "B S M"], count_B: Int[Array, "B"]
+  ) -> "ConvState":
+    """Keep the X positions in front of the one that comes next.
+
+    Args:
+      all_BSM: X positions that were read, and the new ones.
+      count_B: How many of the new ones each row keeps.
+    """
+    before = self.u_LBXM.shape[2]
+    new_BXM = jax.vmap(lambda u_SM, n: lax.dynamic_slice_in_dim(u_SM, n, before))(all_BSM, count_B)
+    new_LBXM = lax.dynamic_update_slice(
+      self.u_LBXM, new_BXM[None].astype(self.u_LBXM.dtype), (layer, 0, 0, 0)
+    )
+    return ConvState(new_LBXM)
+
+
+LayerCache = KVCache | ConvState
+"""Of layers of one shape."""
+
+Cache = LayerCache | dict[str, LayerCache]
+"""Of a span: by the name of each stack, see `params.stacks`, if the model has several."""
 
 
 def check_room(start: int, length: int, capacity: int) -> None:

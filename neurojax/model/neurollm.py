@@ -1,10 +1,10 @@
 """NeuroLLM: one decoder for every family, driven by ModelConfig.
 
-Layers are stacked on a leading axis L, so that a stage is a slice: a NeuroLLM holds a `Span` of
-layers, with the embedding if the span is the first and the head if it is the last.
+Layers of one shape are stacked on a leading axis L, so that a stage is a slice: a NeuroLLM holds a
+`Span` of layers, with the embedding if the span is the first and the head if it is the last.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,131 +15,22 @@ from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig, Span
 from neurojax.kernels.gemm.layer import TernaryLayer
-from neurojax.model.attention import Kind, attend, attend_cache
-from neurojax.model.cache import KVCache
-from neurojax.model.project import Matrix, project, project_all
-from neurojax.model.rope import rotate
+from neurojax.model import params
+from neurojax.model.attention import softcap
+from neurojax.model.block import Block
+from neurojax.model.cache import Cache, ConvState, KVCache, LayerCache
+from neurojax.model.initial import normal
+from neurojax.model.norm import RMSNorm
+from neurojax.model.order import Rounds, rounds
+from neurojax.model.project import Matrix, StackedLayer, project
 from neurojax.ternary.array import TernaryArray
-
-_INIT_STD = 0.02
-
-
-class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x**2) + eps) * scale, in float32 whatever the dtype of x. arXiv:1910.07467."""
-
-  def __init__(self, *dims: int, eps: float, dtype: DTypeLike):
-    """Over as many trailing axes as there are `dims`."""
-    self.eps = eps
-    self.scale_D = nnx.Param(jnp.ones(dims, dtype))
-
-  def __call__(self, x_BTD: Float[Array, "B T *D"]) -> Float[Array, "B T *D"]:
-    x = x_BTD.astype(jnp.float32)
-    axes = tuple(range(2, x.ndim))
-    x = x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.eps)
-    return (x * self.scale_D[...].astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
-
-
-class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions; causal, no biases. Heads of queries and keys, and
-  what all heads give together, are normalised where the configuration says so."""
-
-  def __init__(
-    self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, attention: Kind = "einsum"
-  ):
-    d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
-    self.rope_base, self.rope_style = config.rope_base, config.rope_style
-    self.kind = attention
-    self.q_DNH = _normal(rngs, (d, n, h), dtype)
-    self.k_DKH = _normal(rngs, (d, k, h), dtype)
-    self.v_DKH = _normal(rngs, (d, k, h), dtype)
-    self.o_NHD = _normal(rngs, (n, h, d), dtype)
-    self.q_norm = RMSNorm(h, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
-    self.k_norm = RMSNorm(h, eps=config.norm_eps, dtype=dtype) if config.qk_norm else None
-    self.sub_norm = RMSNorm(n, h, eps=config.norm_eps, dtype=dtype) if config.sub_norm else None
-
-  def __call__(
-    self,
-    x_BTD: Float[Array, "B T D"],
-    position_BT: Int[Array, "B T"],
-    cache: KVCache | None,
-    layer: Int[Array, ""],
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    q_BTNH, k_BTKH, v_BTKH = project_all(
-      x_BTD,
-      ("BTD,DNH->BTNH", self.q_DNH),
-      ("BTD,DKH->BTKH", self.k_DKH),
-      ("BTD,DKH->BTKH", self.v_DKH),
-    )
-    if self.q_norm is not None and self.k_norm is not None:
-      q_BTNH, k_BTKH = _each_head(self.q_norm, q_BTNH), _each_head(self.k_norm, k_BTKH)
-    q_BTNH = rotate(q_BTNH, position_BT, base=self.rope_base, style=self.rope_style)
-    k_BTKH = rotate(k_BTKH, position_BT, base=self.rope_base, style=self.rope_style)
-    if cache is None:
-      out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, kind=self.kind)
-    else:
-      start_B = position_BT[:, 0]
-      cache = cache.write(layer, k_BTKH, v_BTKH, start_B)
-      out_BTNH = attend_cache(q_BTNH, cache, layer, start_B)
-    if self.sub_norm is not None:
-      out_BTNH = self.sub_norm(out_BTNH)
-    return project("BTNH,NHD->BTD", out_BTNH, self.o_NHD), cache
-
-
-def _each_head(norm: RMSNorm, x_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-  b, t, n, h = x_BTNH.shape
-  return norm(x_BTNH.reshape(b, t * n, h)).reshape(b, t, n, h)
-
-
-class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x)), arXiv:2002.05202, section 2; the product is normalised where the
-  configuration says so."""
-
-  def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    d, f = config.model_dim, config.ffn_dim
-    self.gate_DF = _normal(rngs, (d, f), dtype)
-    self.up_DF = _normal(rngs, (d, f), dtype)
-    self.down_FD = _normal(rngs, (f, d), dtype)
-    self.sub_norm = RMSNorm(f, eps=config.norm_eps, dtype=dtype) if config.sub_norm else None
-
-  def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    gate_BTF, up_BTF = project_all(
-      x_BTD, ("BTD,DF->BTF", self.gate_DF), ("BTD,DF->BTF", self.up_DF)
-    )
-    inner_BTF = jax.nn.silu(gate_BTF) * up_BTF
-    if self.sub_norm is not None:
-      inner_BTF = self.sub_norm(inner_BTF)
-    return project("BTF,FD->BTD", inner_BTF, self.down_FD)
-
-
-class Block(nnx.Module):
-  """One pre-norm layer.
-
-  Args:
-    attention: How a whole sequence attends to itself, see `attention.attend`.
-  """
-
-  def __init__(
-    self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, attention: Kind = "einsum"
-  ):
-    self.attn_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=dtype)
-    self.attention = Attention(config, dtype=dtype, rngs=rngs, attention=attention)
-    self.ffn_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=dtype)
-    self.ffn = SwiGLU(config, dtype=dtype, rngs=rngs)
-
-  def __call__(
-    self,
-    x_BTD: Float[Array, "B T D"],
-    position_BT: Int[Array, "B T"],
-    cache: KVCache | None,
-    layer: Int[Array, ""],
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    attended_BTD, cache = self.attention(self.attn_norm(x_BTD), position_BT, cache, layer)
-    x_BTD = x_BTD + attended_BTD
-    return x_BTD + self.ffn(self.ffn_norm(x_BTD)), cache
 
 
 class NeuroLLM(nnx.Module):
   """A decoder, or the span of its layers that one stage holds.
+
+  Its layers are in `layers`, or in `layers_0`, `layers_1` and so on where not all have one shape: see
+  `params.stacks`.
 
   Args:
     span: Which layers; all of them if absent.
@@ -158,96 +49,126 @@ class NeuroLLM(nnx.Module):
     if span.num_layers != config.num_layers:
       raise ValueError(f"span {span} does not belong to a model of {config.num_layers} layers")
     self.config, self.span, self.dtype = config, span, jnp.dtype(dtype)
-
-    @nnx.split_rngs(splits=len(span))
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def stacked(rngs: nnx.Rngs) -> Block:
-      return Block(config, dtype=dtype, rngs=rngs)
-
-    self.layers = stacked(rngs)
+    for stack in self.stacks.values():
+      setattr(self, stack.name, _stacked(config, stack, dtype, rngs))
     if span.is_first or (span.is_last and config.tied_embedding):
-      self.embedding_VD = _normal(rngs, (config.vocab_size, config.model_dim), dtype)
+      self.embedding_VD = normal(rngs, (config.vocab_size, config.model_dim), dtype)
     if span.is_last:
       self.final_norm = RMSNorm(config.model_dim, eps=config.norm_eps, dtype=dtype)
       if not config.tied_embedding:
-        self.head_DV = _normal(rngs, (config.model_dim, config.vocab_size), dtype)
+        self.head_DV = normal(rngs, (config.model_dim, config.vocab_size), dtype)
+
+  @property
+  def stacks(self) -> dict[str, params.Stack]:
+    """The stacks of layers, by their attribute's name."""
+    return {stack.name: stack for stack in params.stacks(self.config, self.span)}
 
   def __call__(
     self,
     inputs: Int[Array, "B T"] | Float[Array, "B T D"],
     *,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     start_B: Int[Array, "B"] | None = None,
-  ) -> tuple[Float[Array, "B T X"], KVCache | None]:
+    count_B: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B T X"], Cache | None]:
     """Run the span: from token ids if it is the first, else from activations.
 
     Args:
       cache: Absent: one causal pass over the T given positions, from position 0.
       start_B: Position of each row's first input; needed with a cache.
+      count_B: How many of each row's inputs mean something; the others are padding, and what they
+        leave in the cache is not read. None: all.
     Returns: float32 logits [B, T, V] if the span is the last, else activations [B, T, D]; and the
       cache with the new positions in it.
     """
     x_BTD = self.embed(inputs) if self.span.is_first else inputs
-    x_BTD, cache = self.run_layers(x_BTD, cache=cache, start_B=start_B)
+    x_BTD, cache = self.run_layers(x_BTD, cache=cache, start_B=start_B, count_B=count_B)
     return (self.logits(x_BTD) if self.span.is_last else x_BTD), cache
 
   def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     table: jax.Array | Matrix = self.embedding_VD.get_value()
-    if isinstance(table, jax.Array):
-      return table[tokens_BT].astype(self.dtype)
-    return table.take(tokens_BT).astype(self.dtype)
+    rows = table[tokens_BT] if isinstance(table, jax.Array) else table.take(tokens_BT)
+    x_BTD = rows.astype(self.dtype)
+    if self.config.embedding_scale == 1:
+      return x_BTD
+    return x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
 
   def run_layers(
     self,
     x_BTD: Float[Array, "B T D"],
     *,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     start_B: Int[Array, "B"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    count_B: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """The layers of the span alone, without embedding or head. Arguments as in `__call__`."""
     if (cache is None) != (start_B is None):
       raise ValueError("cache and start_B go together: give both or neither")
     if start_B is None:
       start_B = jnp.zeros(x_BTD.shape[0], jnp.int32)
     position_BT = start_B[:, None] + jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
-    graph, stacked = nnx.split(self.layers)
+    stacks = self.stacks
+    split = {name: nnx.split(getattr(self, name)) for name in stacks}
 
-    if cache is not None:
+    def layer(
+      name: str, numbers: nnx.State, index: jax.Array, x_BTD: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+      block = nnx.merge(split[name][0], numbers)
+      which = None
+      if len(stacks[name].kinds) > 1:
+        which = jnp.asarray(stacks[name].which, jnp.int32)[index]
+      return block(x_BTD, position_BT, cache, index, which=which, count_B=count_B)
 
-      def step(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        params = jax.tree.map(functools.partial(_layer, index=index), stacked, is_leaf=_is_ternary)
-        return nnx.merge(graph, params)(carry[0], position_BT, carry[1], index)
+    if cache is None:
+      for each in rounds(self.config, self.span):
+        x_BTD = _scan_runs(each, layer, {name: state for name, (_, state) in split.items()}, x_BTD)
+      return x_BTD, None
+
+    if "layers" in stacks:
+
+      def only(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return layer("layers", _numbers(split["layers"][1], index), index, *carry)
 
       # XLA dissolves a loop of one round into what surrounds it, with other roundings, and a stage of
       # one layer would not give the whole model's bits: its count is one that XLA cannot know.
       count = len(self.span) if len(self.span) > 1 else jnp.minimum(start_B[0] + 1, 1)
-      return lax.fori_loop(0, count, step, (x_BTD, cache))
+      return lax.fori_loop(0, count, only, (x_BTD, cache))
 
-    def one(carry: tuple[jax.Array, KVCache | None], layer: tuple[jax.Array, nnx.State]):
-      x_BTD, cache = carry
-      index, params = layer
-      return nnx.merge(graph, params)(x_BTD, position_BT, cache, index), None
+    caches = dict(cache)
+    for each in rounds(self.config, self.span):
 
-    index_L = jnp.arange(len(self.span), dtype=jnp.int32)
-    (x_BTD, cache), _ = lax.scan(one, (x_BTD, cache), (index_L, stacked))
-    return x_BTD, cache
+      def once(index: jax.Array | int, carry: tuple[jax.Array, Any], each: Rounds = each):
+        x_BTD, caches = carry[0], dict(carry[1])
+        for run in each.runs:
+
+          def step(index: jax.Array, carry: tuple[jax.Array, Any], name: str = run.stack):
+            return layer(name, _numbers(split[name][1], index), index, *carry)
+
+          first = run.first + index * run.stride
+          count = jnp.minimum(start_B[0] + run.count, run.count)
+          carried = (x_BTD, caches[run.stack])
+          x_BTD, caches[run.stack] = lax.fori_loop(first, first + count, step, carried)
+        return x_BTD, caches
+
+      x_BTD, caches = (
+        once(0, (x_BTD, caches))
+        if each.count == 1
+        else lax.fori_loop(0, each.count, once, (x_BTD, caches))
+      )
+    return x_BTD, caches
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     x_BTD = self.final_norm(x_BTD)
     if self.config.tied_embedding:
-      return project("BTD,VD->BTV", x_BTD, self.embedding_VD, dtype=jnp.float32)
-    return project("BTD,DV->BTV", x_BTD, self.head_DV, dtype=jnp.float32)
+      logits_BTV = project("BTD,VD->BTV", x_BTD, self.embedding_VD, dtype=jnp.float32)
+    else:
+      logits_BTV = project("BTD,DV->BTV", x_BTD, self.head_DV, dtype=jnp.float32)
+    cap = self.config.logit_softcap
+    return logits_BTV if cap is None else softcap(logits_BTV, cap)
 
-  def new_cache(self, *, batch: int, capacity: int) -> KVCache:
+  def new_cache(self, *, batch: int, capacity: int) -> Cache:
     """An empty cache for the layers of this span."""
-    return KVCache.zeros(
-      num_layers=len(self.span),
-      batch=batch,
-      num_kv_heads=self.config.num_kv_heads,
-      capacity=capacity,
-      head_dim=self.config.head_dim,
-      dtype=self.dtype,
-    )
+    return empty_cache(self.config, self.span, batch=batch, capacity=capacity, dtype=self.dtype)
 
   @classmethod
   def abstract(
@@ -257,16 +178,82 @@ class NeuroLLM(nnx.Module):
     return nnx.eval_shape(lambda: cls(config, span=span, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def _is_ternary(leaf: object) -> bool:
-  return isinstance(leaf, TernaryArray)
+def empty_cache(
+  config: ModelConfig, span: Span, *, batch: int, capacity: int, dtype: DTypeLike
+) -> Cache:
+  """A cache for a span of layers, with nothing in it.
+
+  Raises: ValueError: the capacity is no multiple of KEY_BLOCK.
+  """
+  caches = {
+    stack.name: _empty(config, stack, batch, capacity, dtype)
+    for stack in params.stacks(config, span)
+  }
+  return caches.get("layers", caches)
 
 
-def _layer(leaf: object, index: jax.Array) -> object:
-  """One layer of stacked parameters; a ternary matrix is not copied out of its stack."""
-  if isinstance(leaf, TernaryArray):
-    return TernaryLayer(leaf, index)
-  return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+def _stacked(config: ModelConfig, stack: params.Stack, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+  @nnx.split_rngs(splits=len(stack.layers))
+  @nnx.vmap(in_axes=0, out_axes=0)
+  def made(rngs: nnx.Rngs) -> Block:
+    return Block(config, kinds=stack.kinds, dtype=dtype, rngs=rngs)
+
+  return made(rngs)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
-  return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(_INIT_STD, dtype))
+def _empty(
+  config: ModelConfig, stack: params.Stack, batch: int, capacity: int, dtype: DTypeLike
+) -> LayerCache:
+  if stack.kind.mixer == "convolution":
+    return ConvState.zeros(
+      num_layers=len(stack.layers),
+      batch=batch,
+      width=config.conv_width,
+      channels=config.model_dim,
+      dtype=dtype,
+    )
+  assert stack.kind.num_kv_heads is not None and stack.kind.head_dim is not None
+  return KVCache.zeros(
+    num_layers=len(stack.layers),
+    batch=batch,
+    num_kv_heads=stack.kind.num_kv_heads,
+    capacity=capacity,
+    head_dim=stack.kind.head_dim,
+    dtype=dtype,
+  )
+
+
+def _scan_runs(each: Rounds, layer: Any, states: dict[str, nnx.State], x_BTD: jax.Array):
+  """Without a cache: differentiable, layer by layer of each run."""
+  for turn in range(each.count):
+    for run in each.runs:
+      first = run.first + turn * run.stride
+      stacked, places = states[run.stack], slice(first, first + run.count)
+      if run.count != jax.tree.leaves(stacked)[0].shape[0]:
+        stacked = jax.tree.map(lambda leaf, places=places: leaf[places], stacked)
+
+      def one(x_BTD: jax.Array, given: tuple[jax.Array, nnx.State], name: str = run.stack):
+        index, numbers = given
+        return layer(name, numbers, index, x_BTD, None)[0], None
+
+      index_L = jnp.arange(first, first + run.count, dtype=jnp.int32)
+      x_BTD, _ = lax.scan(one, x_BTD, (index_L, stacked))
+  return x_BTD
+
+
+def _numbers(stacked: nnx.State, index: jax.Array) -> nnx.State:
+  """The parameters of one layer of a stack; those of experts are not taken out, few of them are read."""
+
+  def one(leaf: Any) -> Any:
+    if isinstance(leaf, TernaryArray):
+      return TernaryLayer(leaf, index)
+    return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+  def variable(path: tuple[Any, ...], param: Any) -> Any:
+    if params.is_expert(path[-1].key):
+      return param.replace(StackedLayer(param.get_value(), index))
+    return jax.tree.map(one, param, is_leaf=lambda leaf: isinstance(leaf, TernaryArray))
+
+  return jax.tree_util.tree_map_with_path(
+    variable, stacked, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+  )

@@ -1,6 +1,7 @@
 """Multiplying activations by a weight matrix, whatever the matrix is stored as."""
 
-from typing import Protocol
+import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,27 @@ class Matrix(Protocol):
   def take(self, ids: jax.Array) -> jax.Array: ...
 
 
-def project(
-  spec: str, x: jax.Array, weight: nnx.Param, *, dtype: DTypeLike | None = None
-) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedLayer:
+  """The `index`-th of stacked parameters, left where it is: for those of which only a part is read.
+
+  Attributes:
+    stacked: A tree of arrays with one further leading axis.
+    index: int32 [].
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  stacked: Any
+  index: Any
+
+
+def project(spec: str, x: jax.Array, weight: Any, *, dtype: DTypeLike | None = None) -> jax.Array:
   """`einsum(spec, x, weight)`, accumulated in float32, returned as `dtype` or the dtype of x.
 
-  The weight is a jax.Array, a ternary matrix or any other `Matrix`.
+  The weight is a jax.Array, a ternary matrix or any other `Matrix`, or an nnx.Param of one.
   """
-  value = weight.get_value()
+  value = _value(weight)
   dtype = dtype or x.dtype
   if isinstance(value, TernaryArray | TernaryLayer):
     return gemm.contract(spec, x, value).astype(dtype)
@@ -42,9 +56,9 @@ def project(
   ).astype(dtype)
 
 
-def project_all(x: jax.Array, *products: tuple[str, nnx.Param]) -> list[jax.Array]:
+def project_all(x: jax.Array, *products: tuple[str, Any]) -> list[jax.Array]:
   """`project(spec, x, weight)` for each (spec, weight): x is prepared once for weights of a kind."""
-  values = [(spec, weight.get_value()) for spec, weight in products]
+  values = [(spec, _value(weight)) for spec, weight in products]
   kinds = {type(value) for _, value in values}
   if kinds <= {TernaryArray, TernaryLayer}:
     results = gemm.contract_all(x, *values)
@@ -53,3 +67,7 @@ def project_all(x: jax.Array, *products: tuple[str, nnx.Param]) -> list[jax.Arra
   else:
     return [project(spec, x, weight) for spec, weight in products]
   return [result.astype(x.dtype) for result in results]
+
+
+def _value(weight: Any) -> Any:
+  return weight.get_value() if isinstance(weight, nnx.Variable) else weight

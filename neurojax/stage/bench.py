@@ -301,9 +301,9 @@ def _layer_shapes(model: Fused) -> list[tuple[int, int]]:
 def random_model(config: ModelConfig, mode: Mode, *, seed: int = 0) -> Fused:
   """A model of `random_rows`, embedding and head included, made on the device.
 
-  Raises: ValueError: a contracted width that is no multiple of the group of 128, or sub_norm.
+  Raises: ValueError: a contracted width that is no multiple of the group of 128, or what `fused.check` refuses.
   """
-  fused.check_norms(config)
+  fused.check(config)
   c, s, layers = config, fused.shape_of(config), config.num_layers
   keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 6))
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from neurojax.config import Sampling
 from neurojax.model import sample as sampling
-from neurojax.model.cache import KVCache, check_room
-from neurojax.model.neurollm import NeuroLLM
+from neurojax.model.cache import Cache, check_room
+from neurojax.model.neurollm import NeuroLLM, empty_cache
 from neurojax.model.sample import SamplerState
 from neurojax.scaling.count import capacity_for
 from neurojax.stage.fused import Kernels
@@ -94,7 +94,7 @@ class CompiledStage:
       self._run = dict(zip(jobs, compiled, strict=True))
     self._new_cache = jax.jit(self._empty_cache)
 
-  def new_cache(self) -> KVCache:
+  def new_cache(self) -> Cache:
     """A cache for one sequence."""
     return self._new_cache()
 
@@ -111,7 +111,7 @@ class CompiledStage:
     fitting = [b for b in self.buckets if start + b <= self.capacity]
     return next((b for b in fitting if b >= length), fitting[-1])
 
-  def forward(self, inputs: np.ndarray, cache: KVCache, start: int) -> tuple[jax.Array, KVCache]:
+  def forward(self, inputs: np.ndarray, cache: Cache, start: int) -> tuple[jax.Array, Cache]:
     """Run up to one bucket of inputs; `cache` is consumed.
 
     Args:
@@ -123,9 +123,8 @@ class CompiledStage:
       raise ValueError(f"{len(inputs)} inputs at position {start}: at most {length} fit one call")
     padded = np.zeros((1, length, *inputs.shape[1:]), self._input_dtype)
     padded[0, : len(inputs)] = inputs
-    return self._run["forward", length](
-      self._programs.params, padded, cache, np.full(1, start, np.int32)
-    )
+    start_B, count_B = np.full(1, start, np.int32), np.full(1, len(inputs), np.int32)
+    return self._run["forward", length](self._programs.params, padded, cache, start_B, count_B)
 
   def observe(self, sampler: SamplerState, tokens: np.ndarray) -> SamplerState:
     """Tell the sampler of up to one bucket of prompt tokens; `sampler` is consumed."""
@@ -158,6 +157,18 @@ class CompiledStage:
       0, : len(targets)
     ]
 
+  def logits(self, x_BTD: jax.Array, count: int) -> np.ndarray:
+    """After the first `count` rows of the activations `forward` gave; float32 [count, V]."""
+    length = x_BTD.shape[1]
+    if ("logits", length) not in self._run:
+      self._run["logits", length] = (
+        jax.jit(self._programs.logits)
+        .lower(self._programs.params, self._activations(length))
+        .compile()
+      )
+    logits_BTV = self._run["logits", length](self._programs.params, x_BTD)
+    return np.asarray(logits_BTV, np.float32)[0, :count]
+
   @property
   def weight_bytes(self) -> int:
     """Of memory: what is shared counts once."""
@@ -179,22 +190,15 @@ class CompiledStage:
   def _input_dtype(self) -> np.dtype:
     return np.dtype(np.int32) if self.span.is_first else self.activations
 
-  def _empty_cache(self) -> KVCache:
-    return KVCache.zeros(
-      num_layers=len(self.span),
-      batch=1,
-      num_kv_heads=self.config.num_kv_heads,
-      capacity=self.capacity,
-      head_dim=self.config.head_dim,
-      dtype=self.dtype,
-    )
+  def _empty_cache(self) -> Cache:
+    return empty_cache(self.config, self.span, batch=1, capacity=self.capacity, dtype=self.dtype)
 
-  def _lower_forward(self, length: int, cache: KVCache) -> Any:
+  def _lower_forward(self, length: int, cache: Cache) -> Any:
     shape = (1, length) if self.span.is_first else (1, length, self.config.model_dim)
     inputs = jax.ShapeDtypeStruct(shape, self._input_dtype)
-    start_B = jax.ShapeDtypeStruct((1,), jnp.int32)
+    one_B = jax.ShapeDtypeStruct((1,), jnp.int32)
     return jax.jit(self._programs.forward, donate_argnums=2).lower(
-      self._programs.params, inputs, cache, start_B
+      self._programs.params, inputs, cache, one_B, one_B
     )
 
   def _lower_sample(self) -> Any:

@@ -20,9 +20,13 @@ def cut(model: NeuroLLM, span: Span) -> NeuroLLM:
   graph, state = nnx.split(part)
   whole = nnx.to_pure_dict(nnx.state(model))
   pure = {}
-  layers = slice(span.first_layer, span.last_layer + 1)
-  for _, path in params.layer_names(model.config):
-    params.put(pure, path, jax.tree.map(lambda leaf: leaf[layers], params.get(whole, path)))
+  stacks = model.stacks
+  for stack in part.stacks.values():
+    first = stacks[stack.name].layers.index(stack.layers[0])
+    layers = slice(first, first + len(stack.layers))
+    for _, path in params.stack_names(model.config, stack):
+      value = jax.tree.map(lambda leaf, layers=layers: leaf[layers], params.get(whole, path))
+      params.put(pure, path, value)
   for _, path in params.outer_names(model.config, span):
     params.put(pure, path, params.get(whole, path))
   nnx.replace_by_pure_dict(state, pure)

@@ -114,10 +114,11 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
     consume: Take each matrix out of the model before the next ones are put together, so that
       memory never holds more than the weights and one such matrix. The model is useless afterwards.
   Raises: ValueError: names a matrix that is not ternary, or matrices that share an input and
-    differ in group size, scale dtype or mode; or the model has sub_norm.
+    differ in group size, scale dtype or mode; or `check` refuses the model.
   """
-  config, block = model.config, model.layers
-  check_norms(config)
+  config = model.config
+  check(config)
+  block = model.layers
 
   def ternary(name: str, param: nnx.Param) -> TernaryArray:
     value = param.get_value()
@@ -176,8 +177,12 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
   )
 
 
-def check_norms(config: ModelConfig) -> None:
-  """Raises: ValueError: the programs have no place for the norms of this architecture."""
+def check(config: ModelConfig) -> None:
+  """Raises: ValueError: the programs compute another architecture than this one."""
+  if beyond := config.beyond_plain():
+    name, value = next(iter(beyond.items()))
+    what = f"{name} = {value!r}" if not isinstance(value, tuple) else name
+    raise ValueError(f"{what}: fused programs do not compute that; run the model as it is")
   if config.sub_norm:
     raise ValueError(
       "sub_norm = True: fused programs have no norm in front of attention's output and the FFN's"

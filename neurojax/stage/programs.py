@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from neurojax.model.cache import KVCache
+from neurojax.model.cache import Cache, KVCache
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import fused
 from neurojax.stage.fused import Fused, Kernels, fuse
@@ -37,9 +37,18 @@ class Programs(Protocol):
   activations: np.dtype
 
   def forward(
-    self, params: Any, inputs: Array, cache: KVCache, start_B: Int[Array, "1"]
-  ) -> tuple[Float[Array, "1 T D"], KVCache]:
-    """T inputs, token ids [1, T] or activations [1, T, D], through the layers of the span."""
+    self,
+    params: Any,
+    inputs: Array,
+    cache: Cache,
+    start_B: Int[Array, "1"],
+    count_B: Int[Array, "1"] | None = None,
+  ) -> tuple[Float[Array, "1 T D"], Cache]:
+    """T inputs, token ids [1, T] or activations [1, T, D], through the layers of the span.
+
+    Args:
+      count_B: How many of them mean something; None: all.
+    """
     ...
 
   def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
@@ -64,11 +73,16 @@ class ModelPrograms:
     self.activations = np.dtype(model.dtype)
 
   def forward(
-    self, params: Any, inputs: Array, cache: KVCache, start_B: Int[Array, "1"]
-  ) -> tuple[Float[Array, "1 T D"], KVCache]:
+    self,
+    params: Any,
+    inputs: Array,
+    cache: Cache,
+    start_B: Int[Array, "1"],
+    count_B: Int[Array, "1"] | None = None,
+  ) -> tuple[Float[Array, "1 T D"], Cache]:
     model = self._rebuild(params)
     x_BTD = model.embed(inputs) if model.span.is_first else inputs
-    return model.run_layers(x_BTD, cache=cache, start_B=start_B)
+    return model.run_layers(x_BTD, cache=cache, start_B=start_B, count_B=count_B)
 
   def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
     return self._rebuild(params).logits(x_BTD)
@@ -94,8 +108,14 @@ class FusedPrograms:
   activations: np.dtype = np.dtype(np.float32)
 
   def forward(
-    self, params: Fused, inputs: Array, cache: KVCache, start_B: Int[Array, "1"]
+    self,
+    params: Fused,
+    inputs: Array,
+    cache: KVCache,
+    start_B: Int[Array, "1"],
+    count_B: Int[Array, "1"] | None = None,
   ) -> tuple[Float32[Array, "1 T D"], KVCache]:
+    # What padding leaves among keys and values is never read: nothing here needs count_B.
     x_BTD = inputs if params.embedding is None else fused.embed(params, inputs)
     caches = cache.k_LBKSH, cache.v_LBKSH
     if x_BTD.shape[1] > 1:
@@ -237,7 +257,8 @@ def _device() -> jax.Device:
 
 
 def _is_ternary(model: NeuroLLM) -> bool:
-  return isinstance(model.layers.attention.q_DNH.get_value(), TernaryArray)
+  leaves = jax.tree.leaves(nnx.state(model), is_leaf=lambda leaf: isinstance(leaf, TernaryArray))
+  return any(isinstance(leaf, TernaryArray) for leaf in leaves)
 
 
 @functools.cache

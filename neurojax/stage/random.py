@@ -40,9 +40,16 @@ def random_model(
   for name, path in params.outer_names(config, span):
     value = _random(rng, name, params.get(shapes, path).shape, dtype, weights)
     params.put(pure, path, jax.tree.map(jax.device_put, value))
-  for name, path in params.layer_names(config):
-    value = _random(rng, name, params.get(shapes, path).shape[1:], dtype, weights)
-    params.put(pure, path, jax.tree.map(lambda leaf: _stacked(leaf, len(span)), value))
+  for stack in params.stacks(config, span):
+    for name, path in params.stack_names(config, stack):
+      shape, layers = params.get(shapes, path).shape[1:], len(stack.layers)
+      if params.is_expert(name):
+        experts = [_random(rng, name, shape[1:], dtype, weights) for _ in range(shape[0])]
+        value = jax.tree.map(lambda *leaves: np.stack(leaves), *experts)
+      else:
+        value = _random(rng, name, shape, dtype, weights)
+      one = jax.tree.map(lambda leaf, layers=layers: _stacked(leaf, layers), value)
+      params.put(pure, path, one)
   nnx.replace_by_pure_dict(state, pure)
   return nnx.merge(graph, state)
 
@@ -59,8 +66,10 @@ def _random(
   dtype: DTypeLike,
   weights: Weights,
 ) -> Any:
+  if name == "router_DE":
+    return rng.standard_normal(shape, np.float32).astype(dtype)
   if not params.is_matrix(name):
-    return np.ones(shape, dtype)
+    return np.zeros(shape, dtype) if "_bias_" in name else np.ones(shape, dtype)
   axes = _CONTRACTED.get(name, 1)
   contracted = shape[:axes] if axes > 0 else shape[axes:]
   k = int(np.prod(contracted))

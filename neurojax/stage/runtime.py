@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from neurojax.config import Sampling
-from neurojax.model.cache import KVCache
+from neurojax.model.cache import Cache
 from neurojax.model.sample import SamplerState
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.step import StepInput, StepOutput
@@ -15,7 +15,7 @@ from neurojax.stage.step import StepInput, StepOutput
 
 @dataclasses.dataclass
 class _Sequence:
-  cache: KVCache
+  cache: Cache
   sampler: SamplerState | None
   length: int = 0
 

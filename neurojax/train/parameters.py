@@ -18,7 +18,7 @@ from neurojax import layout
 from neurojax.config import ModelConfig, Span
 from neurojax.model import params
 from neurojax.model.attention import Kind
-from neurojax.model.neurollm import Block
+from neurojax.model.block import Block
 from neurojax.ternary import aware
 from neurojax.ternary.aware import AwareMatrix
 from neurojax.train.config import Quantization, TrainConfig

@@ -21,7 +21,7 @@ from neurojax import layout
 from neurojax.layout import BATCH
 from neurojax.model import params as places
 from neurojax.model.attention import Kind
-from neurojax.model.neurollm import RMSNorm
+from neurojax.model.norm import RMSNorm
 from neurojax.train import optimizer, parameters, start
 from neurojax.train.config import TrainConfig
 from neurojax.train.loss import chunks_for, next_token_loss

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from neurojax.config import ModelConfig, Span
 from neurojax.model.attention import attend, attend_cache
 from neurojax.model.cache import KVCache, check_room
-from neurojax.model.neurollm import NeuroLLM, RMSNorm
-from neurojax.model.rope import rotate
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.model.norm import RMSNorm
+from neurojax.model.rope import frequencies, rotate
 from neurojax.stage.cut import cut
 
 TINY = ModelConfig(
@@ -257,7 +258,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone(style):
   q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
   def at(x, position):
-    return rotate(x, jnp.array([[position]]), base=100.0, style=style)
+    return rotate(x, jnp.array([[position]]), frequencies(8, 100.0)[0], style=style)
 
   np.testing.assert_allclose(jnp.linalg.norm(at(q, 37)), jnp.linalg.norm(q), rtol=1e-6)
   np.testing.assert_allclose(at(q, 0), q, atol=0)
@@ -271,9 +272,9 @@ def test_rotation_takes_narrow_activations_at_any_position(style, dtype):
   """The seed's complex numbers refuse bfloat16, and its table starts at 0 for every call."""
   x = jnp.asarray(np.random.default_rng(12).standard_normal((2, 3, 2, 8)), dtype)
   position = jnp.array([[0, 1, 2], [100_000, 100_001, 100_002]])
-  turned = rotate(x, position, base=1e4, style=style)
+  turned = rotate(x, position, frequencies(8, 1e4)[0], style=style)
   assert turned.dtype == dtype
-  exact = rotate(x.astype(jnp.float32), position, base=1e4, style=style)
+  exact = rotate(x.astype(jnp.float32), position, frequencies(8, 1e4)[0], style=style)
   np.testing.assert_allclose(turned.astype(jnp.float32), exact, atol=0.02, rtol=0.01)
 
 
@@ -281,8 +282,8 @@ def test_the_styles_are_a_permutation_apart():
   x = jnp.asarray(np.random.default_rng(8).standard_normal((1, 3, 2, 8)), jnp.float32)
   position = jnp.array([[4, 9, 2]])
   order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-  half = rotate(x[..., order], position, base=100.0, style="half")
-  interleaved = rotate(x, position, base=100.0, style="interleaved")
+  half = rotate(x[..., order], position, frequencies(8, 100.0)[0], style="half")
+  interleaved = rotate(x, position, frequencies(8, 100.0)[0], style="interleaved")
   np.testing.assert_allclose(half, interleaved[..., order], rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ from neurojax.kernels.attention.triton import Tiling
 from neurojax.model.attention import attend as model_attend
 from neurojax.model.attention import attend_cache as model_attend_cache
 from neurojax.model.cache import KVCache
-from neurojax.model.rope import rotate
+from neurojax.model.rope import frequencies, rotate
 
 LAYERS, LAYER, CAPACITY, BASE, EPS = 2, 1, 64, 100.0, 1e-5
 
@@ -218,7 +218,7 @@ def test_the_reference_is_the_model():
   )
   for style in ("half", "interleaved"):
     turned = reference.turn(q[:, 0], api.rotation(start, 32, base=1e4, style=style), style)
-    expected = rotate(q[:, :1], start[:, None], base=1e4, style=style)[:, 0]
+    expected = rotate(q[:, :1], start[:, None], frequencies(q.shape[-1], 1e4)[0], style=style)[:, 0]
     np.testing.assert_allclose(turned, expected, atol=1e-6)
 
 
