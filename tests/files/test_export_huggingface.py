@@ -13,6 +13,7 @@ import tokenizers
 from neurojax.config import ModelConfig
 from neurojax.files.export.huggingface import write_huggingface
 from neurojax.files.export.weights import Weights
+from neurojax.files.source import open_model
 from neurojax.tokenizer import Tokenizer
 from tests.files import tiny, trained
 from tests.tokenizer import vocab
@@ -74,6 +75,33 @@ def test_every_tensor_is_there_exactly(tmp_path: Path, name: str):
   assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
     "config.json", "generation_config.json", "model.safetensors",
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_folder_is_read_back_to_the_bit(tmp_path: Path, name: str):
+  config = CONFIGS[name]
+  weights = trained.make(config, 64)
+  write_huggingface(tmp_path / "m", weights, vocab.tiny_bpe())
+  with open_model(tmp_path / "m") as model:
+    assert not model.problems()
+    assert model.config == dataclasses.replace(config, rope_style="half")
+    for canonical, layer in weights.places():
+      wanted = trained.numbers(weights, canonical, layer)
+      if config.rope_style == "interleaved" and canonical[:2] in ("q_", "k_"):
+        wanted = trained.turned(wanted, "interleaved")
+      np.testing.assert_array_equal(model.read(canonical, layer), wanted, err_msg=canonical)
+
+
+def test_what_no_class_computes_is_refused_before_anything_is_written(tmp_path: Path):
+  for change, part in (
+    ({"activation": "relu2"}, "activation = 'relu2': LlamaForCausalLM of transformers is written"),
+    ({"logit_softcap": 30.0}, "logit_softcap = 30.0"),
+    ({"sliding_window": 5}, "sliding_window = 5"),
+  ):
+    weights = trained.make(dataclasses.replace(PLAIN, **change))
+    with pytest.raises(ValueError, match=part):
+      write_huggingface(tmp_path / "m", weights, None)
+  assert not list(tmp_path.iterdir())
 
 
 def in_bfloat16(weights: Weights) -> Weights:

@@ -1,5 +1,6 @@
 """Writing a model as a folder in the layout of Hugging Face's transformers, as plain numbers."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from neurojax.files import names
 from neurojax.files.export.safetensors import DTYPES, Dtype, write_safetensors
 from neurojax.files.export.weights import Weights, stored
 from neurojax.files.names import Stored
+from neurojax.files.source import TensorInfo
 from neurojax.ternary.array import TernaryArray
 from neurojax.ternary.codecs import dequantize
 from neurojax.tokenizer.spec import TokenizerSpec
@@ -81,26 +83,28 @@ def write_huggingface(
   texts = {}
   if tokenizer is not None:
     texts["tokenizer.json"] = json_from_spec(padded(tokenizer, weights.config.vocab_size)) + "\n"
-    texts["tokenizer_config.json"] = _pretty(_tokenizer_config(tokenizer, weights.config))
+    texts["tokenizer_config.json"] = _pretty(tokenizer_config(tokenizer, weights.config))
   if dtype is None:
     exact = all(inexact is None for inexact in _inexact(weights, "bfloat16"))
     dtype = "bfloat16" if exact else "float32"
   elif found := next((where for where in _inexact(weights, dtype) if where), None):
     raise ValueError(f"{found} is not exact in {dtype}: choose float32")
-  special = _special_ids(tokenizer)
+  special = special_ids(tokenizer)
   texts["generation_config.json"] = _pretty(special)
-  texts["config.json"] = _pretty(
-    {"architectures": [kind], "model_type": model_type, **_config(weights.config, dtype), **special}
-  )
+  table = {
+    "architectures": [kind], "model_type": model_type, **_config(weights.config, dtype), **special,
+  }  # fmt: skip
+  texts["config.json"] = _pretty(table)
+  places = list(weights.places())
+  stored_places = [names.locate(_TENSORS, n, layer, weights.config) for n, layer in places]
+  shapes = {p.name: names.file_shape(p.axes, weights.config) for p in stored_places}
+  _check_words(table, shapes, weights.config)
 
   temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
   temporary.mkdir()
   try:
     for name, text in texts.items():
       (temporary / name).write_text(text, encoding="utf-8")
-    places = list(weights.places())
-    stored_places = [names.locate(_TENSORS, n, layer, weights.config) for n, layer in places]
-    shapes = {p.name: names.file_shape(p.axes, weights.config) for p in stored_places}
 
     def values() -> Iterator[np.ndarray]:
       for done, (name, layer) in enumerate(places):
@@ -131,6 +135,21 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
   if config.sub_norm:
     return "BitNetForCausalLM", "bitnet"
   return ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
+
+
+def _check_words(
+  table: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
+) -> None:
+  """What is written is what will be read. Raises: ValueError: config.json says less than there is."""
+  infos = {name: TensorInfo(name, "F32", shape, 0, 0) for name, shape in shapes.items()}
+  found = names.interpret_huggingface(table, infos).model_config("config.json")
+  wanted = dataclasses.replace(config, rope_style="half")
+  fields = [field.name for field in dataclasses.fields(wanted)]
+  if other := [name for name in fields if getattr(found, name) != getattr(wanted, name)]:
+    raise ValueError(
+      f"{other[0]} = {getattr(config, other[0])!r}: {table['architectures'][0]} of transformers is"
+      f" written with {getattr(found, other[0])!r}"
+    )
 
 
 def _pretty(table: Mapping[str, Any]) -> str:
@@ -180,7 +199,7 @@ def _config(config: ModelConfig, dtype: Dtype) -> dict[str, Any]:
   }
 
 
-def _special_ids(tokenizer: TokenizerSpec | None) -> dict[str, Any]:
+def special_ids(tokenizer: TokenizerSpec | None) -> dict[str, Any]:
   """The ids of special tokens; without a tokenizer, explicit nulls keep a class's own away."""
   ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
   if tokenizer is not None:
@@ -190,7 +209,7 @@ def _special_ids(tokenizer: TokenizerSpec | None) -> dict[str, Any]:
   return ids
 
 
-def _tokenizer_config(spec: TokenizerSpec, config: ModelConfig) -> dict[str, Any]:
+def tokenizer_config(spec: TokenizerSpec, config: ModelConfig) -> dict[str, Any]:
   def spelled(token_id: int | None) -> str | None:
     return None if token_id is None else spec.tokens[token_id]
 
