@@ -112,6 +112,7 @@ class PreTokenizer:
       with U+2581 for a space and `<0xNN>` for bytes without a piece.
     whole_words: Whether a piece that is a token by itself is taken without merging.
     lines: Whether a run of newlines that is a token is taken whole (text only).
+    cuts_at_spaces: Whether a piece begins at each space between two letters.
     add_bos: Whether BOS goes in front where the model file does not say.
   """
 
@@ -119,6 +120,7 @@ class PreTokenizer:
   byte_level: bool = True
   whole_words: bool = False
   lines: bool = False
+  cuts_at_spaces: bool = True
   add_bos: bool = False
 
 
@@ -181,7 +183,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
   "youtu": PreTokenizer(patterns=(_YOUTU, _YOUTU_WORDS), whole_words=True),
   "jais-2": PreTokenizer(patterns=(_JAIS2,)),
   "viking": PreTokenizer(patterns=(_BLOOM, r"\p{N}")),
-  "exaone-moe": PreTokenizer(patterns=(_EXAONE_MOE,)),
+  "exaone-moe": PreTokenizer(patterns=(_EXAONE_MOE,), cuts_at_spaces=False),
   "chameleon": PreTokenizer(
     patterns=(
       r"<sentinel:[0-9]+>",
@@ -193,7 +195,9 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     ),
     add_bos=True,
   ),
-  "superbpe": PreTokenizer(patterns=(r"\p{N}+", _DIGIT_GROUPS, r"(?=(\d{3})+(?!\d))")),
+  "superbpe": PreTokenizer(
+    patterns=(r"\p{N}+", _DIGIT_GROUPS, r"(?=(\d{3})+(?!\d))"), cuts_at_spaces=False
+  ),
   "seed-coder": PreTokenizer(
     patterns=(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
   ),

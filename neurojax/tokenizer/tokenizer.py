@@ -115,10 +115,12 @@ class Tokenizer:
   def cuts_at_spaces(self) -> bool:
     """Whether a text may be cut in front of a space between two letters, and its parts encoded alone.
 
-    So it is for byte-level vocabularies, which start a piece there whatever the rules, unless they
-    have tokens that are recognised anywhere in a text.
+    So it is for byte-level vocabularies, nearly all of which start a piece there, unless they have
+    tokens that are recognised anywhere in a text.
     """
-    return self._fast is not None and not any(user for _, _, user in self._specials)
+    if self._fast is None or not pre_tokenizer(self.spec.pre).cuts_at_spaces:
+      return False
+    return not any(user for _, _, user in self._specials)
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text. Byte-level vocabularies use all cores. Raises as `encode` does."""

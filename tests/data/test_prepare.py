@@ -108,19 +108,22 @@ def learnt() -> dict[str, Tokenizer]:
   return {name: Tokenizer(train_bpe(HOSTILE, vocab_size=320, pre=name)) for name in names.values()}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(left=st.text(max_size=12), right=st.text(max_size=12), a=st.characters(), b=st.characters())
 def test_a_cut_in_front_of_a_space_between_letters_changes_no_token(
   learnt: dict[str, Tokenizer], left: str, right: str, a: str, b: str
 ):
   a, b = (c if c.isalpha() else "x" for c in (a, b))
   for name, tokenizer in learnt.items():
+    if name in ("superbpe", "exaone-moe"):
+      assert not tokenizer.cuts_at_spaces
+      continue
     assert tokenizer.cuts_at_spaces
     parts = tokenizer.encode_many([left + a, " " + b + right])
     assert tokenizer.encode(left + a + " " + b + right) == parts[0] + parts[1], name
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
 def test_a_learnt_vocabulary_spells_any_text(learnt: dict[str, Tokenizer], wanted: str):
   for tokenizer in learnt.values():
