@@ -21,14 +21,14 @@ def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
     sha256: Whether to hash the file, which reads all of it unless the digest is cached.
   Returns: "path", "file_bytes", "sha256", "format", "version", "architecture", "name", "config"
     (ModelConfig fields or None), "parameters", "types" (a list of type, tensors, parameters,
-    bytes, bits_per_weight; largest first), "tokenizer" (or None), "unsupported" (reasons; empty
-    when the file can be run).
+    bytes, bits_per_weight; largest first), "tokenizer" (or None), "ignored" (parts that text needs
+    nothing of), "unsupported" (reasons; empty when the file can be run).
   """
   config = model.interpretation.config
   name = model.metadata.get("general.name")
   return {
     "path": str(model.path),
-    "file_bytes": model.path.stat().st_size,
+    "file_bytes": model.file_bytes,
     "sha256": model.sha256() if sha256 else None,
     "format": model.format,
     "version": model.version,
@@ -38,6 +38,7 @@ def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
     "parameters": sum(math.prod(info.shape) for info in model.tensors.values()),
     "types": _types(model),
     "tokenizer": _tokenizer(model),
+    "ignored": list(model.interpretation.ignored),
     "unsupported": model.problems(),
   }
 
@@ -66,7 +67,9 @@ def render(description: Mapping[str, Any]) -> RenderableType:
   fact("name", description["name"])
   fact("parameters", f"{description['parameters']:,}")
   for field, value in (description["config"] or {}).items():
-    fact(field, value)
+    fact(field, None if value == [] else value)
+  for part in description["ignored"]:
+    fact("left aside", part)
   tokenizer = description["tokenizer"]
   if tokenizer is not None and "error" not in tokenizer:
     fact("tokenizer", ", ".join(

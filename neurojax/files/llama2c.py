@@ -114,7 +114,7 @@ class Llama2cFile:
     with contextlib.ExitStack() as undo:
       self._file = undo.enter_context(self.path.open("rb"))
       self._opened_as = os.fstat(self._file.fileno())
-      size_bytes = self._opened_as.st_size
+      self.file_bytes = size_bytes = self._opened_as.st_size
       header = Header.parse(self._file.read(_HEADER.size))
       if header is None:
         raise ValueError(f"{self.path}: this is no llama2.c checkpoint: its header makes no sense")

@@ -43,9 +43,10 @@ class ModelFile(Protocol):
   model does not compute yet.
 
   Attributes:
-    path: The file.
-    format: "gguf" or "llama2c".
-    version: Of the format, as the file states it.
+    path: The file, or the folder.
+    format: "gguf", "llama2c" or "huggingface".
+    version: Of the format, as the file states it; of transformers, for a folder.
+    file_bytes: Of the file, or of a folder's weights.
     metadata: What the file says about itself, under its own keys, as plain Python values.
     tensors: Its tensors under its own names, in file order.
     interpretation: What the reader makes of it: architecture, config, and reasons to refuse.
@@ -53,7 +54,8 @@ class ModelFile(Protocol):
 
   path: Path
   format: str
-  version: int
+  version: int | str
+  file_bytes: int
   metadata: Mapping[str, object]
   tensors: Mapping[str, TensorInfo]
   interpretation: "Interpretation"

@@ -1,6 +1,7 @@
 """Folders: narrow weights against their formulas in float64, what a stage reads, what is refused."""
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -13,9 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from neurojax.config import Span
+from neurojax.files import inspect
 from neurojax.files.huggingface import HuggingFaceFile
 from neurojax.files.load import load_span, stored_forms, ternary_matrices
 from neurojax.files.safetensors import SafetensorsFile
@@ -393,6 +396,35 @@ def test_a_stage_reads_its_own_tensors_and_nothing_else(tmp_path: Path, monkeypa
       model.check_unchanged()
   with open_model(tmp_path) as model:
     assert model.sha256() != whole
+
+
+def test_inspect_tells_what_is_left_aside(awq_folder, tmp_path: Path) -> None:
+  path, _ = awq_folder
+  with open_model(path) as model:
+    said = inspect.describe(model)
+  assert (said["format"], said["version"], said["architecture"]) == (
+    "huggingface", "5.24.0", "llama",
+  )  # fmt: skip
+  assert said["unsupported"] == said["ignored"] == [] and said["tokenizer"] is None
+  assert said["file_bytes"] == (path / "model.safetensors").stat().st_size
+  kinds = {row["type"]: row for row in said["types"]}
+  assert set(kinds) == {"AWQ int4 (group 128)", "F16"}
+  assert kinds["AWQ int4 (group 128)"]["bits_per_weight"] == 4 + 20 / 128
+  family = FAMILIES["gemma3"]
+  tensors = families.huggingface_tensors("gemma3", families.parameters(family))
+  tensors = {name.replace("model.", "model.language_model."): w for name, w in tensors.items()}
+  table = {
+    "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+    "text_config": dict(family.table),
+  }  # fmt: skip
+  tower = {"model.vision_tower.patch.weight": np.ones((3, 3), np.float32)}
+  with open_model(families.write_folder(tmp_path, table, tensors | tower)) as model:
+    said = inspect.describe(model)
+    assert model.config == family.config
+  assert said["ignored"] == ["vision tower: 1 tensors, of which text needs none"]
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(inspect.render(said))
+  assert "vision tower: 1 tensors" in console.export_text()
 
 
 def sharded(tmp_path: Path, change: Any) -> Path:
