@@ -1,0 +1,31 @@
+"""Files that llama.cpp's converter made of models of transformers: transformers' logits."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neurojax.files.load import load_span
+from neurojax.files.source import open_model
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "converted"
+FILES = sorted(GOLDEN.glob("*.gguf"))
+
+
+def test_every_family_that_the_converter_knows_is_there() -> None:
+  with np.load(GOLDEN / "logits.npz") as golden:
+    assert {path.stem for path in FILES} == set(golden.files) - {"tokens"}
+  assert len(FILES) == 9
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_logits(path: Path) -> None:
+  with np.load(GOLDEN / "logits.npz") as golden:
+    tokens, wanted = golden["tokens"], golden[path.stem]
+  with open_model(path) as model:
+    model.check()
+    found = np.asarray(load_span(model)(jnp.asarray(tokens)[None])[0][0])
+  # The positions lie past the windows and past what yarn and llama3 take for the trained length.
+  assert len(tokens) == 40 and np.abs(wanted).max() > 1
+  assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
