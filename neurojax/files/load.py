@@ -20,6 +20,7 @@ from neurojax.scaling.count import Form, Grouped, Plain, Scales, Weights
 from neurojax.ternary.array import TernaryArray
 
 _ALIGNMENT = 64
+_PLAIN = {form.dtype: form for form in (Plain("float16"), Plain("bfloat16"))}
 _CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
 """Axes that a product sums over: leading ones, or trailing ones if negative; 1 unless listed."""
 
@@ -45,6 +46,7 @@ def load_span(
   config = file.config
   span = span or Span.whole(config)
   forms = _kept(file, weights)
+  plain = _PLAIN.get(jnp.dtype(dtype).name)
   graph, state = nnx.split(NeuroLLM.abstract(config, span=span, dtype=dtype))
   shapes = nnx.to_pure_dict(state)
   pure: dict[str, Any] = {}
@@ -52,6 +54,10 @@ def load_span(
   def read(name: str, layer: int | None, shape: tuple[int, ...]) -> Any:
     if name in forms:
       return _stored(file, name, layer, shape, weights, forms[name])
+    is_plain = plain is not None and weights != "int8" and params.is_matrix(name)
+    if is_plain and file.narrow_form(name, layer) == plain:
+      # The same numbers without float32 in between.
+      return _sound(file.read_plain(name, layer), file, name, layer, shape)
     return _narrow(_checked(file, name, layer, shape), name, dtype, weights)
 
   for name, path in params.outer_names(config, span):

@@ -353,8 +353,10 @@ def test_damaged_bitnet_is_refused_by_file_tensor_and_place(tmp_path: Path) -> N
       model.check()
 
 
-def test_bfloat16_and_float16_are_read_exactly_and_kept(tmp_path: Path) -> None:
+def test_bfloat16_and_float16_are_read_exactly_and_kept(tmp_path: Path, monkeypatch) -> None:
   table, tensors = wide("llama")
+  reads: list[str] = []
+  real = HuggingFaceFile.read
   for dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)):
     folder = families.write_folder(tmp_path / dtype.name, table, {})
     stored = {name: value.astype(dtype) for name, value in tensors.items()}
@@ -367,6 +369,12 @@ def test_bfloat16_and_float16_are_read_exactly_and_kept(tmp_path: Path) -> None:
       np.testing.assert_array_equal(model.read("up_DF", 2), values.astype(np.float32))
       assert model.stored_bytes("up_DF", 2).tobytes() == values.T.tobytes()
       narrow = load_span(model, weights="stored")
+      with monkeypatch.context() as patch:
+        patch.setattr(HuggingFaceFile, "read", lambda *a: reads.append(a[1]) or real(*a))
+        dense = load_span(model, dtype=dtype)
+      assert reads and all("_norm_" in name for name in reads), "matrices need no float32"
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m.layers)) for m in (dense, narrow)), strict=True):
+      np.testing.assert_array_equal(a, b)
     held = jax.tree.leaves(nnx.state(narrow.layers))
     assert {leaf.dtype for leaf in held if leaf.ndim > 2} == {jnp.dtype(dtype)}
 
