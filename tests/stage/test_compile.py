@@ -88,8 +88,9 @@ def test_in_float32_it_is_the_model(paths, family: str, mode: str):
   plain = answer([stage(load(paths[family], mode, "float32"), None, programs="model")])
   fused = answer([stage(load(paths[family], mode, "float32"))])
   assert len(set(plain[2].round(3))) > 10, "the scores differ among themselves"
-  # Of int8 a level may round the other way.
-  atol = 1e-4 if mode == "w2a16" else 0.02
+  # Of int8 a level may round the other way: rarely, and the weights decide by how much that shows.
+  typical, atol = (1e-5, 1e-4) if mode == "w2a16" else (0.01, 0.1)
+  assert np.median(np.abs(fused[2] - plain[2])) < typical
   np.testing.assert_allclose(fused[2], plain[2], atol=atol)
   np.testing.assert_allclose(fused[1], plain[1], atol=atol)
   assert fused[0] == plain[0]
