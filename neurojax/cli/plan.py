@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 2048
 DEFAULT_SEQUENCES, MOST_SEQUENCES = 4, 4096
 MOST_ROWS = 24
+NEAR = 0.99
+"""Of the throughput that unlimited caches would give: with it no fewer sequences are tried."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanningOptions:
   """What is placed where."""
 
-  model: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME|TOML")] = None
-  """A model file, an architecture of configs/model, or the TOML file of one."""
+  model: Annotated[str | None, tyro.conf.arg(metavar="MODEL|NAME|TOML")] = None
+  """An architecture of configs/model, the TOML file of one, or a model, as for `neurojax generate`."""
   fleet: Annotated[str | None, tyro.conf.arg(metavar="TOML")] = None
   """The machines: what `neurojax probe` writes, or the same by hand."""
   objective: Literal["latency", "throughput"] = "latency"
@@ -39,8 +42,9 @@ class PlanningOptions:
   batch: Annotated[int, tyro.conf.arg(metavar="N")] = 1
   """Sequences that go through together. The pipeline steps each by itself: 1."""
   sequences: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-  """Sequences that may be in flight at once; memory for their caches is planned. If absent 4, or for
-  throughput as many as the plan gains by."""
+  """Sequences that are in flight at once, in each of several pipelines: memory for their caches is
+  planned, and throughput is that of so many. If absent 4, or for throughput as many as the plan gains
+  by and memory has room for."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of activations and caches, and of dense weights."""
   weights: Weights = "dense"
@@ -105,19 +109,50 @@ class PlanningOptions:
   def _replicas(self) -> int | None:
     return None if self.replicas == "auto" else self.replicas
 
+  def in_flight(self, load: "Load") -> int:
+    """Batches of so many sequences. Raises: ValueError: not even one."""
+    if load.max_sequences < self.batch:
+      raise ValueError(
+        f"--batch {self.batch} and --sequences {load.max_sequences}: a batch has more sequences than "
+        "are in flight: plan more of them or make the batch smaller"
+      )
+    return load.max_sequences // self.batch
+
   def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
     """Of `Plan.sequences`, which may be more than the load's."""
-    made = self._plan(config, fleet, load)
-    needed = min(made.batches * made.batch, MOST_SEQUENCES)
-    if self.sequences is not None or self.objective == "latency" or needed <= load.max_sequences:
-      return made
-    try:
-      return self._plan(config, fleet, dataclasses.replace(load, max_sequences=needed))
-    except ValueError:
-      # There is no memory for so many: the plan says what the few of them get.
-      return made
+    if self.sequences is not None or self.objective == "latency":
+      return self._plan(config, fleet, load, self.in_flight(load))
+    load = dataclasses.replace(load, max_sequences=max(self.batch, load.max_sequences))
+    deadline_s = time.monotonic() + self.seconds
+    unlimited = self._plan(config, fleet, load, None)
+    needed = min(unlimited.batches * self.batch, MOST_SEQUENCES)
+    if needed <= load.max_sequences:
+      return unlimited
+    # Caches for all of them take memory that layers then lack: fewer may give more.
+    best: Plan | None = None
+    while best is None or best.throughput < NEAR * unlimited.throughput:
+      if best and time.monotonic() > deadline_s:
+        break
+      few = max(needed, load.max_sequences)
+      made = self._if_it_fits(config, fleet, dataclasses.replace(load, max_sequences=few))
+      if best and made and made.value() >= best.value():
+        break
+      best = made or best
+      if few == load.max_sequences:
+        break
+      needed //= 8
+    assert best is not None
+    return best
 
-  def _plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
+  def _if_it_fits(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan | None":
+    try:
+      return self._plan(config, fleet, load, self.in_flight(load))
+    except ValueError:
+      return None
+
+  def _plan(
+    self, config: ModelConfig, fleet: "Fleet", load: "Load", in_flight: int | None
+  ) -> "Plan":
     from neurojax.scaling import plan
 
     return plan.best(
@@ -129,6 +164,7 @@ class PlanningOptions:
       batch=self.batch,
       pins=self.pins(),
       replicas=self._replicas(),
+      in_flight=in_flight,
       time_limit_s=self.seconds,
     )
 
@@ -162,12 +198,24 @@ class Planning(PlanningOptions):
       return 0
     load = dataclasses.replace(load, max_sequences=made.sequences or load.max_sequences)
     added, larger = plan.one_more(
-      config, fleet, load, made, pins=self.pins(), replicas=self._replicas()
+      config,
+      fleet,
+      load,
+      made,
+      pins=self.pins(),
+      replicas=self._replicas(),
+      time_limit_s=self.seconds,
     )
     simple: dict[str, Plan | str] = {}
     if self.compare:
       simple = plan.compared(
-        config, fleet, load, objective=self.objective, context=self.context, batch=self.batch
+        config,
+        fleet,
+        load,
+        objective=self.objective,
+        context=self.context,
+        batch=self.batch,
+        in_flight=made.in_flight,
       )
     if self.json:
       table: dict[str, Any] = dataclasses.asdict(made)
@@ -200,15 +248,17 @@ def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.
     if form not in count.TERNARY_FORMATS:
       raise ValueError(f"--ternary {form}: choose one of {', '.join(count.TERNARY_FORMATS)}")
     return config, count.uniform_ternary(config, count.TERNARY_FORMATS[form])
-  from neurojax.cli.options import model_path
+  from neurojax.files.find import model_path
   from neurojax.files.load import stored_forms
   from neurojax.files.source import open_model
 
-  path = model_path(model)
-  if not path.exists():
-    raise ValueError(
-      f"--model {model}: no such file, and no architecture of this name: {', '.join(architectures())}"
-    )
+  try:
+    path = model_path(model)
+    if not path.exists():
+      raise FileNotFoundError(f"{model}: no such file")
+  except FileNotFoundError as error:
+    known = ", ".join(architectures())
+    raise ValueError(f"--model {error}; and no architecture of this name: {known}") from error
   with open_model(path) as file:
     return file.config, stored_forms(file)
 

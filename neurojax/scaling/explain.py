@@ -13,7 +13,9 @@ from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem, role_bytes
 def explained(given: Problem, plan: Plan) -> Plan:
   """The plan with a reason for every place, and with what limits it."""
   held = {stage.label: stage for stage in plan.stages}
-  paces_s = [predict.bottleneck_s(stages, hops) for stages, hops in predict.pipelines(plan)]
+  paces_s = [
+    predict.interval_s(stages, hops, plan.in_flight) for stages, hops in predict.pipelines(plan)
+  ]
   layer_s = _layer_s(given)
   index = {place.label: number for number, place in enumerate(given.places)}
   used_s = [layer_s[index[label]] for label in held]
@@ -167,7 +169,14 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
     stages, hops = predict.pipelines(plan)[slowest]
     busy = max(stages, key=lambda s: s.share * s.step_s)
     link = max(hops, key=lambda h: h.share * h.transfer_s)
-    if link.share * link.transfer_s > busy.share * busy.step_s:
+    enough = predict.pipeline_throughput(plan)
+    if predict.bottleneck_s(stages, hops) < paces_s[slowest] * (1 - 1e-9):
+      found.append(
+        f"the round trip sets the pace, with {plan.in_flight} in flight"
+        f"{' in each' if len(paces_s) > 1 else ''}: with more, these stages would give up to "
+        f"{enough:.3g} tokens/s, and others perhaps more"
+      )
+    elif link.share * link.transfer_s > busy.share * busy.step_s:
       found.append(
         f"the link {link.a or 'coordinator'} - {link.b or 'coordinator'} sets the pace: "
         f"{milliseconds(link.transfer_s)} a batch{_of(link.share)}"

@@ -82,10 +82,10 @@ class Plan:
   Attributes:
     method: How it was found.
     latency_s: One decoded token of one batch, nothing else under way.
-    throughput: Tokens per second with enough batches in flight.
+    throughput: Tokens per second with `in_flight` batches in each pipeline, with enough if that is None.
     bound: What no plan can do better, in the objective's unit; None where none was sought.
     gap: How far from the bound, as a fraction of it; 0 if the plan is proven best.
-    batches: In flight from which on more do not help.
+    batches: In flight in each pipeline from which on more do not help, `in_flight` of them at most.
     sequences: In flight in each pipeline, for whose caches memory is planned; None if nobody said.
     prefill_tokens: What `prefill_s` of stages and hops is for.
   """
@@ -100,6 +100,7 @@ class Plan:
   latency_s: float = 0.0
   throughput: float = 0.0
   batches: int = 1
+  in_flight: int | None = None
   sequences: int | None = None
   bound: float | None = None
   gap: float | None = None
@@ -199,13 +200,14 @@ class _Maker:
       context=self.problem.context,
       prefill_tokens=self.tokens,
       sequences=self.problem.load.max_sequences,
+      in_flight=self.problem.in_flight,
     )
     return bounded(
       dataclasses.replace(
         plan,
         latency_s=predict.pipeline_latency_s(plan),
-        throughput=predict.pipeline_throughput(plan),
-        batches=predict.saturating_batches(plan),
+        throughput=predict.pipeline_throughput(plan, micro_batches=plan.in_flight),
+        batches=min(filter(None, (predict.saturating_batches(plan), plan.in_flight))),
       ),
       bound,
     )

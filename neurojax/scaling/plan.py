@@ -5,7 +5,7 @@ finds the plan that is predicted to be fastest, or says how far from it the plan
 """
 
 import dataclasses
-import itertools
+import heapq
 import math
 import time
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from neurojax.config import ModelConfig
-from neurojax.scaling import exact, knapsack, search
 from neurojax.scaling.capacity import check, most_layers
+from neurojax.scaling.chains import interval_bound_s, least, paced, pinned_out
 from neurojax.scaling.explain import explained
 from neurojax.scaling.fleet import Fleet
 from neurojax.scaling.knapsack import Sequence
@@ -29,7 +29,7 @@ from neurojax.scaling.placements import (
   assemble,
   bounded,
 )
-from neurojax.scaling.problem import MIDDLE, Problem, problem
+from neurojax.scaling.problem import Problem, problem
 from neurojax.scaling.proportional import Placement, as_planned, proportional
 from neurojax.scaling.replicas import replicated
 
@@ -51,22 +51,7 @@ __all__ = [
   "stage_bytes",
 ]
 
-ORDERLESS = "dynamic programming over layers, hops between hosts being alike"
-ORDERED = "dynamic programming over layers and sets of places"
-SEARCHED = "search over orders, with a bound"
 MANY_PLACES = 16
-NEAR = 1e-3
-"""As near to a bound as a search over orders has to come; what is exact goes on to the end."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-  """bound_s: What no chain within the same limits can be faster than."""
-
-  latency_s: float
-  chain: Sequence
-  bound_s: float
-  method: str
 
 
 def best(
@@ -79,6 +64,7 @@ def best(
   batch: int = 1,
   pins: Mapping[str, int] | None = None,
   replicas: int | None = 1,
+  in_flight: int | None = None,
   time_limit_s: float = 5.0,
 ) -> Plan:
   """The plan of least decode latency, or of greatest throughput and of these the one of least latency.
@@ -94,11 +80,21 @@ def best(
     replicas: 1 has every layer lie once. More are so many whole pipelines side by side, over hosts, or
       places of one, dealt out by speed. None, for throughput, lets several places hold the same layers,
       single stages or whole models, wherever that gives more.
+    in_flight: Batches under way in each pipeline, which throughput is of: few of them leave stages idle,
+      and a shorter way may give more. None: as many as help.
     time_limit_s: After it no further order is tried, once there is a plan.
   Raises: ValueError: nothing fits, or a pin cannot be kept: which limit, by how much, what would fit.
   """
   deadline_s = time.monotonic() + time_limit_s
-  given = problem(config, fleet, load, context=context or load.capacity, batch=batch, pins=pins)
+  given = problem(
+    config,
+    fleet,
+    load,
+    context=context or load.capacity,
+    batch=batch,
+    pins=pins,
+    in_flight=in_flight,
+  )
   if replicas is not None and not 1 <= replicas <= len(given.places):
     raise ValueError(
       f"replicas = {replicas}: between 1 and the number of places, {len(given.places)}"
@@ -121,12 +117,15 @@ def compared(
   objective: Objective = "latency",
   context: int | None = None,
   batch: int = 1,
+  in_flight: int | None = None,
 ) -> dict[str, Plan | str]:
   """The simple placements under the same predictor, pins left aside; why not, where one does not fit."""
   free = dataclasses.replace(
     fleet, hosts=tuple(dataclasses.replace(host, layers=None) for host in fleet.hosts)
   )
-  given = problem(config, free, load, context=context or load.capacity, batch=batch)
+  given = problem(
+    config, free, load, context=context or load.capacity, batch=batch, in_flight=in_flight
+  )
   found: dict[str, Plan | str] = {}
   for name, baseline in BASELINES.items():
     try:
@@ -144,11 +143,12 @@ def one_more(
   *,
   pins: Mapping[str, int] | None = None,
   replicas: int | None = 1,
+  time_limit_s: float = 5.0,
 ) -> tuple[str, Plan]:
   """The plan with one more host that has the best device of the fleet alone, linked as its like is.
 
   Args:
-    made: What is planned without it; batch, context and objective are taken from there.
+    made: What is planned without it; batch, context, batches in flight and objective are as there.
     replicas: What it was planned with.
   Returns: What was added, and the plan.
   """
@@ -180,6 +180,8 @@ def one_more(
       batch=made.batch,
       pins=pins,
       replicas=replicas,
+      in_flight=made.in_flight,
+      time_limit_s=time_limit_s,
     )
   except ValueError:
     # Places dealt out anew among several pipelines may not hold the model as often.
@@ -194,19 +196,13 @@ def one_more(
 
 def _single(given: Problem, objective: Objective, deadline_s: float) -> Plan:
   if objective == "latency":
-    found = _least(given, math.inf, deadline_s)
-    if found is None:
-      raise ValueError(_pinned_out(given))
-    plan = assemble(
-      given, [found.chain], objective=objective, method=found.method, bound=found.bound_s
-    )
-    return _or_simple(given, plan)
-  interval_s = _interval_bound_s(given)
-  found = _least(given, interval_s, deadline_s)
-  bound_s = interval_s
-  if found is None:
-    found, bound_s = _narrowed(given, interval_s, deadline_s)
-  bound = given.batch / bound_s
+    found = least(given, math.inf, deadline_s)
+    if not found.chain:
+      raise ValueError(pinned_out(given))
+    bound = found.bound_s
+  else:
+    found, cycle_s = paced(given, deadline_s)
+    bound = given.batch / cycle_s
   plan = assemble(given, [found.chain], objective=objective, method=found.method, bound=bound)
   return _or_simple(given, plan)
 
@@ -215,14 +211,32 @@ def _shared(given: Problem, deadline_s: float) -> Plan:
   """Layers on as many places as give most throughput: the best of three ways to share them out."""
   shared = replicated(given, deadline_s)
   plans = [shared.plan] if shared.plan else []
-  # Where layers that lie once are bound to be slower, nobody need look for them.
-  if not plans or plans[0].throughput <= given.batch / _interval_bound_s(given) * (1 + 1e-9):
-    plans.append(_single(given, "throughput", deadline_s))
-  gap = min(bounded(plan, shared.bound).gap or 0.0 for plan in plans)
+  many = len(given.places) > MANY_PLACES
+
+  def alone() -> None:
+    # Where layers that lie once are bound to be slower, nobody need look for them.
+    most = max((plan.throughput for plan in plans), default=0.0)
+    if most <= _most_alone(given) * (1 + 1e-9):
+      plans.append(_single(given, "throughput", deadline_s))
+
+  if not (many and given.in_flight):
+    alone()
+  gap = min((bounded(plan, shared.bound).gap or 0.0 for plan in plans), default=math.inf)
   # Among many places, shared ranges come nearer to the bound in a tenth of the time.
-  if gap > (0.03 if len(given.places) > MANY_PLACES else 0.0):
+  if gap > (0.03 if many else 0.0) and time.monotonic() < deadline_s:
     plans.append(_side_by_side(given, "throughput", None, deadline_s))
+  if many and given.in_flight:
+    # With few in flight, whole pipelines give more than one long one.
+    alone()
   return bounded(min(plans, key=lambda plan: plan.value()), shared.bound)
+
+
+def _most_alone(given: Problem) -> float:
+  """Tokens per second that no single pipeline exceeds."""
+  layers_L = np.arange(1, given.num_layers + 1)
+  rate = float((layers_L / given.step_PRL[:, :, 1:]).max())
+  latency_s = given.num_layers / rate
+  return given.batch / max(interval_bound_s(given), latency_s / (given.in_flight or math.inf))
 
 
 def _or_simple(given: Problem, plan: Plan) -> Plan:
@@ -241,124 +255,6 @@ def _or_simple(given: Problem, plan: Plan) -> Plan:
         given, [chain], objective=plan.objective, method=plan.method, bound=plan.bound
       )
   return plan
-
-
-def _least(
-  given: Problem, interval_s: float, deadline_s: float, *, runs: int | None = None
-) -> _Found | None:
-  """The chain of least latency of which no stage and no link is busy for longer than `interval_s`."""
-  within = interval_s * (1 + 1e-12)
-  step_PRL = np.where(given.step_PRL <= within, given.step_PRL, np.inf)
-  hop_PP = np.where(given.transfer_PP <= within, given.hop_PP, np.inf)
-  if knapsack.uniform_hop_s(given, hop_PP) is not None:
-    solved = knapsack.solve_uniform(given, step_PRL, hop_PP)
-    return _Found(solved[0], solved[1], solved[0], ORDERLESS) if solved else None
-  loose_PRL, together = step_PRL, False
-  if any(given.host_pin(number) for number in range(len(given.hosts))):
-    together = True
-    step_PRL = _divided(given, step_PRL, hop_PP)
-    if step_PRL is None:
-      return None
-  groups = exact.kinds(given, step_PRL, hop_PP)
-  small = exact.is_small([len(group) for group in groups], given.num_layers)
-  if small and not together:
-    solved = exact.solve_exact(given, step_PRL, hop_PP, groups)
-    return _Found(solved[0], solved[1], solved[0], ORDERED) if solved else None
-  bound_s, starts = search.bound_s(given, loose_PRL, hop_PP)
-  if not math.isfinite(bound_s):
-    return None
-  if small:
-    solved = exact.solve_exact(given, step_PRL, hop_PP, groups)
-  else:
-    number, width = len(given.places), given.num_layers + 1
-    effort = number * width * (number + width)
-    solved = search.search(
-      given,
-      step_PRL,
-      hop_PP,
-      starts=starts,
-      deadline_s=deadline_s,
-      runs=runs or int(np.clip(4e8 / effort, 6, 60)),
-    )
-  return _Found(solved[0], solved[1], min(bound_s, solved[0]), SEARCHED) if solved else None
-
-
-def _divided(given: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray) -> np.ndarray | None:
-  """Pins of hosts with several places, divided among these as if all hops were alike."""
-  between_PP = given.host_P[:, None] != given.host_P
-  local_s = knapsack.local_hop_s(given, hop_PP)
-  usual_s = max(
-    local_s, float(np.median(given.hop_PP[between_PP])) if between_PP.any() else local_s
-  )
-  solved = knapsack.solve_uniform(given, step_PRL, np.where(between_PP, usual_s, local_s))
-  if solved is None:
-    return None
-  layers = dict(solved[1])
-  step_PRL = step_PRL.copy()
-  for number, places in enumerate(given.hosts):
-    if given.host_pin(number):
-      for place in places:
-        n = layers.get(place, 0)
-        kept_R = step_PRL[place, :, n].copy()
-        step_PRL[place] = np.inf
-        step_PRL[place, :, n] = kept_R
-  return step_PRL
-
-
-def _interval_bound_s(given: Problem) -> float:
-  """The shortest interval in which the places could do all layers, whatever links and pins say."""
-  step_PRL = given.step_PRL
-  values = np.unique(step_PRL[np.isfinite(step_PRL)])
-  values = values[values > 0]
-  low, high = -1, len(values) - 1
-  while high - low > 1:
-    middle = (low + high) // 2
-    if most_layers(step_PRL, values[middle]) >= given.num_layers:
-      high = middle
-    else:
-      low = middle
-  return float(values[high])
-
-
-def _narrowed(given: Problem, low_s: float, deadline_s: float) -> tuple[_Found, float]:
-  """By bisection over the times that stages and links can be busy: the shortest for which there is a
-  chain, and the bound."""
-  found = _least(given, math.inf, deadline_s)
-  if found is None:
-    raise ValueError(_pinned_out(given))
-  times = np.unique(np.concatenate([given.step_PRL.ravel(), given.transfer_PP.ravel()]))
-  times = times[(times > low_s * (1 + 1e-12)) & (times <= _busiest_s(given, found.chain))]
-  low, high, proven = -1, len(times) - 1, low_s
-  sure, stride = True, NEAR
-  while high - low > 1:
-    if found.method == SEARCHED and _busiest_s(given, found.chain) <= low_s * (1 + NEAR):
-      break
-    middle = (low + high) // 2
-    if found.method == SEARCHED and high == len(times) - 1:
-      # Something lies close above what is proven, and most times lie far above it: upwards in strides.
-      middle = min(middle, max(low + 1, int(np.searchsorted(times, low_s * (1 + stride)))))
-      stride *= 4
-    better = _least(given, float(times[middle]), deadline_s, runs=6)
-    if better is not None:
-      found = better
-      high = int(np.searchsorted(times, _busiest_s(given, better.chain) * (1 - 1e-12)))
-    else:
-      low = middle
-      # That a search finds nothing proves nothing.
-      sure = sure and found.method != SEARCHED
-      if sure:
-        proven = float(times[middle + 1])
-  if len(times) and sure and found.method != SEARCHED:
-    proven = float(times[max(high, 0)])
-    found = _least(given, proven, deadline_s) or found
-  return found, min(proven, _busiest_s(given, found.chain))
-
-
-def _busiest_s(given: Problem, chain: Sequence) -> float:
-  last = len(chain) - 1
-  steps = [given.step_PRL[p, (k == 0) | ((k == last) << 1), n] for k, (p, n) in enumerate(chain)]
-  hops = [given.transfer_PP[a[0], b[0]] for a, b in itertools.pairwise(chain)]
-  return float(max(steps + hops))
 
 
 def _side_by_side(
@@ -381,9 +277,12 @@ def _side_by_side(
           "speed, do not hold it so often: ask for fewer, or let the planner choose"
         )
       continue
-    scored.append((sum(1 / _interval_bound_s(part) for part in parts), number, deals, parts))
+    scored.append((sum(_most_alone(part) for part in parts), number, deals, parts))
   # The promise of a deal costs little to compute; the plans of the best ones are made.
-  for _, number, deals, parts in sorted(scored, key=lambda one: (-one[0], one[1]))[:3]:
+  tried = 1 if len(given.places) > MANY_PLACES else 3
+  for _, number, deals, parts in sorted(scored, key=lambda one: (-one[0], one[1]))[:tried]:
+    if found is not None and time.monotonic() > deadline_s:
+      break
     chains = []
     solved: dict[bytes, Sequence] = {}
     try:
@@ -442,22 +341,10 @@ def _dealt(given: Problem, rate_P: np.ndarray, number: int) -> list[list[int]]:
 
 def _balanced(rates: list[float], number: int) -> list[list[int]]:
   """The fastest first, always to the slowest part."""
-  sums = [0.0] * number
   parts: list[list[int]] = [[] for _ in range(number)]
+  slowest = [(0.0, 0, part) for part in range(number)]
   for one in sorted(range(len(rates)), key=lambda k: (-rates[k], k)):
-    chosen = min(range(number), key=lambda i: (sums[i], len(parts[i]), i))
-    sums[chosen] += rates[one]
-    parts[chosen].append(one)
+    rate, size, part = slowest[0]
+    parts[part].append(one)
+    heapq.heapreplace(slowest, (rate + rates[one], size + 1, part))
   return parts
-
-
-def _pinned_out(given: Problem) -> str:
-  pins = ", ".join(f"{label} = {layers}" for label, layers in given.pins.items())
-  if not pins:
-    return "no chain of places holds the layers: the ends do not fit beside each other"
-  free = [place for p, place in enumerate(given.places) if given.step_PRL[p, MIDDLE, 0] == 0]
-  return (
-    f"the pins ({pins}) cannot be kept together: {given.num_layers} layers, with the embedding on the "
-    f"first host and the head on the last, do not fit around them into the {len(free)} places that are "
-    "free to choose: unpin one of them"
-  )

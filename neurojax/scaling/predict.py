@@ -206,13 +206,19 @@ def pipeline_throughput(plan: Timed, *, micro_batches: int | None = None) -> flo
   one that is busiest, of the sequences that pass it, sets the pace; or the round trip does, on average
   over the ways through, while too few batches are in flight.
   """
-  total = 0.0
-  for stages, hops in pipelines(plan):
-    interval_s = bottleneck_s(stages, hops)
-    if micro_batches is not None:
-      interval_s = max(interval_s, _mean_latency_s(stages, hops) / micro_batches)
-    total += plan.batch / interval_s
-  return total
+  return sum(
+    plan.batch / interval_s(stages, hops, micro_batches) for stages, hops in pipelines(plan)
+  )
+
+
+def interval_s(
+  stages: Sequence[TimedStage], hops: Sequence[TimedHop], micro_batches: int | None = None
+) -> float:
+  """From one batch to the next of one pipeline, with so many in flight, or as many as help."""
+  busy_s = bottleneck_s(stages, hops)
+  if micro_batches is None:
+    return busy_s
+  return max(busy_s, _mean_latency_s(stages, hops) / micro_batches)
 
 
 def bottleneck_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> float:

@@ -31,6 +31,7 @@ class Problem:
     latency_PP, transfer_PP: Seconds of a hop from place to place, and how long it keeps the link.
     enter_P, leave_P: Seconds from the coordinator to a first stage, and from a last one back.
     end_transfer_P: How long either keeps the link.
+    in_flight: Batches under way in each pipeline, which throughput is of; None: as many as help.
   """
 
   config: ModelConfig
@@ -46,6 +47,7 @@ class Problem:
   enter_P: np.ndarray
   leave_P: np.ndarray
   end_transfer_P: np.ndarray
+  in_flight: int | None = None
 
   @property
   def num_layers(self) -> int:
@@ -109,8 +111,11 @@ def problem(
   context: int,
   batch: int = 1,
   pins: Mapping[str, int] | None = None,
+  in_flight: int | None = None,
 ) -> Problem:
   """Raises: ValueError: an unknown speed or memory, or a pin that cannot be kept, with the reason."""
+  if in_flight is not None and in_flight < 1:
+    raise ValueError(f"in_flight = {in_flight}: at least 1 batch, or None for as many as help")
   if batch > load.max_sequences:
     raise ValueError(
       f"batch = {batch}: the caches of max_sequences = {load.max_sequences} sequences are planned; "
@@ -160,6 +165,7 @@ def problem(
     enter_P=enter_P,
     leave_P=enter_P.copy(),
     end_transfer_P=end_transfer_P,
+    in_flight=in_flight,
   )
 
 

@@ -102,7 +102,8 @@ def _counts(config: ModelConfig, free: list[int], load: Load) -> list[int] | Non
   if sum(most) < total:
     return None
   space = [max(0, r) for r in room]
-  exact = [total * s / sum(space) for s in space]
+  whole = sum(space)
+  exact = [total * s / whole for s in space]
   counts = [min(int(e), m) for e, m in zip(exact, most, strict=True)]
   # The largest remainder first, of equal ones the first host's.
   open_hosts = [(counts[i] - exact[i], i) for i in range(len(free)) if counts[i] < most[i]]

@@ -9,6 +9,7 @@ import pytest
 
 from neurojax.cli import main
 from neurojax.config import from_toml
+from neurojax.scaling import predict
 from neurojax.scaling.plan import Plan
 
 FLEET = """
@@ -118,7 +119,9 @@ def test_throughput_plans_memory_for_the_sequences_it_takes(capsys, tmp_path: Pa
     plans.append(from_toml(Plan, out))
   assert plans[0].sequences >= plans[0].batches > 4 == plans[1].sequences
   assert not any("caches for" in limit for limit in plans[0].limits)
-  assert any("caches for 4 are planned" in limit for limit in plans[1].limits)
+  assert any("round trip sets the pace, with 4 in flight" in limit for limit in plans[1].limits)
+  assert plans[1].throughput == predict.pipeline_throughput(plans[1], micro_batches=4)
+  assert plans[1].throughput > predict.pipeline_throughput(plans[0], micro_batches=4)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_throughput_plans_memory_for_the_sequences_it_takes(capsys, tmp_path: Pa
     (["--sequences", "4000"], "would do"),
     (["--weights", "w2a16", "--ternary", "no"], "choose one of"),
     (["--json", "--toml"], "give one of them"),
-    (["--batch", "9"], "max_sequences"),
+    (["--batch", "9"], "--batch 9 and --sequences 4"),
     (["--replicas", "9"], "between 1 and"),
     (["--model", "nothing"], "no such file"),
   ],

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurojax.config import Span, from_toml, to_toml
-from neurojax.scaling import exact, plan, predict
+from neurojax.scaling import chains, exact, knapsack, plan, predict
 from neurojax.scaling.fleet import Fleet, Host, Link
 from neurojax.scaling.problem import problem
 from neurojax.scaling.working import working_bytes
@@ -120,7 +120,7 @@ def test_a_plan_equals_the_best_of_all_or_is_within_its_gap(fleet, layers, objec
   bound = made.bound if objective == "latency" else made.batch / made.bound
   assert bound <= least * (1 + 1e-9) <= value * (1 + 2e-9)
   assert value == pytest.approx(bound * (1 + made.gap))
-  if made.gap == 0 or made.method != plan.SEARCHED:
+  if made.gap == 0 or made.method != chains.SEARCHED:
     assert value == pytest.approx(least, rel=1e-9)
 
 
@@ -260,9 +260,9 @@ def test_alike_hosts_are_one_kind_however_many(layers, hosts, objective, draw):
   except ValueError:
     return
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan.knapsack, "uniform_hop_s", lambda *_: None)
+    patch.setattr(knapsack, "uniform_hop_s", lambda *_: None)
     other = plan.best(model, fleet, LOAD, objective=objective)
-  assert other.method == plan.ORDERED and other.value()[0] == pytest.approx(one.value()[0])
+  assert other.method == chains.ORDERED and other.value()[0] == pytest.approx(one.value()[0])
 
 
 def test_a_plan_survives_toml():
@@ -281,7 +281,7 @@ def test_places_that_are_never_needed_are_left_aside_without_a_loss(fleet, layer
   except ValueError:
     return
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan.knapsack, "contenders", lambda *_: None)
+    patch.setattr(knapsack, "contenders", lambda *_: None)
     whole = plan.best(model, fleet, LOAD, objective=objective)
   assert made.value()[0] == pytest.approx(whole.value()[0], rel=1e-12)
   assert made.bound == pytest.approx(whole.bound, rel=1e-12)
