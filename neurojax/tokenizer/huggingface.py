@@ -29,13 +29,23 @@ def spec_from_folder(folder: str | Path) -> TokenizerSpec | None:
     NotImplementedError: a kind of tokenizer that is not here, by its name in the file.
   """
   folder = Path(folder)
-  config = _config(folder)
-  if (path := folder / "tokenizer.json").is_file():
-    spec = _with_name(path, lambda: spec_from_library(_text(path), config))
-  elif (path := folder / "tokenizer.model").is_file():
+  for name in ("tokenizer.json", "tokenizer.model"):
+    if (folder / name).is_file():
+      return spec_from_file(folder / name)
+  return None
+
+
+def spec_from_file(path: str | Path) -> TokenizerSpec:
+  """The tokenizer of a tokenizer.json or tokenizer.model, with what the files beside it say.
+
+  Raises: as `spec_from_folder`; FileNotFoundError: no such file.
+  """
+  path = Path(path)
+  folder, config = path.parent, _config(path.parent)
+  if path.suffix == ".model":
     spec = _with_name(path, lambda: _extended(spec_from_sentencepiece(_bytes(path)), config))
   else:
-    return None
+    spec = _with_name(path, lambda: spec_from_library(_text(path), config))
   stops = spec.stop_ids | _generation_stops(folder, len(spec.tokens))
   return dataclasses.replace(spec, stop_ids=stops, chat_template=_template(folder, config))
 

@@ -7,12 +7,15 @@ library's on every text that is valid UTF-8.
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
+from neurojax.tokenizer.cut import parts_at_spaces
+from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
+from neurojax.tokenizer.tokenizer_json import pre_name
 
 _SPACE = "\u2581"
 
@@ -48,23 +51,27 @@ class Library:
   def __init__(self, source: str, control: Mapping[str, int]):
     self._source = source
     self._control = control
-    self._starts = frozenset(token[:2] for token in control)
     self._fast = load(source)
     self._plain: tokenizers.Tokenizer | None = None
     # No text can contain it but by knowing it.
     self._start = f"<{secrets.token_hex(24)}>"
-    self._parts = _splitter(json.loads(source), control)
+    table = json.loads(source)
+    self._parts = _splitter(table, control)
+    self._others = frozenset(a["content"] for a in table.get("added_tokens") or ()) - control.keys()
+    self._cuts_at_spaces = _cuts_at_spaces(table)
 
   def encode(self, text: str, *, parse_special: bool) -> list[int]:
     """The library's ids; without `parse_special` no special token is recognised."""
-    spelled = not parse_special and self._spells_control(text)
-    fast = self._without_control() if spelled else self._fast
-    return _run(fast, text)
+    spelled = _spells(text, self._control)
+    fast = self._without_control() if spelled and not parse_special else self._fast
+    if self._cuts_at_spaces and not (spelled and parse_special) and not _spells(text, self._others):
+      return _run(fast, parts_at_spaces(text))
+    return _run(fast, [text])
 
   def encode_guarded(self, text: str, guard: str) -> list[int]:
     """Special tokens are recognised where no guard is inside them; guards are removed."""
     if guard not in text:
-      return _run(self._fast, text)
+      return self.encode(text, parse_special=True)
     plain = self._without_control()
     ids: list[int] = []
     first = True
@@ -73,20 +80,15 @@ class Library:
         ids.append(part)
       elif rest := part.replace(guard, ""):
         # What comes after a special token is encoded as such: some rules differ at the start.
-        ids += _run(plain, rest) if first else _run(plain, self._start + rest)[1:]
+        ids += _run(plain, [rest]) if first else _run(plain, [self._start + rest])[1:]
       first = False
     return ids
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text without special tokens, on all cores."""
-    if any(map(self._spells_control, texts)):
+    if any(_spells(text, self._control) for text in texts):
       return [self.encode(text, parse_special=False) for text in texts]
     return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-
-  def _spells_control(self, text: str) -> bool:
-    # Most special tokens begin with the same few characters.
-    starts = {start for start in self._starts if start in text}
-    return any(token in text for token in self._control if token[:2] in starts)
 
   def _without_control(self) -> tokenizers.Tokenizer:
     """The same rules on a vocabulary without special tokens: nothing spells one."""
@@ -99,9 +101,39 @@ class Library:
     return self._plain
 
 
-def _run(fast: tokenizers.Tokenizer, text: str) -> list[int]:
+def encode_parts(fast: tokenizers.Tokenizer, parts: list[str]) -> list[int]:
+  """The ids of each part, in a row; several parts use all cores."""
+  encoded = fast.encode_batch_fast(parts, add_special_tokens=False)
+  return encoded[0].ids if len(encoded) == 1 else [i for each in encoded for i in each.ids]
+
+
+def _spells(text: str, tokens: Collection[str]) -> bool:
+  # Most special tokens begin with the same few characters.
+  starts = {start for start in {token[:2] for token in tokens} if start in text}
+  return any(token in text for token in tokens if token[:2] in starts)
+
+
+def _cuts_at_spaces(table: Mapping[str, Any]) -> bool:
+  """Whether the rules are known to begin a piece at each space between two letters."""
+  if table.get("normalizer") not in (
+    None,
+    {"type": "NFC"},
+    {"type": "Sequence", "normalizers": []},
+  ):
+    return False
+  model, pre = table["model"], table.get("pre_tokenizer")
+  if model.get("type", "BPE") != "BPE" or model.get("dropout"):
+    return False
   try:
-    return fast.encode(text, add_special_tokens=False).ids
+    name = pre_name(pre, whole_words=bool(model.get("ignore_merges")))
+  except (NotImplementedError, KeyError, TypeError):
+    return False
+  return PRE_TOKENIZERS[name].cuts_at_spaces
+
+
+def _run(fast: tokenizers.Tokenizer, parts: list[str]) -> list[int]:
+  try:
+    return encode_parts(fast, parts)
   except Exception as error:
     raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
   except BaseException as error:

@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
-from neurojax.tokenizer.library import Library, decoding, piece_bytes
+from neurojax.tokenizer.cut import parts_at_spaces
+from neurojax.tokenizer.library import Library, decoding, encode_parts, piece_bytes
 from neurojax.tokenizer.merge import Merger
 from neurojax.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
 from neurojax.tokenizer.spec import TokenizerSpec
@@ -48,7 +49,8 @@ class Tokenizer:
       self._encode_text = _scored(spec)
     elif (rules := pre_tokenizer(spec.pre)).byte_level:
       self._fast = fast = _byte_level(spec, rules)
-      self._encode_text = lambda text: fast.encode(text, add_special_tokens=False).ids
+      split = parts_at_spaces if rules.cuts_at_spaces else lambda text: [text]
+      self._encode_text = lambda text: encode_parts(fast, split(text))
     else:
       self._encode_text = _raw_text(spec, rules)
     self._pieces = tuple(_pieces(spec))
