@@ -87,12 +87,13 @@ _AWQ_KEYS: _Keys = {
   **dict.fromkeys((
     "quant_method", "group_size", "q_group_size", "modules_to_not_convert", "backend", "do_fuse",
     "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "damp_percent", "true_sequential",
+    "ignore",
   )),
   "bits": (4,), "w_bit": (4,), "zero_point": (True,), "version": ("gemm", "GEMM"),
   "format": ("gemm", "GEMM"), "sym": (False,), "desc_act": (False,),
 }  # fmt: skip
 _BITNET_KEYS: _Keys = {
-  "quant_method": None, "modules_to_not_convert": None, "rms_norm_eps": None,
+  "quant_method": None, "modules_to_not_convert": None, "rms_norm_eps": None, "bits": (2,),
   "linear_class": ("bitlinear", "autobitlinear"), "quantization_mode": ("offline", "online"),
   "use_rms_norm": (False,),
 }  # fmt: skip

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from neurojax.config import RopeScaling
-from neurojax.files import names
+from neurojax.files import compressed, names
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.source import TensorInfo, open_model
 from tests.files import families
 from tests.files.families import FAMILIES
 
@@ -104,8 +104,6 @@ def test_no_architecture_of_gguf_holds_what_none_has() -> None:
 
 def interpret(name: str, change: dict[str, object], tensors: dict | None = None):
   """A family's config.json with other words, over the tensors that belong to it."""
-  from neurojax.files.source import TensorInfo
-
   family = FAMILIES[name]
   known = {
     key: TensorInfo(key, "F32", value.shape, 0, value.nbytes)
@@ -248,8 +246,6 @@ def test_attention_factors_of_yarn_are_those_of_transformers() -> None:
 def test_towers_beside_the_text_are_left_aside_and_said() -> None:
   family = FAMILIES["gemma3"]
   values = families.huggingface_tensors("gemma3", families.parameters(family))
-  from neurojax.files.source import TensorInfo
-
   for prefix in ("model.language_model.", "language_model.model."):
     tensors = {key.replace("model.", prefix, 1): value for key, value in values.items()}
     infos = {k: TensorInfo(k, "F32", v.shape, 0, v.nbytes) for k, v in tensors.items()}
@@ -268,10 +264,164 @@ def test_towers_beside_the_text_are_left_aside_and_said() -> None:
 
 
 def test_a_tied_head_that_the_file_repeats_is_the_embedding() -> None:
-  from neurojax.files.source import TensorInfo
-
   found = interpret(
     "qwen2", {}, {"lm_head.weight": TensorInfo("lm_head.weight", "F32", (24, 32), 0, 1)}
   )
   assert found.model_config("x").tied_embedding
   assert "head_DV" not in found.tensors
+
+
+def table_of(model_type: str, text: str, **more: object) -> dict[str, object]:
+  """A config.json from widths in a row: D F L N K V context."""
+  keys = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "max_position_embeddings",
+  )  # fmt: skip
+  numbers = dict(zip(keys, map(int, text.split()), strict=True))
+  return (
+    {"model_type": model_type, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"} | numbers | more
+  )
+
+
+LLAMA31 = {
+  "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+  "original_max_position_embeddings": 8192,
+}  # fmt: skip
+LFM2_TYPES = ["conv", "conv", "full_attention", *["conv", "conv", "full_attention"], "conv", "conv"]
+LFM2_TYPES += ["full_attention", "conv"] * 4
+# The words of files on the hub, without what says nothing of the computation.
+HUB: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+  "TinyLlama": (
+    table_of("llama", "2048 5632 22 32 4 32000 2048", pretraining_tp=1, rope_scaling=None),
+    {"head_dim": 64, "rope_base": 10_000.0, "tied_embedding": False, "rope_scaling": None},
+  ),
+  "SmolLM2-135M": (
+    table_of(
+      "llama", "576 1536 30 9 3 49152 8192", is_llama_config=True, rope_interleaved=False,
+      rope_theta=100_000, tie_word_embeddings=True,
+      **{"transformers.js_config": {"dtype": "q4"}},
+    ),
+    {"head_dim": 64, "rope_base": 100_000.0, "tied_embedding": True},
+  ),
+  "Llama-3.1-8B": (
+    table_of(
+      "llama", "4096 14336 32 32 8 128256 131072", rope_theta=500_000.0, rope_scaling=LLAMA31,
+      attention_bias=False, mlp_bias=False,
+    ),
+    {"rope_base": 500_000.0, "rope_scaling": RopeScaling(
+      kind="llama3", factor=8.0, original_context_length=8192,
+    )},
+  ),
+  "Mistral-7B-v0.1": (
+    table_of("mistral", "4096 14336 32 32 8 32000 32768", sliding_window=4096, rope_theta=10_000.0),
+    {"sliding_window": 4096, "head_dim": 128},
+  ),
+  "Mistral-Nemo": (
+    table_of(
+      "mistral", "5120 14336 40 32 8 131072 131072", sliding_window=None, rope_theta=1e6, head_dim=128,
+    ),
+    {"sliding_window": None, "head_dim": 128, "rope_base": 1e6},
+  ),
+  "Qwen2.5-7B-Instruct-AWQ": (
+    table_of(
+      "qwen2", "3584 18944 28 28 4 152064 32768", rope_theta=1e6, use_sliding_window=False,
+      sliding_window=131_072, max_window_layers=28,
+      quantization_config={"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm"},
+    ),
+    {"qkv_bias": True, "sliding_window": None, "head_dim": 128},
+  ),
+  "gemma-3-1b-it": (
+    table_of(
+      "gemma3_text", "1152 6912 26 4 1 262144 32768", rope_theta=1_000_000, head_dim=256,
+      rope_local_base_freq=10_000, sliding_window=512, sliding_window_pattern=6, rope_scaling=None,
+      cache_implementation="hybrid", query_pre_attn_scalar=256, attn_logit_softcapping=None,
+      hidden_activation="gelu_pytorch_tanh",
+    ),
+    {"attention_scale": None, "tied_embedding": True, "layer_pattern": (0, 0, 0, 0, 0, 1)},
+  ),
+  "gemma-3-27b-it": (
+    {
+      "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+      "mm_tokens_per_image": 256, "eos_token_id": [1, 106],
+      "text_config": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "sliding_window": 1024,
+        "model_type": "gemma3_text", "num_attention_heads": 32, "num_hidden_layers": 62,
+        "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+      },
+      "vision_config": {"model_type": "siglip_vision_model"},
+    },
+    {"attention_scale": 168**-0.5, "num_layers": 62, "layer_pattern": (0, 0, 0, 0, 0, 1)},
+  ),
+  "gemma-4-31B-it": (
+    {
+      "model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"],
+      "tie_word_embeddings": True, "audio_config": None,
+      "text_config": table_of(
+        "gemma4_text", "5376 21504 60 32 16 262144 262144", head_dim=256, global_head_dim=512,
+        num_global_key_value_heads=4, attention_k_eq_v=True, sliding_window=1024,
+        hidden_size_per_layer_input=0, vocab_size_per_layer_input=262_144, num_kv_shared_layers=0,
+        enable_moe_block=False, use_double_wide_mlp=False, final_logit_softcapping=30.0,
+        hidden_activation="gelu_pytorch_tanh", use_bidirectional_attention="vision",
+        num_experts=None, top_k_experts=None, moe_intermediate_size=None,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
+      ),
+    },
+    {"head_dim": 256, "num_kv_heads": 16, "logit_softcap": 30.0, "attention_scale": 1.0},
+  ),
+  "LFM2.5-1.2B": (
+    {
+      key: value
+      for key, value in table_of(
+        "lfm2", "2048 12288 16 32 8 65536 128000", norm_eps=1e-5, conv_L_cache=3, conv_bias=False,
+        block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0, block_multiple_of=256,
+        block_use_swiglu=True, block_use_xavier_init=True, block_dim=2048, conv_dim=2048,
+        block_norm_eps=1e-5, conv_use_xavier_init=True, num_heads=32, use_pos_enc=True,
+        full_attn_idxs=None, layer_types=LFM2_TYPES, tie_embedding=True,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+      ).items()
+      if key != "rms_norm_eps"
+    },
+    {"ffn_dim": 8192, "conv_width": 3, "head_dim": 64, "qk_norm": True, "rope_base": 1e6},
+  ),
+  "bitnet-b1.58-2B-4T": (
+    table_of(
+      "bitnet", "2560 6912 30 20 5 128256 4096", hidden_act="relu2", rope_theta=500_000.0,
+      tie_word_embeddings=True, auto_map={"AutoConfig": "configuration_bitnet.BitNetConfig"},
+      quantization_config={
+        "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline",
+      },
+    ),
+    {"activation": "relu2", "sub_norm": True, "head_dim": 128, "rope_base": 500_000.0},
+  ),
+  "Falcon3-7B-1.58bit": (
+    table_of(
+      "llama", "3072 23040 28 12 4 131080 32768", head_dim=256, rope_theta=1_000_042,
+      is_bitnet_config=True,
+      quantization_config={"quant_method": "bitnet", "modules_to_not_convert": None},
+    ),
+    {"head_dim": 256, "rope_base": 1_000_042.0},
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_what_files_on_the_hub_say_is_understood(name: str) -> None:
+  table, wanted = HUB[name]
+  if name.startswith("gemma-4"):
+    text = dict(table["text_config"])  # type: ignore[call-overload]
+    text["layer_types"] = text["layer_types"] * 10
+    table = table | {"text_config": text}
+  found = names.interpret_huggingface(table, {})
+  assert not found.demands
+  assert found.config is not None
+  for field, value in wanted.items():
+    assert getattr(found.config, field) == value, field
+  if "quantization_config" in table:
+    compressed.quantization(table["quantization_config"])  # type: ignore[arg-type]
+  if name.startswith("gemma-4"):
+    local, whole = found.config.kinds
+    assert found.config.layer_pattern == (0, 0, 0, 0, 0, 1)
+    assert (local.head_dim, local.num_kv_heads, local.sliding_window) == (256, 16, 1024)
+    assert (whole.head_dim, whole.num_kv_heads, whole.shared_kv) == (512, 4, True)
+    assert names.architecture_of(found.config) == "gemma4"

@@ -13,14 +13,13 @@ from neurojax.files.names.architecture import (
 )
 from neurojax.files.names.families import FAMILIES as HUGGINGFACE
 from neurojax.files.names.gguf import (
-  ARCHITECTURES,
   FACTORS,
-  Architecture,
   architecture_of,
   in_words,
   interpret,
   rope_factors,
 )
+from neurojax.files.names.gguf_architectures import ARCHITECTURES, Architecture
 from neurojax.files.names.huggingface import interpret as interpret_huggingface
 from neurojax.files.names.llama2c import LLAMA2C
 

@@ -345,7 +345,7 @@ _LLAMA_FAMILY = Family(
   keys=_KEYS,
   defaults=_DEFAULTS,
   layers=_no_window(10_000.0),
-  neutral={"mlp_bias": (False,), "rope_interleaved": (False,)},
+  neutral={"mlp_bias": (False,)},
   reads=("hidden_act", "attention_bias"),
   biases=None,
 )
@@ -428,6 +428,7 @@ FAMILIES: Mapping[str, Family] = {
         # Images are seen both ways; text is not.
         "use_bidirectional_attention": ("vision",),
         "num_kv_shared_layers": (0,),
+        "cache_implementation": None,
         "enable_moe_block": (False,),
         "use_double_wide_mlp": (False,),
         # Without the block that would use them.

@@ -61,10 +61,12 @@ _COMMON: Mapping[str, tuple[object, ...] | None] = {
     "begin_suppress_tokens", "unsloth_version", "unsloth_fixed", "quantization_config",
     "vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "router_aux_loss_coef",
     "output_router_logits", "router_jitter_noise", "original_max_position_embeddings",
+    "is_llama_config", "is_bitnet_config", "transformers.js_config", "model_name", "license",
   )),
   "chunk_size_feed_forward": (0,),
   "is_encoder_decoder": (False,),
   "partial_rotary_factor": (1,),
+  "rope_interleaved": (False,),
 }  # fmt: skip
 
 _ACTIVATIONS: Mapping[str, str] = {
