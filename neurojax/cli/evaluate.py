@@ -1,10 +1,11 @@
-"""`neurojax eval golden` and `neurojax eval ppl`."""
+"""`neurojax eval golden`, `neurojax eval ppl` and `neurojax eval logits`."""
 
 import asyncio
 import dataclasses
+import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -12,8 +13,16 @@ from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import subcommand
 
-from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, open_tokenizer, stderr
+from neurojax.cli.options import (
+  EngineOptions,
+  ModelOptions,
+  check_out,
+  open_engine,
+  open_tokenizer,
+  stderr,
+)
 from neurojax.cli.text import read_text
+from neurojax.scaling.count import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,10 +160,71 @@ class Perplexity(ModelOptions, EngineOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Logits(ModelOptions):
+  """Write the logits after each token of a list, to compare with another implementation's.
+
+  The file is a float32 array of NumPy, a row for each token. Positions beyond the context that the
+  model was made for are computed too.
+
+  Example: neurojax eval logits --model DIR --tokens ids.json --out logits.npy --decode-from 48
+  """
+
+  tokens: Annotated[Path, tyro.conf.arg(metavar="JSON")]
+  """A list of token ids, as `neurojax tokenize --json` gives; nothing is added to it."""
+  out: Annotated[Path, tyro.conf.arg(metavar="NPY")]
+  decode_from: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
+  """The tokens from the K-th on (the first is 0) are fed one at a time, those before it as a prompt."""
+  stages: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+  """Cut the layers into N stages, all in this process."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  weights: Weights = "dense"
+  programs: Literal["auto", "model", "fused"] = "auto"
+  """These three as for `neurojax generate`."""
+
+  def run(self) -> int:
+    check_out("--out", self.out)
+    import jax.numpy as jnp
+    import numpy as np
+
+    from neurojax.config import Span
+    from neurojax.engine.logits import logits, read_tokens
+    from neurojax.files.load import load_span
+    from neurojax.folders import cache_dir
+    from neurojax.stage.compile import CompiledStage, use_compilation_cache
+
+    with self.open() as file:
+      config = file.config
+      tokens = read_tokens(self.tokens, config.vocab_size)
+      if self.decode_from is not None and not 0 <= self.decode_from <= len(tokens):
+        raise ValueError(f"--decode-from {self.decode_from}: there are {len(tokens)} tokens")
+      if not 1 <= self.stages <= config.num_layers:
+        raise ValueError(f"--stages {self.stages}: the model has {config.num_layers} layers")
+      if len(tokens) > config.context_length:
+        stderr.print(
+          f"{len(tokens)} tokens: the model was made for {config.context_length} positions"
+        )
+      use_compilation_cache(cache_dir() / "xla")
+      bounds = [config.num_layers * i // self.stages for i in range(self.stages + 1)]
+      made = []
+      with stderr.status("reading layers and compiling"):
+        for first, after in itertools.pairwise(bounds):
+          span = Span(first_layer=first, last_layer=after - 1, num_layers=config.num_layers)
+          model = load_span(file, span, dtype=jnp.dtype(self.dtype), weights=self.weights)
+          made.append(CompiledStage(model, context_length=len(tokens), programs=self.programs))
+      np.save(self.out, logits(made, tokens, decode_from=self.decode_from))
+    print(f"{self.out}: {len(tokens)} rows of {config.vocab_size} logits")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
   """Measure a model against known answers or real text."""
 
-  what: Annotated[Golden, subcommand("golden")] | Annotated[Perplexity, subcommand("ppl")]
+  what: (
+    Annotated[Golden, subcommand("golden")]
+    | Annotated[Perplexity, subcommand("ppl")]
+    | Annotated[Logits, subcommand("logits")]
+  )
 
   def run(self) -> int:
     return self.what.run()

@@ -1,0 +1,74 @@
+"""All logits of a sequence, from stages in this process."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from neurojax.stage.compile import CompiledStage
+
+
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+  """int32 ids of a JSON file that holds one list of them.
+
+  Raises: ValueError: it holds something else, nothing, or an id outside the vocabulary.
+  """
+  try:
+    ids: Any = json.loads(path.read_text(encoding="utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: not JSON: {error}") from error
+  if not isinstance(ids, list) or not ids:
+    raise ValueError(
+      f"{path}: a list of token ids is expected, as `neurojax tokenize --json` gives"
+    )
+  for place, token in enumerate(ids):
+    if isinstance(token, bool) or not isinstance(token, int):
+      raise ValueError(f"{path}: entry {place} is {token!r}: ids are integers")
+    if not 0 <= token < vocab_size:
+      raise ValueError(
+        f"{path}: entry {place} is {token}, outside the vocabulary of {vocab_size} (0 to"
+        f" {vocab_size - 1})"
+      )
+  return np.array(ids, np.int32)
+
+
+def logits(
+  stages: Sequence[CompiledStage], tokens: np.ndarray, *, decode_from: int | None = None
+) -> Float32[np.ndarray, "T V"]:
+  """The logits after each of T tokens.
+
+  Args:
+    stages: All layers, in order.
+    tokens: int32 [T].
+    decode_from: Tokens from this place on are fed one at a time, those before it as a prompt; None:
+      all are a prompt.
+  Raises:
+    ValueError: the place is not within the tokens, or the stages have no room for them.
+    FloatingPointError: logits are NaN or infinite.
+  """
+  count = len(tokens)
+  prompt = count if decode_from is None else decode_from
+  if not 0 <= prompt <= count:
+    raise ValueError(f"decode_from = {prompt}: between 0 and the {count} tokens")
+  caches = [stage.new_cache() for stage in stages]
+  rows = []
+  start = 0
+  while start < count:
+    take = (
+      min(prompt - start, *(stage.bucket(prompt - start, start) for stage in stages))
+      if (start < prompt)
+      else 1
+    )
+    x = tokens[start : start + take]
+    for place, stage in enumerate(stages):
+      x_BTD, caches[place] = stage.forward(x, caches[place], start)
+      x = np.asarray(x_BTD)[0, :take] if place + 1 < len(stages) else x_BTD
+    rows.append(stages[-1].logits(x, take))
+    start += take
+  found = np.concatenate(rows)
+  if not np.isfinite(found).all():
+    raise FloatingPointError("logits are NaN or infinite")
+  return found
