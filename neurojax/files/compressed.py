@@ -190,10 +190,11 @@ def bitnet_codes(packed: UInt8[np.ndarray, "R K"]) -> UInt8[np.ndarray, "N Y"]:
   return codes.reshape(4 * rows, -1)
 
 
-def block_scales(
+def row_scales(
   scales: np.ndarray, shape: tuple[int, int], block: tuple[int, int] | None
-) -> Float32[np.ndarray, "n k"]:
-  """Scales of an FP8 matrix [N, K] that broadcast to it: [1, 1], [N, 1] or [N, K].
+) -> tuple[Float32[np.ndarray, "n Q"], int]:
+  """Scales of an FP8 matrix [N, K] by row: [1, 1], [N, 1] or [N, Q]; and how many elements of a row
+  share one, of which the last may have fewer.
 
   Args:
     block: Rows and columns that share a scale, where there are more than one for a row.
@@ -205,11 +206,11 @@ def block_scales(
   if scales.dtype == np.uint8:
     values = np.exp2(values - 127)
   if values.size == 1:
-    return values.reshape(1, 1)
+    return values.reshape(1, 1), k
   if values.shape in ((n,), (n, 1)):
-    return values.reshape(n, 1)
+    return values.reshape(n, 1), k
   if block is not None and values.shape == (-(-n // block[0]), -(-k // block[1])):
-    return np.repeat(np.repeat(values, block[0], axis=0)[:n], block[1], axis=1)[:, :k]
+    return np.repeat(values, block[0], axis=0)[:n], block[1]
   asked = "" if block is None else f", or one for each block of {block[0]} x {block[1]}"
   raise ValueError(
     f"scales of the shape {scales.shape}: a matrix {shape} has one, one for each row{asked}"

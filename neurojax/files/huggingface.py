@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -140,6 +141,8 @@ class HuggingFaceFile:
       return None
     if weight.kind == "awq":
       return self._awq_form(weight)
+    if weight.kind == "scaled":
+      return self._float8_form(weight)
     if weight.kind in ("bitnet", "online"):
       return Scales(None, 4)
     return _PLAIN.get(weight.info.type) if weight.kind == "plain" else None
@@ -147,12 +150,15 @@ class HuggingFaceFile:
   def read_grouped(self, name: str, layer: int | None = None) -> GroupedRows:
     stored = self._locate(name, layer)
     weight = self._weights.get(stored.name)
-    if weight is None or weight.kind != "awq":
+    if weight is not None and weight.kind == "awq":
+      return self._grouped(weight)
+    form = None if weight is None else self._float8_form(weight)
+    if weight is None or form is None:
       raise ValueError(
         f"{self.path}: {name} is {self.info(name, layer).type}, no matrix of grouped integers: read"
         " it as numbers"
       )
-    return self._grouped(weight)
+    return self._float8(weight, form)
 
   def read_plain(self, name: str, layer: int | None = None) -> np.ndarray:
     stored = self._locate(name, layer)
@@ -395,21 +401,60 @@ class HuggingFaceFile:
       self._scale(weight, values)
     return values
 
-  def _scale(self, weight: _Weight, values: np.ndarray) -> None:
-    """Multiply by the scales that stand beside a weight."""
-    quantization = self._quantization
+  def _factors(self, weight: _Weight) -> tuple[np.ndarray, int]:
+    """What rows of a weight are multiplied by, as `compressed.row_scales`."""
+    quantization, shape = self._quantization, weight.info.shape
     with self._array(weight.parts["scales"]) as array:
       scales = array.copy()
     block = None if quantization is None else quantization.block
     try:
-      if values.ndim != 2:
-        raise ValueError(f"a weight of the shape {values.shape} has no scales")
-      factors = compressed.block_scales(scales, values.shape, block)
+      if len(shape) != 2:
+        raise ValueError(f"a weight of the shape {shape} has no scales")
+      factors, size = compressed.row_scales(scales, shape, block)
     except ValueError as error:
       raise ValueError(f"{self.path}: tensor {weight.parts['scales']!r}: {error}") from error
-    if quantization is not None and quantization.is_inverse:
-      factors = np.float32(1) / factors
-    values *= factors
+    is_inverse = quantization is not None and quantization.is_inverse
+    return (np.float32(1) / factors if is_inverse else factors), size
+
+  def _scale(self, weight: _Weight, values: np.ndarray) -> None:
+    """Multiply a weight by the scales that stand beside it."""
+    factors, size = self._factors(weight)
+    k = values.shape[1]
+    if size >= k:
+      values *= factors
+      return
+    step = max(1, _CHUNK_ELEMENTS // k)
+    for first in range(0, len(values), step):
+      part = slice(first, first + step)
+      values[part] *= np.repeat(factors[part], size, axis=1)[:, :k]
+
+  def _float8_form(self, weight: _Weight) -> Grouped | None:
+    """Of an FP8 matrix whose rows consist of whole blocks."""
+    kind = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}.get(weight.info.type)
+    if kind is None or weight.kind != "scaled" or len(weight.info.shape) != 2:
+      return None
+    n, k = weight.info.shape
+    scales = self._shard_of[weight.parts["scales"]].tensors[weight.parts["scales"]].shape
+    block = None if self._quantization is None else self._quantization.block
+    is_blocked = block is not None and math.prod(scales) > 1 and scales not in ((n,), (n, 1))
+    size = block[1] if block is not None and is_blocked else k
+    if k % size:
+      return None
+    return Grouped(bits=8, offset=0, group_size=size, scale="float32", float8=kind)  # type: ignore[arg-type]
+
+  def _float8(self, weight: _Weight, form: Grouped) -> GroupedRows:
+    n, k = weight.info.shape
+    factors, _ = self._factors(weight)
+    scales = np.ascontiguousarray(np.broadcast_to(factors, (n, k // form.group_size)))
+    with self._array(weight.parts["weight"]) as array:
+      rows = GroupedRows(form, array.view(np.uint8).copy(), scales)
+    try:
+      rows.check_finite()
+    except ValueError as error:
+      raise ValueError(
+        f"{self.path}: tensor {weight.info.name!r}: {error}: the file is damaged"
+      ) from error
+    return rows
 
   def _ternary(self, weight: _Weight) -> tuple[np.ndarray, np.ndarray]:
     """Codes, and the one scale [1, 1]."""

@@ -154,10 +154,12 @@ def _kept(file: ModelFile, weights: Weights) -> dict[str, Form]:
 
 
 def _joined(forms: set[Form | None]) -> Form | None:
-  if len(forms) == 1:
-    return forms.pop()
-  grouped = [form for form in forms if isinstance(form, Grouped)]
-  return functools.reduce(Grouped.join, grouped) if len(grouped) == len(forms) else None
+  joined, *others = forms
+  for form in others:
+    if not isinstance(joined, Grouped) or not isinstance(form, Grouped):
+      return None
+    joined = joined.join(form)
+  return joined
 
 
 def _stored(

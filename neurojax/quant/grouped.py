@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Float, Float32, Int
 
 from neurojax.quant.contraction import Contraction
-from neurojax.quant.rows import GroupedRows
+from neurojax.quant.rows import FLOAT8, GroupedRows
 from neurojax.scaling.count import PARENT, Grouped
 
 # Weights that are float32 at a time on a CPU: 4 MB, which its caches hold. Fewer cost loops.
@@ -139,6 +139,9 @@ class GroupedArray:
       bits_ = (bytes_ >> (bits * position) & (1 << bits) - 1) << low
       codes = bits_ if codes is None else codes | bits_
       low += bits
+    if form.float8 != "none":
+      # One part, of whole bytes.
+      codes = lax.bitcast_convert_type(self.planes[0], FLOAT8[form.float8]).astype(jnp.float32)
     q = (codes - form.offset).reshape(*codes.shape[:-1], -1, form.group_size)
     # Both limits, as there may be no row at all to tell from.
     groups = slice(part * width // form.group_size, (part + 1) * width // form.group_size)

@@ -2,10 +2,16 @@
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from neurojax.scaling.count import Grouped
+
+FLOAT8 = {
+  "e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}  # fmt: skip
+"""The dtypes of `Grouped.float8`."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,12 @@ class GroupedRows:
     """The numbers that these stand for: each product and sum rounded to float32 once."""
     n, k = self.codes.shape
     form = self.form
-    # Codes are below 2**8: what is taken off leaves exact integers.
-    q = self.codes.astype(np.float32).reshape(n, -1, form.group_size) - np.float32(form.offset)
+    if form.float8 != "none":
+      numbers = np.arange(256, dtype=np.uint8).view(FLOAT8[form.float8]).astype(np.float32)
+      q = numbers[self.codes].reshape(n, -1, form.group_size)
+    else:
+      # Codes are below 2**8: what is taken off leaves exact integers.
+      q = self.codes.astype(np.float32).reshape(n, -1, form.group_size) - np.float32(form.offset)
     with np.errstate(all="ignore"):
       if form.minima == "zero":
         q -= self.minima[..., None].astype(np.float32)
@@ -43,7 +53,11 @@ class GroupedRows:
     return q.reshape(n, k)
 
   def check_finite(self) -> None:
-    """Raises: ValueError: a scale or minimum is not finite; it names the row."""
+    """Raises: ValueError: a scale, minimum or float8 is not finite; it names the row."""
+    if self.form.float8 != "none":
+      finite = np.isfinite(np.arange(256, dtype=np.uint8).view(FLOAT8[self.form.float8]))
+      if not (good := finite[self.codes]).all():
+        raise ValueError(f"row {int(np.argwhere(~good)[0][0])}: a number is NaN or infinite")
     for what, array in (
       ("scale", self.scales), ("scale", self.parents),
       ("minimum", self.minima), ("minimum", self.minima_parents),

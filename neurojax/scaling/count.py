@@ -1,11 +1,13 @@
 """Exact bytes of a model's parts, and the FLOPs of a token. Imports no JAX."""
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
 
-from neurojax.config import ModelConfig, Span
+from neurojax.config import LayerKind, ModelConfig, Span
 
 Weights = Literal["dense", "int8", "w2a16", "w2a8", "stored"]
 """How matrices are held: "dense" in the compute dtype, "int8" as integers with scales; "w2a16" and
@@ -55,6 +57,7 @@ class Grouped:
     parent: Whether a group has an int8 factor in its place (uint8 for minima), and PARENT elements
       have the scale that it multiplies.
     minima: Whether a group has a minimum, a zero (uint8), or none.
+    float8: Codes of 8 bits that are floating-point numbers of that kind, not integers.
   """
 
   bits: int
@@ -63,6 +66,7 @@ class Grouped:
   scale: Literal["float16", "float32"]
   parent: bool = False
   minima: Literal["none", "minimum", "zero"] = "none"
+  float8: Literal["none", "e4m3", "e5m2"] = "none"
 
   def planes(self, contracted: int) -> tuple[int, ...]:
     """Bits of each plane that a row's codes are cut into: the lowest bits are in the first. A byte of
@@ -83,10 +87,12 @@ class Grouped:
       row += scales * groups * DTYPE_BYTES[self.scale]
     return output * (row + (groups if self.minima == "zero" else 0))
 
-  def join(self, other: "Grouped") -> "Grouped":
-    """The narrowest form that has room for matrices of both, exactly."""
+  def join(self, other: "Grouped") -> "Grouped | None":
+    """The narrowest form that has room for matrices of both, exactly; None: there is none."""
     if self == other:
       return self
+    if (self.float8, other.float8) != ("none", "none"):
+      return None
     group_size = math.gcd(self.group_size, other.group_size)
     bits, offset = 8, 128
     if "zero" not in (self.minima, other.minima):
@@ -143,29 +149,35 @@ def capacity_for(context_length: int) -> int:
   return -(-context_length // KEY_BLOCK) * KEY_BLOCK
 
 
-def layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-  """(contracted, output) elements of each matrix of one layer."""
-  d, f, h = config.model_dim, config.ffn_dim, config.head_dim
-  return {
-    "q_DNH": (d, config.num_heads * h),
-    "k_DKH": (d, config.num_kv_heads * h),
-    "v_DKH": (d, config.num_kv_heads * h),
-    "o_NHD": (config.num_heads * h, d),
-    "gate_DF": (d, f),
-    "up_DF": (d, f),
-    "down_FD": (f, d),
-  }
+def layer_matrices(config: ModelConfig, layer: int | None = None) -> dict[str, tuple[int, int]]:
+  """(contracted, output) elements of each matrix of one layer that may be held narrow.
+
+  Those of experts stand together, with the outputs of all.
+
+  Args:
+    layer: Its number; None, here and below: one of those that take most, if not all are alike.
+  """
+  parts = _matrices(config, _kind(config, layer))
+  return {name: (contracted, output * copies) for name, contracted, output, copies in parts}
 
 
 def parameters(config: ModelConfig) -> int:
   """Parameters of the whole model."""
-  per_layer = sum(k * n for k, n in layer_matrices(config).values()) + _layer_vectors(config)
   outer = config.vocab_size * config.model_dim * (1 if config.tied_embedding else 2)
-  return config.num_layers * per_layer + outer + config.model_dim
+  layers = sum(
+    number * _kind_parameters(config, kind)
+    for kind, number in _kinds(config, Span.whole(config)).items()
+  )
+  return layers + outer + config.model_dim
 
 
 def layer_bytes(
-  config: ModelConfig, *, dtype: str, weights: Weights, ternary: Ternary | None = None
+  config: ModelConfig,
+  *,
+  dtype: str,
+  weights: Weights,
+  ternary: Ternary | None = None,
+  layer: int | None = None,
 ) -> int:
   """Bytes of one layer's parameters.
 
@@ -173,11 +185,7 @@ def layer_bytes(
     ternary: Needed, here and below, if `weights` keeps ternary matrices packed.
   Raises: ValueError: it is needed and absent.
   """
-  matrices = sum(
-    _matrix_bytes(k, n, dtype, weights, _form(name, weights, ternary))
-    for name, (k, n) in layer_matrices(config).items()
-  )
-  return matrices + _layer_vectors(config) * DTYPE_BYTES[dtype]
+  return _kind_bytes(config, _kind(config, layer), dtype, weights, ternary)
 
 
 def embedding_bytes(
@@ -206,7 +214,10 @@ def span_bytes(
   ternary: Ternary | None = None,
 ) -> int:
   """Bytes of the parameters of a stage: its layers, embedding if first, norm and head if last."""
-  total = len(span) * layer_bytes(config, dtype=dtype, weights=weights, ternary=ternary)
+  total = sum(
+    number * _kind_bytes(config, kind, dtype, weights, ternary)
+    for kind, number in _kinds(config, span).items()
+  )
   if span.is_first:
     total += embedding_bytes(config, dtype=dtype, weights=weights, ternary=ternary)
   if span.is_last:
@@ -217,8 +228,21 @@ def span_bytes(
 
 
 def cache_bytes(config: ModelConfig, num_layers: int, *, capacity: int, dtype: str) -> int:
-  """Bytes of one sequence's keys and values over `num_layers` layers."""
-  return 2 * num_layers * config.num_kv_heads * capacity * config.head_dim * DTYPE_BYTES[dtype]
+  """Bytes of one sequence's keys and values, or states of convolutions, over `num_layers` layers: those
+  that take most, if not all are alike and fewer than all are asked about."""
+  if num_layers == config.num_layers:
+    return span_cache_bytes(config, Span.whole(config), capacity=capacity, dtype=dtype)
+  kinds = config.layer_kinds or (LayerKind(),)
+  return num_layers * max(_kind_cache_bytes(config, kind, capacity, dtype) for kind in kinds)
+
+
+def span_cache_bytes(config: ModelConfig, span: Span, *, capacity: int, dtype: str) -> int:
+  """Bytes of what one sequence leaves in the layers of a stage. A window takes none away: positions
+  in front of it are kept, and not read."""
+  return sum(
+    number * _kind_cache_bytes(config, kind, capacity, dtype)
+    for kind, number in _kinds(config, span).items()
+  )
 
 
 def span_parameters(config: ModelConfig, span: Span) -> int:
@@ -229,7 +253,8 @@ def span_parameters(config: ModelConfig, span: Span) -> int:
 def uniform_ternary(config: ModelConfig, scales: Scales) -> Ternary:
   """Every matrix of the model ternary alike, embedding and head too."""
   outer = ("embedding_VD",) if config.tied_embedding else ("embedding_VD", "head_DV")
-  return dict.fromkeys((*layer_matrices(config), *outer), scales)
+  inner = [name for kind in config.kinds for name, *_ in _matrices(config, kind)]
+  return dict.fromkeys((*inner, *outer), scales)
 
 
 def flops_per_token(
@@ -242,8 +267,10 @@ def flops_per_token(
   """Floating-point operations of one token: what the arithmetic needs, exactly.
 
   A multiply-add counts as 2. Counted are the products with matrices and attention's two products
-  (scores, weighted values) over the keys a query may see; norms, rotations, softmax, activations and
-  the embedding's lookup are not (below 1% of it at usual widths).
+  (scores, weighted values) over the keys a query may see, a short convolution, and of experts the
+  chosen ones with the router; norms, rotations, softmax, activations and the embedding's lookup are
+  not (below 1% of it at usual widths). Where a window makes the mean of keys no whole number, the
+  result is rounded down.
 
     decode   the token sees `context` keys, itself included; the head once
     prefill  mean of `context` positions, which see (context + 1) / 2 keys; no head, which a prompt
@@ -262,12 +289,12 @@ def flops_per_token(
   if context < 1:
     raise ValueError(f"context = {context}: at least the token itself, 1")
   span = span or Span.whole(config)
-  # Twice the mean keys: context + 1 of a causal triangle is odd as often as not.
-  keys_twice = 2 * context if mode == "decode" else context + 1
-  layer = 2 * sum(k * n for k, n in layer_matrices(config).values())
-  layer += 2 * config.num_heads * config.head_dim * keys_twice
+  layers = sum(
+    number * _kind_flops(config, kind, context, mode == "decode")
+    for kind, number in _kinds(config, span).items()
+  )
   head = head_flops(config) if span.is_last and mode != "prefill" else 0
-  return (3 if mode == "train" else 1) * (len(span) * layer + head)
+  return (3 if mode == "train" else 1) * (layers + head)
 
 
 def head_flops(config: ModelConfig) -> int:
@@ -275,10 +302,97 @@ def head_flops(config: ModelConfig) -> int:
   return 2 * config.model_dim * config.vocab_size
 
 
-def _layer_vectors(config: ModelConfig) -> int:
-  """Elements of a layer's norms."""
-  vectors = 2 * config.model_dim + (2 * config.head_dim if config.qk_norm else 0)
-  return vectors + (config.num_heads * config.head_dim + config.ffn_dim if config.sub_norm else 0)
+@functools.cache
+def _alike(sliding_window: int | None) -> LayerKind:
+  """The kind of all layers that are of one."""
+  return LayerKind(sliding_window=sliding_window)
+
+
+def _kinds(config: ModelConfig, span: Span) -> dict[LayerKind, int]:
+  """How many layers of a span are of each kind, as the configuration has them."""
+  if not config.layer_kinds:
+    return {_alike(config.sliding_window): len(span)}
+  layers = range(span.first_layer, span.last_layer + 1)
+  return collections.Counter(config.layer_kinds[config.kind_index(layer)] for layer in layers)
+
+
+def _kind(config: ModelConfig, layer: int | None) -> LayerKind:
+  if not config.layer_kinds:
+    return _alike(config.sliding_window)
+  if layer is not None:
+    return config.layer_kinds[config.kind_index(layer)]
+  return max(config.layer_kinds, key=lambda kind: _kind_parameters(config, kind))
+
+
+def _heads(config: ModelConfig, kind: LayerKind) -> tuple[int, int]:
+  """Key-value heads, and the width of a head."""
+  return kind.num_kv_heads or config.num_kv_heads, kind.head_dim or config.head_dim
+
+
+def _matrices(config: ModelConfig, kind: LayerKind) -> list[tuple[str, int, int, int]]:
+  """Name, contracted and output elements, and how many of that shape."""
+  d, f, e = config.model_dim, config.ffn_dim, config.num_experts
+  if kind.mixer == "convolution":
+    found = [("conv_in_DC", d, 3 * d, 1), ("conv_out_MD", d, d, 1)]
+  else:
+    k, h = _heads(config, kind)
+    found = [("q_DNH", d, config.num_heads * h, 1), ("k_DKH", d, k * h, 1)]
+    if not kind.shared_kv:
+      found.append(("v_DKH", d, k * h, 1))
+    found.append(("o_NHD", config.num_heads * h, d, 1))
+  if e:
+    return [*found, ("gate_EDF", d, f, e), ("up_EDF", d, f, e), ("down_EFD", f, d, e)]
+  return [*found, ("gate_DF", d, f, 1), ("up_DF", d, f, 1), ("down_FD", f, d, 1)]
+
+
+def _vectors(config: ModelConfig, kind: LayerKind) -> int:
+  """Elements of a layer's other parameters: norms, biases, kernels, scales, and a router."""
+  d, n = config.model_dim, config.num_heads
+  total = (4 if config.post_norm else 2) * d + d * config.num_experts
+  total += (config.ffn_dim if config.sub_norm else 0) + (1 if config.layer_scale else 0)
+  if kind.mixer == "convolution":
+    return total + config.conv_width * d
+  k, h = _heads(config, kind)
+  total += 2 * h if config.qk_norm else 0
+  total += n * h if config.sub_norm else 0
+  return total + ((n + (1 if kind.shared_kv else 2) * k) * h if config.qkv_bias else 0)
+
+
+def _kind_parameters(config: ModelConfig, kind: LayerKind) -> int:
+  matrices = sum(k * n * copies for _, k, n, copies in _matrices(config, kind))
+  return matrices + _vectors(config, kind)
+
+
+def _kind_bytes(
+  config: ModelConfig, kind: LayerKind, dtype: str, weights: Weights, ternary: Ternary | None
+) -> int:
+  matrices = sum(
+    copies * _matrix_bytes(k, n, dtype, weights, _form(name, weights, ternary))
+    for name, k, n, copies in _matrices(config, kind)
+  )
+  return matrices + _vectors(config, kind) * DTYPE_BYTES[dtype]
+
+
+def _kind_cache_bytes(config: ModelConfig, kind: LayerKind, capacity: int, dtype: str) -> int:
+  if kind.mixer == "convolution":
+    return (config.conv_width - 1) * config.model_dim * DTYPE_BYTES[dtype]
+  k, h = _heads(config, kind)
+  return 2 * k * capacity * h * DTYPE_BYTES[dtype]
+
+
+def _kind_flops(config: ModelConfig, kind: LayerKind, context: int, at_end: bool) -> int:
+  """Of one layer and token, which sees what the `context`-th does, or the mean of as many."""
+  active = config.experts_per_token or 1
+  total = sum(
+    2 * k * n * (active if copies > 1 else 1) for _, k, n, copies in _matrices(config, kind)
+  )
+  total += 2 * config.model_dim * config.num_experts
+  if kind.mixer == "convolution":
+    return total + 2 * config.conv_width * config.model_dim
+  most = min(context, kind.sliding_window or context)
+  # Of all positions, twice: a triangle of the first `most`, then a band.
+  keys = 2 * most * context if at_end else most * (2 * context - most + 1)
+  return total + 2 * config.num_heads * _heads(config, kind)[1] * keys // context
 
 
 def _form(name: str, weights: Weights, ternary: Ternary | None) -> Form | None:

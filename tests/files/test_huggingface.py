@@ -230,7 +230,63 @@ def test_fp8_is_the_number_times_the_scale_of_its_part(tmp_path: Path, kind: str
     assert not model.interpretation.demands + model.interpretation.faults
     for name, weight in weights.items():
       np.testing.assert_array_equal(numbers(model, name), weight.astype(np.float32), err_msg=name)
-    load_span(model, Span(first_layer=1, last_layer=1, num_layers=3))
+    # Rows of 128 and 256 are no whole blocks of 100: these are computed with as numbers.
+    forms = {name: model.narrow_form(name, 1) for name in LINEARS}
+    if kind == "block":
+      assert set(forms.values()) == {None}
+      return
+    float8 = "e5m2" if kind == "tensor" else "e4m3"
+    assert all(isinstance(form, Grouped) and form.float8 == float8 for form in forms.values())
+    narrow, dense = load_span(model, weights="stored"), load_span(model)
+  ids = jnp.asarray([[1, 5, 7, 2]])
+  np.testing.assert_allclose(narrow(ids)[0], dense(ids)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_fp8_stays_narrow_in_memory_in_whole_blocks(tmp_path: Path, size: int) -> None:
+  table, tensors = wide("llama")
+  words = {"quant_method": "fp8", "weight_block_size": [96, size]}
+  for name in [name for name in tensors if is_linear(name)]:
+    weight = tensors.pop(name)
+    codes = (weight * 100).astype(ml_dtypes.float8_e4m3fn)
+    blocks = math.ceil(len(weight) / 96), weight.shape[1] // size
+    tensors |= {name: codes, name + "_scale_inv": RNG.random(blocks, np.float32)}
+  families.write_folder(tmp_path, table | {"quantization_config": words}, {})
+  save(tmp_path / "model.safetensors", tensors)
+  with open_model(tmp_path) as model:
+    forms = stored_forms(model)
+    form = Grouped(bits=8, offset=0, group_size=size, scale="float32", float8="e4m3")
+    assert {name: forms[name] for name in LINEARS} == dict.fromkeys(LINEARS, form)
+    rows = model.read_grouped("up_DF", 2)
+    np.testing.assert_array_equal(rows.values().T, model.read("up_DF", 2))
+    narrow = load_span(model, weights="stored")
+    up, down = model.read("up_DF", 1), model.read("down_FD", 1)
+  places = dict(params.layer_names(narrow.config))
+  for name, wanted in (("up_DF", up), ("down_FD", down)):
+    held = params.get(nnx.to_pure_dict(nnx.state(narrow)), places[name])
+    assert isinstance(held, GroupedArray)
+    k, n = wanted.shape
+    assert held.nbytes == 3 * form.matrix_bytes(k, n) == 3 * (n * k + 4 * n * k // size)
+    one = jax.tree.map(lambda leaf: leaf[1], held)
+    np.testing.assert_array_equal(one.dequantize(), wanted)
+    x = RNG.standard_normal((1, 3, k), np.float32)
+    np.testing.assert_allclose(one.contract("BTD,DF->BTF", x), x @ wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_an_fp8_number_that_is_none_is_refused(tmp_path: Path) -> None:
+  table, tensors = wide("llama")
+  name = "model.layers.0.mlp.up_proj.weight"
+  codes = np.zeros((256, 128), np.uint8)
+  codes[7, 3] = 0xFF
+  tensors[name] = codes.view(ml_dtypes.float8_e4m3fn)
+  words = {"quantization_config": {"quant_method": "fp8"}}
+  families.write_folder(tmp_path, table | words, {})
+  save(tmp_path / "model.safetensors", tensors | {name + "_scale": np.ones(1, np.float32)})
+  with open_model(tmp_path) as model:
+    with pytest.raises(ValueError, match=r"up_proj.weight': row 7: a number is NaN or infinite"):
+      model.read_grouped("up_DF", 0)
+    with pytest.raises(ValueError, match="up_DF of layer 0 holds NaN or infinity"):
+      load_span(model, Span(first_layer=0, last_layer=0, num_layers=3))
 
 
 def test_scales_that_the_config_does_not_explain_are_refused(tmp_path: Path) -> None:
