@@ -2,18 +2,17 @@
 
 import datetime
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 
-_MAX_REPEAT = 1_000_000
-# "%99999d" and "%*d" in the old style of formatting.
-_WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(\*|\d{5})")
+from neurojax.tokenizer.sandbox import Sandbox, SecurityError, bounded, plain
+
+# Names under which a message's reasoning comes; templates read the first, gpt-oss's the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -22,8 +21,7 @@ class ChatTemplate:
   The environment is the one that templates are written for (transformers' `apply_chat_template`):
   trimmed blocks, `break` and `continue`, `raise_exception`, `strftime_now`, `{% generation %}`, and
   a `tojson` that does not escape HTML. A template cannot reach Python's attributes, change its
-  arguments, or build long texts by the operators `*`, `**` and `%`; it can still be slow or large
-  by nested loops and padding filters, so take templates from models that you trust to run.
+  arguments, or use up memory or time (`neurojax.tokenizer.sandbox`).
 
   Raises: ValueError: the source is not a valid template.
   """
@@ -33,8 +31,10 @@ class ChatTemplate:
       raise ValueError(f"chat template is {type(source).__name__}; it must be a string")
     self._globals = {"bos_token": bos_token, "eos_token": eos_token}
     try:
-      self._template = _ENVIRONMENT.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
+      with bounded(source):
+        self._template = _ENVIRONMENT.from_string(source)
+    # Constants are computed on reading; sources too deep or too odd break the compiler.
+    except Exception as error:
       line = getattr(error, "lineno", None)
       where = f" at line {line}" if line else ""
       raise ValueError(
@@ -48,29 +48,34 @@ class ChatTemplate:
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping] | None = None,
+    documents: Sequence[Mapping] | None = None,
     **extra: object,
   ) -> str:
     """The text of a conversation.
 
     Args:
       messages: Each has a "role" (str) and a "content" (str, a list of parts, or None); an
-        assistant's message with "tool_calls" may leave the content out.
+        assistant's message with "tool_calls" may leave the content out. Other keys, such as
+        "reasoning_content", are passed on; those that are None are left out.
       add_generation_prompt: Whether the text ends where the assistant's answer begins.
       tools: JSON schemas of functions, for templates that know them.
+      documents: Tables with "title" and "text", for templates that know them.
       extra: Further variables of the template.
     Raises: ValueError: a message is malformed, or the template refuses or fails; with its words.
     """
     _check_messages(messages)
     variables = {
       **self._globals,
-      **extra,
-      "messages": [dict(message) for message in messages],
+      **plain(extra),
+      "messages": [_message(message) for message in messages],
       "add_generation_prompt": add_generation_prompt,
-      "tools": tools,
+      "tools": plain(tools),
+      "documents": plain(documents),
     }
     try:
-      return self._template.render(variables)
-    except jinja2.sandbox.SecurityError as error:
+      with bounded(variables):
+        return self._template.render(variables)
+    except SecurityError as error:
       raise ValueError(f"chat template tried what it may not: {error}; do not trust it") from error
     except _Refusal as error:
       raise ValueError(f"chat template refuses these messages: {error}") from error
@@ -80,32 +85,17 @@ class ChatTemplate:
       raise ValueError(f"chat template failed: {type(error).__name__}: {error}") from error
 
 
+def _message(message: Mapping) -> dict:
+  """A message as templates expect it: without None, its reasoning under each name that is read."""
+  message = {key: value for key, value in plain(message).items() if value is not None}
+  reasoning = next((message[key] for key in _REASONING if key in message), None)
+  if reasoning is None:
+    return message
+  return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 class _Refusal(jinja2.TemplateError):
   """A template called `raise_exception`."""
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  intercepted_binops = frozenset({"*", "**", "%"})
-
-  def unsafe_undefined(self, obj, attribute):
-    # Jinja's own answer is an undefined value, which prints as nothing.
-    raise jinja2.sandbox.SecurityError(
-      f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe"
-    )
-
-  def call_binop(self, context, operator, left, right):
-    if operator == "*":
-      for repeated, times in ((left, right), (right, left)):
-        countable = isinstance(repeated, Sequence) and isinstance(times, int)
-        if countable and len(repeated) * times > _MAX_REPEAT:
-          raise jinja2.sandbox.SecurityError(
-            f"repetition to more than {_MAX_REPEAT} items is unsafe"
-          )
-    elif operator == "**" and isinstance(right, int) and abs(right) > 1000:
-      raise jinja2.sandbox.SecurityError(f"power of {right} is unsafe")
-    elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
-      raise jinja2.sandbox.SecurityError("formatting to a large width is unsafe")
-    return super().call_binop(context, operator, left, right)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -138,14 +128,13 @@ def _strftime_now(pattern: str) -> str:
   return datetime.datetime.now().strftime(pattern)
 
 
-def _environment() -> _Sandbox:
-  environment = _Sandbox(
+def _environment() -> Sandbox:
+  environment = Sandbox(
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[jinja2.ext.loopcontrols, _Generation],
   )
-  del environment.globals["lipsum"]
-  environment.filters["tojson"] = _tojson
+  environment.add_filter("tojson", _tojson)
   environment.globals["raise_exception"] = _raise_exception
   environment.globals["strftime_now"] = _strftime_now
   return environment

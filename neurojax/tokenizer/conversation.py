@@ -15,9 +15,11 @@ def encode_chat(
 ) -> list[int]:
   """Render the vocabulary's own chat template and tokenize the result.
 
-  Control tokens are recognised where the template writes them; spelled inside a message they are
-  ordinary text, so that no message can end its turn or begin another's.
+  Control tokens are recognised where the template writes them; spelled inside a message, a tool or a
+  document they are ordinary text, so that no message can end its turn or begin another's.
 
+  Args:
+    extra: As for `ChatTemplate.render`: tools, documents, further variables.
   Raises: ValueError: the vocabulary has no template, the template refuses the messages, or they are
     not messages.
   """
@@ -30,6 +32,7 @@ def encode_chat(
     eos_token="" if spec.eos_id is None else spec.tokens[spec.eos_id],
   )
   guarded = [_guarded(tokenizer, message) for message in messages]
+  extra = {name: _guarded(tokenizer, value) for name, value in extra.items()}
   text = template.render(guarded, add_generation_prompt=add_generation_prompt, **extra)
   return tokenizer.encode(text, parse_special=True, guarded=True)
 

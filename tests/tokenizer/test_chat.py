@@ -1,10 +1,19 @@
 """Chat templates: the formats as the models know them, and templates that attack."""
 
+import hashlib
+import json
+import tracemalloc
+from pathlib import Path
+
 import pytest
 
-from neurojax.tokenizer import ChatTemplate, Tokenizer
+from neurojax.tokenizer import ChatTemplate, Tokenizer, sandbox
 from tests.shared import shared
 from tests.tokenizer import vocab
+from tests.tokenizer.golden.conversations import CONVERSATIONS, SPECIAL
+from tests.tokenizer.golden.small_templates import SMALL
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "chat.json").read_text())
 
 HELLO = [{"role": "user", "content": "Hi <b> & é"}]
 TALK = [
@@ -85,6 +94,29 @@ def test_real_templates_say_every_turn_once(name: str):
   assert text.index("2+2?") < text.index("3+3?")
 
 
+def _case(source: str, name: str) -> str | None:
+  template = ChatTemplate(source, bos_token="<BOS>", eos_token="<EOS>")
+  try:
+    return template.render(**CONVERSATIONS[name], date_string=SPECIAL["date_string"])
+  except ValueError as error:
+    assert "tried what it may not" not in str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", GOLDEN["real"])
+def test_real_templates_render_as_transformers_does(name: str):
+  source = shared("data", "templates", f"{name}.jinja").read_text()
+  for case, digest in GOLDEN["real"][name].items():
+    text = _case(source, case)
+    ours = None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert ours == digest, (case, text)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_templates_render_as_transformers_does(name: str):
+  assert _case(SMALL[name], "call") == GOLDEN["small"][name]
+
+
 def test_smollm2_from_its_file():
   tokenizer = vocab.smollm2()
   text = ChatTemplate(tokenizer.spec.chat_template).render(HELLO)
@@ -150,6 +182,98 @@ def test_attacks_are_blocked(source: str):
   with pytest.raises(ValueError, match="tried what it may not"):
     ChatTemplate(source).render(messages)
   assert messages == HELLO
+
+
+BIG = "{% set ns = namespace(s='abcdefgh' * 1000, l=[1] * 1000, n=9) %}"
+FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}"
+ENDED = "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+  "body",
+  [
+    "{{ i }}",
+    "{% set ns.s = ns.s ~ ns.s %}",
+    "{% set ns.s = ns.s + ns.s %}",
+    "{% set ns.s = [ns.s, ns.s] | join %}",
+    "{% set ns.s = '%s%s' | format(ns.s, ns.s) %}",
+    "{% set ns.s = '%s%s' % (ns.s, ns.s) %}",
+    "{% set ns.s = '{0}{0}'.format(ns.s) %}",
+    "{% set ns.s = ns.s | replace('a', ns.s) %}",
+    "{% set ns.s = ns.s.replace('', ns.s) %}",
+    "{% set ns.s = ns.s.join(ns.s) %}",
+    "{% set ns.s = ns.s.join(['a'] * 9999) %}",
+    "{% set ns.s = ns.s | wordwrap(1, wrapstring=ns.s) %}",
+    "{% set ns.s = ns.s | indent(ns.s) %}",
+    "{% set ns.s = ns.s | upper ~ ns.s[1:] %}",
+    "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}",
+    "{% set ns.l = ns.l + ns.l %}",
+    "{% set ns.l = ns.l * 2 %}",
+    "{% set ns.l = ns.l[0:] + [ns.l] %}",
+    "{% set ns.n = ns.n * ns.n %}",
+    "{{ ns.s }}{{ ns.s }}",
+    "{{ ns.s | tojson }}{{ ns.l | tojson }}",
+    "{{ messages | tojson(indent=ns.s) }}",
+    "{{ ns.s | urlize }}{{ ns.s | escape }}",
+    "{{ 'ab' in ns.s }}",
+  ],
+)
+def test_what_grows_or_does_not_end_is_stopped(body: str, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(sandbox, "MAX_STEPS", 30_000)
+  tracemalloc.start()
+  with pytest.raises(ValueError, match=r"tried what it may not.*unsafe"):
+    ChatTemplate(BIG + FOREVER + body + ENDED).render(HELLO)
+  peak_bytes = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak_bytes < 300e6
+
+
+@pytest.mark.parametrize(
+  "source",
+  [
+    "{{ 'a' | center(10**9) }}",
+    "{{ 'a'.ljust(10**9) }}",
+    "{{ 'a'.zfill(10**9) }}",
+    "{{ '\t'.expandtabs(10**9) }}",
+    "{{ 'a\n' | indent(10**9) }}",
+    "{{ [1] | batch(10**9, 0) | list }}",
+    "{{ [1] | slice(10**9) | list }}",
+    "{{ messages | tojson(indent=10**9) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 999999999) }}",
+    "{{ '{a[b]:{c}}'.format_map({'c': 999999999}) }}",
+    "{{ 'aaaa'.translate({97: 'b' * 99999}) }}",
+    "{{ '%999999999d' | format(1) }}",
+    "{{ 10 ** 100000 }}",
+    "{% set ns = namespace(__class__=1) %}",
+    "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for m in messages recursive %}{{ loop(messages * 9) if loop.depth < 90 }}{% endfor %}",
+  ],
+)
+def test_more_attacks_are_blocked(source: str, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(sandbox, "MAX_STEPS", 30_000)
+  with pytest.raises(ValueError, match=r"(tried what it may not|does not parse).*unsafe"):
+    ChatTemplate(source).render(HELLO)
+
+
+def test_a_long_conversation_is_no_attack():
+  turns = [{"role": ("user", "assistant")[i % 2], "content": "word " * 400} for i in range(400)]
+  text = template("Qwen-Qwen3-0.6B").render(turns)
+  assert text.count("word ") == 160_000
+  source = "{% set ns = namespace(s='') %}{% for m in messages %}{% set ns.s = ns.s ~ m.content %}{% endfor %}{{ ns.s }}"
+  assert len(ChatTemplate(source).render(turns)) == 800_000
+
+
+def test_templates_see_plain_data_only():
+  class Odd(str):
+    def shout(self) -> str:
+      return "!"
+
+  message = {"role": "user", "content": Odd("x")}
+  assert ChatTemplate("{{ messages[0].content.shout is defined }}").render([message]) == "False"
+  with pytest.raises(ValueError, match="type object"):
+    ChatTemplate("x").render([{"role": "user", "content": "x", "other": object()}])
 
 
 @pytest.mark.parametrize(
