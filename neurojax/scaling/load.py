@@ -6,7 +6,7 @@ from typing import Any
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count
 from neurojax.scaling.count import Ternary, Weights
-from neurojax.scaling.working import working_bytes
+from neurojax.scaling.working import Kind, Working, working
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Load:
 
   Attributes:
     ternary: Which matrices are ternary, where `weights` keeps those packed.
-    working: Whether each stage needs room for its programs' working memory as well (`working_bytes`).
+    working: Whether each stage needs room for its programs' working memory as well (`scaling.working`).
   """
 
   dtype: str
@@ -31,19 +31,27 @@ class Load:
     return {"dtype": self.dtype, "weights": self.weights, "ternary": self.ternary}
 
 
-def stage_bytes(config: ModelConfig, span: Span, load: Load) -> int:
-  """Weights and all caches of one stage, and its programs' working memory where that is asked for."""
+def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: Kind = "cuda") -> int:
+  """Weights and all caches of one stage, and its programs' working memory where that is asked for.
+
+  Args:
+    kind: Of the device; what programs work in depends on it where they compute in bfloat16.
+  """
   weights = count.span_bytes(config, span, **load.form)
   cache = count.cache_bytes(config, len(span), capacity=load.capacity, dtype=load.dtype)
-  return weights + load.max_sequences * cache + stage_working_bytes(config, load)
+  work = stage_working(config, load, kind).stage(len(span), is_last=span.is_last)
+  return weights + load.max_sequences * cache + work
 
 
-def stage_working_bytes(config: ModelConfig, load: Load) -> int:
-  """Of any stage that is asked for it, whatever its layers."""
-  return working_bytes(config, dtype=load.dtype, weights=load.weights) if load.working else 0
+def stage_working(config: ModelConfig, load: Load, kind: Kind = "cuda") -> Working:
+  """Nothing where it is not asked for."""
+  if not load.working:
+    return Working()
+  return working(config, dtype=load.dtype, weights=load.weights, capacity=load.capacity, kind=kind)
 
 
-def layer_bytes(config: ModelConfig, load: Load) -> int:
-  """One layer, its caches included."""
+def layer_bytes(config: ModelConfig, load: Load, kind: Kind = "cuda") -> int:
+  """What one layer more takes, its caches included."""
   cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
-  return count.layer_bytes(config, **load.form) + load.max_sequences * cache
+  held = count.layer_bytes(config, **load.form) + load.max_sequences * cache
+  return held + stage_working(config, load, kind).layer
