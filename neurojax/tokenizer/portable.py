@@ -17,8 +17,9 @@ _PREPEND = {"type": "Prepend", "prepend": _SPACE}
 def portable(spec: TokenizerSpec) -> TokenizerSpec:
   """The same tokenizer as "bpe" or "spm"; a spec of these kinds comes back as it is.
 
-  Two things are lost, as in llama.cpp's own converter: NFC, which puts letters and their marks
-  together before cutting, and which of two splits of one piece merges first ("spm").
+  Some things are lost, as in llama.cpp's own converter: NFC, which puts letters and their marks
+  together before cutting; which of two splits of one piece merges first ("spm"); and that newer files
+  put no space in front of a text that begins with one, or after a special token.
 
   Raises: NotImplementedError: GGUF cannot say what the file says.
   """
