@@ -23,6 +23,7 @@ from neurojax.cli.probe import Probe
 from neurojax.cli.simulate import Simulate
 from neurojax.cli.size import Size
 from neurojax.cli.stage import Stage
+from neurojax.cli.tokenize import Tokenize
 from neurojax.cli.train import Train
 
 FAILED, USAGE, ENGINE, INTERRUPTED = 1, 2, 3, 130
@@ -35,6 +36,7 @@ class Verb(Protocol):
 Verbs = (
   Annotated[Demo, subcommand("demo")]
   | Annotated[Inspect, subcommand("inspect")]
+  | Annotated[Tokenize, subcommand("tokenize")]
   | Annotated[Generate, subcommand("generate")]
   | Annotated[Chat, subcommand("chat")]
   | Annotated[Stage, subcommand("stage")]
