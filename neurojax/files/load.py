@@ -20,6 +20,7 @@ from neurojax.scaling.count import Form, Grouped, Plain, Scales, Weights
 from neurojax.ternary.array import TernaryArray
 
 _ALIGNMENT = 64
+_ROWS_AT_ONCE = 64
 _PLAIN = {form.dtype: form for form in (Plain("float16"), Plain("bfloat16"))}
 _CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
 """Axes that a product sums over: leading ones, or trailing ones if negative; 1 unless listed."""
@@ -73,7 +74,7 @@ def load_span(
         if name not in stacked:
           stacked[name] = jax.tree.map(functools.partial(_buffer, len(stack.layers)), value)
         for whole, leaf in zip(*map(jax.tree.leaves, (stacked[name], value)), strict=True):
-          whole[place] = leaf
+          _copy(whole[place, ...], np.asarray(leaf))
       done += 1
       if progress:
         progress(done)
@@ -120,7 +121,7 @@ def _sound(
   where = f"{file.path}: {name}" + ("" if layer is None else f" of layer {layer}")
   if array.shape != shape:
     raise ValueError(f"{where} has shape {array.shape}, the configuration wants {shape}")
-  if not np.isfinite(array).all():
+  if not _is_finite(array):
     raise ValueError(f"{where} holds NaN or infinity: the file is damaged, get it again")
   return array
 
@@ -178,6 +179,29 @@ def _stored(
   codes, scales, group_size = file.read_ternary(name, layer)
   mode = "w2a8" if weights == "w2a8" else "w2a16"
   return TernaryArray.from_rows(codes, scales, shape, axes, group_size=group_size, mode=mode)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  exponent = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(array.dtype.name)
+  if exponent is None:
+    return bool(np.isfinite(array).all())
+  # A quarter of the time.
+  return bool(((array.view(np.uint16) & np.uint16(exponent)) != exponent).all())
+
+
+def _copy(into: np.ndarray, leaf: np.ndarray) -> None:
+  """`into[...] = leaf`, of which axes may be swapped: a few of its rows at a time, as one after the
+  other would touch all of `into` for each."""
+  if leaf.flags.c_contiguous or leaf.ndim < 2:
+    into[...] = leaf
+    return
+  slowest = int(np.argmax(leaf.strides))
+  run = leaf.shape[int(np.argmin(leaf.strides))]
+  rows = leaf.size // run // leaf.shape[slowest]
+  source, target = np.moveaxis(leaf, slowest, 0), np.moveaxis(into, slowest, 0)
+  step = max(1, _ROWS_AT_ONCE // max(1, rows))
+  for first in range(0, len(source), step):
+    target[first : first + step] = source[first : first + step]
 
 
 def _buffer(layers: int, leaf: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a file to the parameters of a span: the right tensors, in the right form, and no others."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import gguf
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from neurojax.config import Span
+from neurojax.files import load
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, parameter_bytes, ternary_matrices
 from neurojax.files.source import open_model
@@ -184,6 +186,27 @@ def test_a_file_without_ternary_matrices_is_refused_with_the_remedy(path: Path):
     with pytest.raises(ValueError, match=r"'w2a16', .*\(F32\): choose 'dense' or 'int8'") as caught:
       load_span(file, weights="w2a16")
   assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize("shape", [(3, 130, 7), (200, 1, 5), (1, 1, 1), (70, 3, 64)])
+def test_copies_of_swapped_axes_are_copies(shape: tuple[int, ...], order: tuple[int, ...]):
+  leaf = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(order)
+  into = np.zeros(leaf.shape, np.int32)
+  load._copy(into, leaf)
+  np.testing.assert_array_equal(into, leaf)
+  load._copy(into, leaf[:, ::-1])
+  np.testing.assert_array_equal(into, leaf[:, ::-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_not_finite_is_seen(dtype: str):
+  array = np.ones((5, 7), jnp.dtype(dtype)).T
+  array[3, 2] = np.finfo(np.float16).max
+  assert load._is_finite(array)
+  for bad in (np.inf, -np.inf, np.nan):
+    array[3, 2] = bad
+    assert not load._is_finite(array)
 
 
 def test_damage_is_found_on_loading(tmp_path: Path):
