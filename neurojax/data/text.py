@@ -28,7 +28,11 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
   (b"PK\x03\x04", "a zip archive: extract it first"),
   (b"PAR1", "a Parquet file: convert it to JSONL first"),
   (b"%PDF", "a PDF, not text: extract its text first"),
+  (b"\xff\xfe", "UTF-16: convert it (iconv -t UTF-8 FILE | ... -)"),
+  (b"\xfe\xff", "UTF-16: convert it (iconv -t UTF-8 FILE | ... -)"),
 )
+# Of the first bytes of a file that is no text; a NUL here and there is a character like any other.
+_NUL_SHARE = 0.1
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -158,8 +162,14 @@ class Corpus:
           self._refuse(source, line + i, f"not UTF-8 at byte {error.start} of the line")
 
   def _lines(self, group: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+    """Lines, of one that is longer than any may be its first part alone."""
+    refused = None
     for source, line, block in self._blocks(group):
       for i, row in enumerate(block.split(b"\n")):
+        if (source, line + i) == refused:
+          continue
+        if len(row) > _LONGEST_LINE:
+          refused = source, line + i
         yield source, line + i, row
 
   def _blocks(self, group: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
@@ -189,7 +199,8 @@ class Corpus:
           line += whole.count(b"\n")
         else:
           held += block
-          if len(held) > _LONGEST_LINE:
+          # Its first part alone is too long for a row, wherever a character ends.
+          if len(held) > _LONGEST_LINE + 4:
             end = _boundary(held)
             yield whose, line, held[:end]
             held = held[end:]
@@ -203,7 +214,11 @@ class Corpus:
       watched = _Watched(raw, digest)
       buffered = io.BufferedReader(watched, _BLOCK)
       try:
-        yield from _blocks_of(_unpacked(buffered, path))
+        blocks = _blocks_of(_unpacked(buffered, path, self._names[source]))
+        if first := next(blocks, b""):
+          _check_text(first, self._names[source])
+          yield first
+        yield from blocks
       except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(
           f"{self._names[source]}: damaged archive after {watched.count} bytes ({error}): get it again"
@@ -310,7 +325,7 @@ def _format(path: Path, format: Format) -> Literal["text", "jsonl"]:
   return "jsonl" if name.endswith(_JSONL) else "text"
 
 
-def _unpacked(file: io.BufferedReader, path: Path) -> BinaryIO:
+def _unpacked(file: io.BufferedReader, path: Path, name: str) -> BinaryIO:
   """The content, decompressed: its first bytes decide, never the name alone."""
   head = file.peek(8)[:8]
   if head.startswith(b"\xfd7zXZ\x00"):
@@ -319,10 +334,22 @@ def _unpacked(file: io.BufferedReader, path: Path) -> BinaryIO:
     return gzip.open(file)
   for magic, what in _FOREIGN:
     if head.startswith(magic):
-      raise ValueError(f"{path}: this is {what}")
+      raise ValueError(f"{name}: this is {what}")
   if path.suffix in (".xz", ".gz") and head:
-    raise ValueError(f"{path}: its name says {path.suffix[1:]} and its first bytes do not")
+    raise ValueError(f"{name}: its name says {path.suffix[1:]} and its first bytes do not")
   return file
+
+
+def _check_text(block: bytes, name: str) -> None:
+  """Raises: ValueError: what a file begins with is not text, though it may decode as UTF-8."""
+  if block[257:262] == b"ustar":
+    raise ValueError(f"{name}: this is a tar archive: extract it first (tar -xOf FILE | ... -)")
+  head = block[:8000]
+  if head.count(0) > _NUL_SHARE * len(head):
+    raise ValueError(
+      f"{name}: many of its bytes are NUL: this is no UTF-8 text, but UTF-16 (convert it: iconv -f"
+      " UTF-16LE -t UTF-8 FILE | ... -) or no text at all"
+    )
 
 
 def _blocks_of(file: BinaryIO) -> Iterator[bytes]:

@@ -1,9 +1,11 @@
 """Documents out of files: whatever the blocks, the compression and the rows, the same text."""
 
 import gzip
+import io
 import itertools
 import json
 import lzma
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(text, "_PART", 5)
   monkeypatch.setattr(text, "_LONGEST_PART", 40)
   monkeypatch.setattr(text, "_LONGEST_LINE", 50)
+  monkeypatch.setattr(text, "_NUL_SHARE", 1.0)
 
 
 texts = st.text(st.sampled_from("ab é漢\n\r\0 '<|sep>\u2028𝄞"), max_size=120).filter(
@@ -141,6 +144,35 @@ def test_bad_rows_of_jsonl_are_left_out_and_named(tmp_path: Path, suffix: str):
   assert len(corpus.bad) == len(BAD_ROWS) == corpus.tallies[0].bad_rows
   for i, (row, reason) in enumerate(zip(corpus.bad, BAD_ROWS.values(), strict=True)):
     assert f"line {i + 2}: " in row and reason in row
+
+
+def test_a_row_that_is_too_long_is_one_bad_row_and_none_of_it_is_taken(small, tmp_path: Path):
+  rows = [
+    '{"text": "one"}',
+    '{"text": "%s"}' % ("ä" * 90 + "\\n" + '{\\"text\\": 1}'),
+    '{"text": "two"}',
+  ]
+  corpus = Corpus([write(tmp_path / "a.jsonl", "\n".join(rows).encode())])
+  assert documents(corpus) == ["one", "two"]
+  assert [row.split(": ")[1] for row in corpus.bad] == ["longer than 50 bytes"]
+  assert (corpus.tallies[0].rows, corpus.tallies[0].bad_rows) == (3, 1)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl.gz"])
+def test_what_decodes_and_is_no_text_is_refused(tmp_path: Path, suffix: str):
+  tarred = io.BytesIO()
+  with tarfile.open(fileobj=tarred, mode="w") as archive:
+    archive.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+  for data, reason in (
+    ("text".encode("utf-16"), "UTF-16" if suffix == ".txt" else ""),
+    ("text".encode("utf-16-le"), "iconv"),
+    (tarred.getvalue(), "tar archive"),
+  ):
+    corpus = Corpus([write(tmp_path / f"a{suffix}", data)])
+    with pytest.raises(ValueError, match=rf"a{suffix}: .*{reason}"):
+      documents(corpus)
+  rare = b"a" * 90 + b"\0" + b"b" * 90
+  assert documents(Corpus([write(tmp_path / "a.txt", rare)])) == [rare.decode()]
 
 
 def test_text_that_offers_no_place_is_cut_and_counted(small, tmp_path: Path):
