@@ -192,6 +192,7 @@ _GEMMA3 = dataclasses.replace(
   keys=_KEYS | {"logit_softcap": "final_logit_softcapping"},
   defaults={"rope_base": 10_000.0, "logit_softcap": None},
   fixed={"activation": "gelu_tanh", "embedding_scale": layers.root_of_width},
+  neutral={**_NEUTRAL, "mm.tokens_per_image": None},  # of a vision tower in another file
   layers=layers.GEMMA3,
 )
 # src/models/gemma4.cpp without the parts of its smaller and sparse models.
