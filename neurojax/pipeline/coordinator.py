@@ -167,12 +167,18 @@ class PipelineEngine(DrivenEngine):
       capacity=count.capacity_for(self._options.context_length),
       max_sequences=self._options.max_sequences,
       ternary=self._options.ternary,
+      working=True,
     )
+    kinds: dict[str, plan.Kind] = {
+      stage.host.address: "cpu" if stage.description.device == "cpu" else "cuda" for stage in met
+    }
     try:
       if planned is None:
-        self.placements = plan.proportional(self._config, list(free.items()), load)
+        self.placements = plan.proportional(
+          self._config, list(free.items()), load, list(kinds.values())
+        )
       else:
-        self.placements = plan.as_planned(self._config, planned, free, load)
+        self.placements = plan.as_planned(self._config, planned, free, load, kinds)
     except ValueError:
       for stage in met:
         await stage.close()

@@ -10,7 +10,7 @@ from neurojax.scaling.fit import Need, Purpose, Serving, Training
 from neurojax.scaling.fleet import Place
 from neurojax.scaling.ladder import ladder
 from neurojax.scaling.law import TERNARY_GAPS, TERNARY_SPECTRA11, Law, Loss, ternary_gap
-from neurojax.scaling.staging import Line, number
+from neurojax.scaling.staging import Line, needs_of, number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,12 @@ def caveats(losses: Losses, law: Law, parameters: int) -> list[str]:
 def memory_lines(
   config: ModelConfig,
   purpose: Purpose,
-  needed: Need,
+  needed: Sequence[Need],
   places: Sequence[Place],
   allowed: Sequence[int],
   headroom: float,
 ) -> list[Line]:
+  for_what = " for its programs to work in" if isinstance(purpose, Serving) else ""
   parameters = count.parameters(config)
   outer = config.vocab_size * config.model_dim * (1 if config.tied_embedding else 2)
   outer += config.model_dim
@@ -98,13 +99,16 @@ def memory_lines(
       f"{field.name} {getattr(step, field.name):,}" for field in dataclasses.fields(step)
     )
     lines.append(Line(what="training step", how=f"{parts}; {step.total:,} bytes on one place"))
-  lines.append(
-    Line(
-      what="stages",
-      how=f"{needed.layer:,} bytes a layer, {needed.base:,} a stage, {needed.first:,} more for the "
-      f"embedding, {needed.last:,} for norm and head",
+  for kind in dict.fromkeys(place.device.kind for place in places):
+    one = next(n for n, place in zip(needed, places, strict=True) if place.device.kind == kind)
+    where = "" if len({place.device.kind for place in places}) == 1 else f", {kind}"
+    lines.append(
+      Line(
+        what=f"stages{where}",
+        how=f"{one.layer:,} bytes a layer, {one.base:,} a stage{for_what}, {one.first:,} more for the "
+        f"embedding, {one.last:,} for norm and head",
+      )
     )
-  )
   free = sum(place.free_bytes for place in places)
   lines.append(
     Line(
@@ -148,10 +152,11 @@ def next_larger(
   larger = next((c for c in candidates if count.parameters(c) > now), None)
   if larger is None:
     return "none: this is the largest candidate, whatever the memory"
+  kinds = [place.device.kind for place in places]
   what = f"{count.parameters(larger):,} parameters ({larger.num_layers} x {larger.model_dim})"
   if most_parameters is not None and count.parameters(larger) > most_parameters:
     return f"{what}: above the {most_parameters:.4g} allowed"
-  missing = missing_free_bytes(fit.need(larger, purpose), allowed, headroom)
+  missing = missing_free_bytes(needs_of(larger, purpose, kinds), allowed, headroom)
   if not missing:
     return f"{what} would fit, or one after it: see the notes"
   return f"{what}: {missing:,} bytes more on {_largest(places)} would do"
@@ -166,7 +171,9 @@ def too_small(
 ) -> str:
   """Which constraint, by how much, and the nearest that would fit."""
   smallest = ladder(vocab_size, purpose.context)[0]
-  needed = fit.need(smallest, purpose)
+  kinds = [place.device.kind for place in places]
+  needed = needs_of(smallest, purpose, kinds)
+  most = max(range(len(allowed)), key=lambda index: allowed[index])
   missing = missing_free_bytes(needed, allowed, headroom)
   tries: list[tuple[str, Purpose]] = []
   if isinstance(purpose, Training) and not purpose.remat:
@@ -181,18 +188,18 @@ def too_small(
     scales = count.TERNARY_FORMATS["ternary-g128"]
     tries.append(("ternary weights", dataclasses.replace(purpose, weights="w2a8", scales=scales)))
   instead = next(
-    (what for what, other in tries if fit.fits(fit.need(smallest, other), allowed)), None
+    (what for what, other in tries if fit.fits(needs_of(smallest, other, kinds), allowed)), None
   )
   remedy = f"; or {instead} would fit as it is" if instead else ""
   return (
     f"memory is too small: {sum(allowed):,} bytes are free on {number(len(places), 'place')} after {headroom:.0%} "
     f"headroom, and the smallest candidate ({smallest.num_layers} layers of {smallest.model_dim}, "
-    f"{count.parameters(smallest):,} parameters) takes {needed.total:,} on one; {missing:,} bytes more on "
+    f"{count.parameters(smallest):,} parameters) takes {needed[most].total:,} on one; {missing:,} bytes more on "
     f"{_largest(places)} would do{remedy}"
   )
 
 
-def missing_free_bytes(needed: Need, allowed: Sequence[int], headroom: float) -> int:
+def missing_free_bytes(needed: Sequence[Need], allowed: Sequence[int], headroom: float) -> int:
   """What the largest place needs more, of which `headroom` stays free too; 0 if the model fits."""
   missing = fit.missing_bytes(needed, allowed)
   return missing and math.ceil(missing / (1 - headroom)) + 1

@@ -40,9 +40,8 @@ def check(given: Problem) -> None:
     )
   if most_layers(given.step_PRL, np.inf) >= given.num_layers:
     return
-  config, load = given.config, given.load
+  load = given.load
   free = np.array([place.free_bytes for place in given.places])
-  layer, extra_R = role_bytes(config, load)
   pins = {
     p: given.pins[place.label] for p, place in enumerate(given.places) if place.label in given.pins
   }
@@ -54,6 +53,7 @@ def check(given: Problem) -> None:
       f"every place is pinned, but with embedding and head only {most} of {given.num_layers} layers fit: "
       "move the pins of the first and last host"
     )
+  layer, extra_R = given.role_bytes(largest)
   low, high = 0, int(layer * given.num_layers + extra_R[WHOLE])
   while high - low > 1:
     middle = (low + high) // 2
@@ -105,8 +105,12 @@ def _smaller(given: Problem, free: np.ndarray, pins: dict[int, int]) -> str:
 def _most(given: Problem, load: Load, free: np.ndarray, pins: dict[int, int]) -> int:
   """As `most_layers`, by bytes alone."""
   total = given.num_layers
-  layer, extra_R = role_bytes(given.config, load)
-  most_PR = np.floor_divide(free[:, None] - extra_R, layer)
+  sizes = {
+    kind: role_bytes(given.config, load, kind) for kind in {p.device.kind for p in given.places}
+  }
+  layer_P = np.array([sizes[place.device.kind][0] for place in given.places])
+  extra_PR = np.stack([sizes[place.device.kind][1] for place in given.places])
+  most_PR = np.floor_divide(free[:, None] - extra_PR, layer_P[:, None])
   if any(most_PR[p, WHOLE] >= total for p in range(len(free)) if pins.get(p, total) == total):
     return total
   for p, layers in pins.items():

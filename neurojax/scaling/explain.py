@@ -7,7 +7,7 @@ import numpy as np
 
 from neurojax.scaling import predict
 from neurojax.scaling.placements import Plan, Reason, Stage
-from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem, role_bytes
+from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem
 
 
 def explained(given: Problem, plan: Plan) -> Plan:
@@ -67,7 +67,7 @@ def _placed(
   others: int,
   is_fastest: bool,
 ) -> str:
-  layer, _ = role_bytes(given.config, given.load)
+  layer, _ = given.role_bytes(number)
   is_first = stage.first_layer == 0
   is_last = stage.last_layer == given.num_layers - 1
   ends = [name for name, has in (("embedding", is_first), ("norm and head", is_last)) if has]
@@ -102,7 +102,7 @@ def _placed(
 
 def _left_out(given: Problem, plan: Plan, number: int, layer_s: float, worst_s: float) -> str:
   place = given.places[number]
-  layer, extra_R = role_bytes(given.config, given.load)
+  layer, extra_R = given.role_bytes(number)
   if _pin(given, number) == 0:
     return "pinned to no layers"
   least = layer + int(extra_R[MIDDLE])
@@ -148,11 +148,11 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
     parts["hops"] = plan.latency_s - sum(parts.values())
     shares = ", ".join(f"{name} {value / plan.latency_s:.0%}" for name, value in parts.items())
     found.append(f"of {milliseconds(plan.latency_s)} a token: {shares}")
-    layer, _ = role_bytes(given.config, given.load)
     full = [
       stage.label
       for stage in slowest
-      if stage.memory_bytes + layer > stage.free_bytes and _pin(given, index[stage.label]) is None
+      if stage.memory_bytes + given.role_bytes(index[stage.label])[0] > stage.free_bytes
+      and _pin(given, index[stage.label]) is None
     ]
     if full and len(slowest) > 1:
       found.append(

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from neurojax.scaling.count import Scales
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.load import Load, stage_bytes
 from neurojax.scaling.training import Optimizer, TrainBytes, train_bytes
+from neurojax.scaling.working import Kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serving:
-  """Stages that answer: weights, and the caches of `sequences` places of `context` positions.
+  """Stages that answer: weights, the caches of `sequences` places of `context` positions, and what
+  programs work in.
 
   Attributes:
     weights: "dense", "int8", or packed two-bit codes ("w2a8", "w2a16") with `scales` for every matrix.
@@ -42,10 +44,11 @@ class Serving:
       capacity=count.capacity_for(self.context),
       max_sequences=self.sequences,
       ternary=None if self.scales is None else count.uniform_ternary(config, self.scales),
+      working=True,
     )
 
-  def stage_bytes(self, config: ModelConfig, span: Span) -> int:
-    return stage_bytes(config, span, self.load(config))
+  def stage_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> int:
+    return stage_bytes(config, span, self.load(config), kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Training:
   compute_dtype: str = "bfloat16"
   diloco: bool = False
 
-  def train_bytes(self, config: ModelConfig, span: Span) -> TrainBytes:
+  def train_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> TrainBytes:
     return train_bytes(
       config,
       span,
@@ -70,10 +73,11 @@ class Training:
       remat=self.remat,
       compute_dtype=self.compute_dtype,
       diloco=self.diloco,
+      kind=kind,
     )
 
-  def stage_bytes(self, config: ModelConfig, span: Span) -> int:
-    return self.train_bytes(config, span).total
+  def stage_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> int:
+    return self.train_bytes(config, span, kind).total
 
 
 Purpose = Serving | Training
@@ -101,13 +105,17 @@ class Need:
     return self.base + layers * self.layer + extra
 
 
-def need(config: ModelConfig, purpose: Purpose) -> Need:
+Needs = Need | Sequence[Need]
+"""One for all places, or each place's own."""
+
+
+def need(config: ModelConfig, purpose: Purpose, kind: Kind = "cuda") -> Need:
   """From the bytes of five stages of a model of the same widths: all of them are linear in layers."""
   # Four layers show every kind of stage, whatever the model's depth.
   four = dataclasses.replace(config, num_layers=4)
 
   def size(first: int, last: int) -> int:
-    return purpose.stage_bytes(four, Span(first_layer=first, last_layer=last, num_layers=4))
+    return purpose.stage_bytes(four, Span(first_layer=first, last_layer=last, num_layers=4), kind)
 
   one = size(1, 1)
   layer = size(1, 2) - one
@@ -122,11 +130,14 @@ def need(config: ModelConfig, purpose: Purpose) -> Need:
   )
 
 
-def fits(needed: Need, free: Sequence[int]) -> bool:
+def fits(needed: Needs, free: Sequence[int]) -> bool:
   """Whether places with so many free bytes can hold the model."""
-  if needed.total < _NOWHERE:
-    return bool(_fitting(_table((needed,)), free)[0])
-  return needed.total <= max(free) or _ends(needed, free) is not None
+  needs = _each(needed, free)
+  if all(need.total < _NOWHERE for need in needs):
+    kinds = {need: _table((need,)) for need in needs}
+    return bool(_fitting(kinds, needs, free)[0])
+  alone = any(need.total <= space for need, space in zip(needs, free, strict=True))
+  return alone or _ends(needs, free) is not None
 
 
 def largest(
@@ -134,96 +145,176 @@ def largest(
   free: Sequence[int],
   vocab_size: int = VOCAB_SIZE,
   most_parameters: float | None = None,
+  kinds: Sequence[Kind] | None = None,
 ) -> ModelConfig | None:
   """The candidate with the most parameters that fits; None if none does.
 
   The list of candidates is fixed and every one that fits still fits with more memory: more never
   gives a smaller model.
+
+  Args:
+    kinds: Of the places' devices; GPUs if absent.
   """
   candidates = ladder(vocab_size, purpose.context)
-  fitting = _fitting(_ladder_table(purpose, vocab_size), free)
+  kinds = ["cuda"] * len(free) if kinds is None else kinds
+  tables = {kind: _ladder_table(purpose, vocab_size, kind) for kind in set(kinds)}
+  fitting = _fitting(tables, kinds, free)
   if most_parameters is not None:
     fitting = fitting & np.array([count.parameters(c) <= most_parameters for c in candidates])
   return candidates[int(fitting.nonzero()[0][-1])] if fitting.any() else None
 
 
-def missing_bytes(needed: Need, free: Sequence[int]) -> int:
+def missing_bytes(needed: Needs, free: Sequence[int]) -> int:
   """The least that the largest place needs more for the model to fit; 0 if it fits."""
-  if fits(needed, free):
+  needs = _each(needed, free)
+  if fits(needs, free):
     return 0
   most = max(range(len(free)), key=lambda index: free[index])
-  low, high = 0, needed.total
+  low, high = 0, max(needs[most].total - free[most], 1)
   while low + 1 < high:
     middle = (low + high) // 2
     more = [space + middle * (index == most) for index, space in enumerate(free)]
-    low, high = (low, middle) if fits(needed, more) else (middle, high)
+    low, high = (low, middle) if fits(needs, more) else (middle, high)
   return high
 
 
 def place(
-  needed: Need, free: Sequence[int], speeds: Sequence[float] | None = None
+  needed: Needs, free: Sequence[int], speeds: Sequence[float] | None = None, head: float = 0.0
 ) -> list[tuple[int, int]] | None:
   """(index of the place, layers) along the pipeline; None if the model does not fit.
 
-  With speeds the slowest stage takes the least that memory allows, embedding and head not counted;
-  without, one place is used if one holds all, else layers are spread by memory.
+  With speeds the slowest stage takes the least that memory allows, so that more memory never makes it
+  slower; without, one place is used if one holds all, else layers are spread by memory.
+
+  Args:
+    speeds: In layers, of any unit of time.
+    head: What the last stage has to do beside its layers, in layers.
   """
-  best: tuple[float, list[tuple[int, int]]] | None = None
-  alone = [index for index, space in enumerate(free) if space >= needed.total]
+  needs = _each(needed, free)
+  total = needs[0].num_layers
+  if speeds is not None:
+    return _fastest(needs, free, np.array(speeds), head)
+  alone = [i for i, space in enumerate(free) if space >= needs[i].total]
   if alone:
-    index = max(alone, key=lambda i: (speeds[i] if speeds else 0.0, free[i], -i))
-    best = (needed.num_layers / speeds[index] if speeds else 0.0, [(index, needed.num_layers)])
-    if not speeds:
-      return best[1]
-  ends = _ends(needed, free)
-  if ends is not None:
-    counts = _spread(needed, free, ends, speeds or [float(space) for space in free])
-    slowest = max(n / speeds[i] for i, n in counts.items()) if speeds else 0.0
-    if best is None or slowest < best[0]:
-      first, last = ends
-      middle = [index for index in sorted(counts) if index not in ends]
-      best = slowest, [(index, counts[index]) for index in (first, *middle, last)]
-  return best[1] if best else None
+    return [(max(alone, key=lambda i: (free[i], -i)), total)]
+  ends = _ends(needs, free)
+  if ends is None:
+    return None
+  room = [_capacity(need, space) for need, space in zip(needs, free, strict=True)]
+  for index, extra in zip(ends, ("first", "last"), strict=True):
+    room[index] = _capacity(needs[index], free[index], getattr(needs[index], extra))
+  return _spread(total, room, ends, [float(space) for space in free])
+
+
+def _fastest(
+  needs: Sequence[Need], free: Sequence[int], speed_P: np.ndarray, head: float
+) -> list[tuple[int, int]] | None:
+  """By bisection over what the slowest stage takes."""
+  total = needs[0].num_layers
+  room_PR = np.array([
+    [_capacity(need, space, extra) for extra in (0, need.first, need.last)]
+    for need, space in zip(needs, free, strict=True)
+  ])  # fmt: skip
+  room_PR = np.minimum(room_PR, total)
+  alone = [i for i, need in enumerate(needs) if need.total <= free[i]]
+
+  def within(time_s: float) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """Layers that places can have as they are, as first and as last, and the best two for ends."""
+    quota_P = np.minimum(time_s * speed_P * (1 + 1e-12), total)
+    last_P = np.minimum(time_s * speed_P * (1 + 1e-12) - head, total)
+    most_PR = np.minimum(room_PR, np.stack([quota_P, quota_P, last_P], axis=1).astype(int))
+    ends = _best_ends(most_PR)
+    if ends is None:
+      return None
+    lost = most_PR[ends[0], 0] - most_PR[ends[0], 1] + most_PR[ends[1], 0] - most_PR[ends[1], 2]
+    return (most_PR, ends) if most_PR[:, 0].sum() - lost >= total else None
+
+  best_s, best = np.inf, None
+  if alone:
+    index = max(alone, key=lambda i: (speed_P[i], free[i], -i))
+    best_s, best = (total + head) / speed_P[index], [(index, total)]
+  high = (total + head) / float(speed_P.min())
+  if total < 2 or within(high) is None:
+    return best
+  low = 0.0
+  while high - low > 1e-12 * high:
+    middle = (low + high) / 2
+    low, high = (low, middle) if within(middle) else (middle, high)
+  if high >= best_s:
+    return best
+  found = within(high)
+  assert found is not None
+  most_PR, (first, last) = found
+  room = [int(n) for n in most_PR[:, 0]]
+  room[first], room[last] = int(most_PR[first, 1]), int(most_PR[last, 2])
+  return _spread(total, room, (first, last), [float(speed) for speed in speed_P], head)
+
+
+def _best_ends(most_PR: np.ndarray) -> tuple[int, int] | None:
+  """Two places that lose the fewest layers to embedding and head, and hold one beside them."""
+  found = []
+  for role in (1, 2):
+    lost_P = np.where(most_PR[:, role] > 0, most_PR[:, 0] - most_PR[:, role], np.iinfo(int).max)
+    found.append([
+      (int(lost_P[i]), int(i))
+      for i in np.argsort(lost_P, kind="stable")[:2]
+      if most_PR[i, role] > 0
+    ])  # fmt: skip
+  pairs = [(a + b, i, j) for a, i in found[0] for b, j in found[1] if i != j]
+  return min(pairs)[1:] if pairs else None
+
+
+def _each(needed: Needs, free: Sequence[int]) -> Sequence[Need]:
+  return [needed] * len(free) if isinstance(needed, Need) else needed
 
 
 def _capacity(needed: Need, space: int, extra: int = 0) -> int:
   return max(0, (space - needed.base - extra) // needed.layer)
 
 
-def _ends(needed: Need, free: Sequence[int]) -> tuple[int, int] | None:
+def _ends(needs: Sequence[Need], free: Sequence[int]) -> tuple[int, int] | None:
   """The places where embedding and head cost the fewest layers, if the model then fits."""
-  if needed.num_layers < 2:
+  if needs[0].num_layers < 2:
     return None
-  most = [_capacity(needed, space) for space in free]
+  each = list(zip(needs, free, strict=True))
+  most = [_capacity(need, space) for need, space in each]
   lost = []
-  for extra in (needed.first, needed.last):
-    left = [_capacity(needed, space, extra) for space in free]
+  for extras in ([need.first for need in needs], [need.last for need in needs]):
+    left = [_capacity(*one, extra) for one, extra in zip(each, extras, strict=True)]
     possible = [(m - n, index) for index, (m, n) in enumerate(zip(most, left, strict=True)) if n]
     lost.append(heapq.nsmallest(2, possible))
   pairs = [(a + b, i, j) for a, i in lost[0] for b, j in lost[1] if i != j]
-  if not pairs or sum(most) - min(pairs)[0] < needed.num_layers:
+  if not pairs or sum(most) - min(pairs)[0] < needs[0].num_layers:
     return None
   return min(pairs)[1:]
 
 
 def _spread(
-  needed: Need, free: Sequence[int], ends: tuple[int, int], speeds: Sequence[float]
-) -> dict[int, int]:
+  total: int,
+  room: Sequence[int],
+  ends: tuple[int, int],
+  speeds: Sequence[float],
+  head: float = 0.0,
+) -> list[tuple[int, int]]:
   """Layers of each place: one after the other to whoever is then done first and has room."""
-  extra = {ends[0]: needed.first, ends[1]: needed.last}
-  room = [_capacity(needed, space, extra.get(index, 0)) for index, space in enumerate(free)]
+  first, last = ends
   counts = dict.fromkeys(ends, 1)
-  queue = [((counts.get(i, 0) + 1) / speeds[i], i) for i in range(len(free)) if speeds[i] > 0]
+
+  def done_s(index: int) -> float:
+    return (counts.get(index, 0) + 1 + head * (index == last)) / speeds[index]
+
+  queue = [(done_s(i), i) for i in range(len(room)) if speeds[i] > 0]
   heapq.heapify(queue)
-  left = needed.num_layers - 2
+  left = total - 2
   while left:
     _, index = heapq.heappop(queue)
     if counts.get(index, 0) >= room[index]:
       continue
     counts[index] = counts.get(index, 0) + 1
     left -= 1
-    heapq.heappush(queue, ((counts[index] + 1) / speeds[index], index))
-  return counts
+    heapq.heappush(queue, (done_s(index), index))
+  middle = [index for index in sorted(counts) if index not in ends]
+  return [(index, counts[index]) for index in (first, *middle, last)]
 
 
 _NOWHERE = 2**60
@@ -251,29 +342,35 @@ def _table(needs: Sequence[Need]) -> _Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _ladder_table(purpose: Purpose, vocab_size: int) -> _Table:
-  return _table([need(config, purpose) for config in ladder(vocab_size, purpose.context)])
+def _ladder_table(purpose: Purpose, vocab_size: int, kind: Kind) -> _Table:
+  return _table([need(config, purpose, kind) for config in ladder(vocab_size, purpose.context)])
 
 
-def _fitting(table: _Table, free: Sequence[int]) -> np.ndarray:
-  """Which candidates fit: `_ends` for all of them at once."""
-  # Places with equal memory are alike; of each kind two matter as ends.
-  kinds = Counter(free)
-  space_K, number_K = np.array(list(kinds), np.int64), np.array(list(kinds.values()))
-  alone_C = table.total <= space_K.max()
+def _fitting(
+  tables: Mapping[Hashable, _Table], kinds: Sequence[Hashable], free: Sequence[int]
+) -> np.ndarray:
+  """Which candidates fit: `_ends` for all of them at once. kinds: Whose table holds for each place."""
+  # Places of a kind with equal memory are alike; of those two matter as ends.
+  alike = Counter(zip(kinds, free, strict=True))
+  space_K, number_K = np.array([space for _, space in alike], np.int64), np.array([*alike.values()])
+
+  def by_place(name: str) -> np.ndarray:
+    return np.stack([getattr(tables[kind], name) for kind, _ in alike], axis=1)
+
+  alone_C = (by_place("total") <= space_K).any(axis=1)
   two_K = np.repeat(np.arange(len(space_K)), np.minimum(number_K, 2))
   if len(two_K) < 2:
     return alone_C
+  base_CK, layer_CK, num_layers = by_place("base"), by_place("layer"), by_place("num_layers")[:, 0]
 
-  def capacity(extra_C: np.ndarray | int) -> np.ndarray:
-    room_CK = space_K[None] - (table.base + extra_C)[:, None]
-    return np.maximum(0, room_CK // table.layer[:, None])
+  def capacity(extra_CK: np.ndarray | int) -> np.ndarray:
+    return np.maximum(0, (space_K - (base_CK + extra_CK)) // layer_CK)
 
   most_CK = capacity(0)
   impossible = np.int64(2**60)
   ends = []
-  for extra_C in (table.first, table.last):
-    left_CK = capacity(extra_C)
+  for name in ("first", "last"):
+    left_CK = capacity(by_place(name))
     lost_CE = np.where(left_CK > 0, most_CK - left_CK, impossible)[:, two_K]
     least_C2 = np.argpartition(lost_CE, 1, axis=1)[:, :2]
     ends.append((least_C2, np.take_along_axis(lost_CE, least_C2, axis=1)))
@@ -282,5 +379,5 @@ def _fitting(table: _Table, free: Sequence[int]) -> np.ndarray:
   pair_C22 = np.where(at_a[:, :, None] == at_b[:, None, :], impossible, pair_C22)
   lost_C = pair_C22.min(axis=(1, 2))
   most_C = (most_CK * number_K[None]).sum(axis=1)
-  cut_C = (lost_C < impossible) & (most_C - lost_C >= table.num_layers) & (table.num_layers > 1)
+  cut_C = (lost_C < impossible) & (most_C - lost_C >= num_layers) & (num_layers > 1)
   return alone_C | cut_C

@@ -7,7 +7,7 @@ from typing import Literal
 
 from neurojax.scaling import predict
 from neurojax.scaling import proportional as by_memory
-from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem, role_bytes
+from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem
 
 Objective = Literal["latency", "throughput"]
 PREFILL_TOKENS = 256
@@ -133,12 +133,12 @@ class _Maker:
     self.prefill = predict.work(config, load, context=problem.context, tokens=self.tokens)
     self.step_bytes = predict.wire_bytes(config, load, batch=problem.batch)
     self.prefill_bytes = predict.wire_bytes(config, load, tokens=self.tokens)
-    self.layer, self.extra_R = role_bytes(config, load)
 
   def stage(
     self, number: int, first: int, layers: int, *, pipeline: int = 0, share: float = 1.0
   ) -> Stage:
     place = self.problem.places[number]
+    layer, extra_R = self.problem.role_bytes(number)
     ends = (first == 0) * FIRST + (first + layers == self.problem.num_layers) * LAST
 
     def seconds(work: predict.Work) -> float:
@@ -153,7 +153,7 @@ class _Maker:
       device=place.device.name or place.device.kind,
       first_layer=first,
       last_layer=first + layers - 1,
-      memory_bytes=int(self.layer * layers + self.extra_R[ends]),
+      memory_bytes=int(layer * layers + extra_R[ends]),
       free_bytes=place.free_bytes,
       step_s=seconds(self.decode),
       prefill_s=seconds(self.prefill),
@@ -322,7 +322,8 @@ def proportional(problem: Problem, objective: Objective = "latency") -> Plan:
   The seed's intent; its own code gives every layer to the first node. Raises: ValueError: too small.
   """
   hosts = [(place.label, place.free_bytes) for place in problem.places]
-  placed = by_memory.proportional(problem.config, hosts, problem.load)
+  kinds = [place.device.kind for place in problem.places]
+  placed = by_memory.proportional(problem.config, hosts, problem.load, kinds)
   index = {place.label: number for number, place in enumerate(problem.places)}
   chain = [(index[p.host], len(p.span)) for p in placed]
   return assemble(problem, [chain], objective=objective, method="proportional to memory")
@@ -343,9 +344,9 @@ def fill(problem: Problem, objective: Objective = "latency") -> Plan:
 
   Raises: ValueError: layers are left at the end.
   """
-  layer, extra_R = role_bytes(problem.config, problem.load)
   left, chain = problem.num_layers, []
   for number, place in enumerate(problem.places):
+    layer, extra_R = problem.role_bytes(number)
     start = 0 if chain else FIRST
     most = max(0, int((place.free_bytes - extra_R[start]) // layer))
     most_as_last = max(0, int((place.free_bytes - extra_R[start | LAST]) // layer))
@@ -371,13 +372,13 @@ def greedy(problem: Problem, objective: Objective = "latency") -> Plan:
 
   Raises: ValueError: a layer finds no place, and by how much.
   """
-  layer, extra_R = role_bytes(problem.config, problem.load)
   left = [place.free_bytes for place in problem.places]
   total = problem.num_layers
   chain: list[tuple[int, int]] = []
   for index in range(total):
     chosen = max(range(len(left)), key=lambda p: (left[p], -p))
     is_new = left[chosen] == problem.places[chosen].free_bytes
+    layer, extra_R = problem.role_bytes(chosen)
     need = layer + int(extra_R[(index == 0) * FIRST + (index == total - 1) * LAST])
     need -= 0 if is_new else int(extra_R[MIDDLE])
     if left[chosen] < need:

@@ -32,10 +32,12 @@ from neurojax.scaling.placements import (
 from neurojax.scaling.problem import Problem, problem
 from neurojax.scaling.proportional import Placement, as_planned, proportional
 from neurojax.scaling.replicas import replicated
+from neurojax.scaling.working import Kind
 
 __all__ = [
   "BASELINES",
   "Hop",
+  "Kind",
   "Load",
   "Objective",
   "Placement",

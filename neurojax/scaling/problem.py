@@ -9,7 +9,8 @@ import numpy as np
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count, predict
 from neurojax.scaling.fleet import MOST_BYTES, Fleet, Place
-from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working_bytes
+from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working
+from neurojax.scaling.working import Kind
 
 MIDDLE, FIRST, LAST, WHOLE = range(4)
 """What a stage holds beside layers: nothing; the embedding; norm and head; all of it. Bits: 1 is the
@@ -78,6 +79,15 @@ class Problem:
     places = self.hosts[number]
     label = self.places[places[0]].host.label
     return self.pins.get(label) if len(places) > 1 else None
+
+  def role_bytes(self, place: int) -> tuple[int, np.ndarray]:
+    """Bytes of one layer there, and those that each role adds to a stage of any layers."""
+    return self._role_bytes[self.places[place].device.kind]
+
+  @functools.cached_property
+  def _role_bytes(self) -> dict[str, tuple[int, np.ndarray]]:
+    kinds = {place.device.kind for place in self.places}
+    return {kind: role_bytes(self.config, self.load, kind) for kind in kinds}
 
   def restricted(self, places: list[int]) -> "Problem":
     """The same with some of the places."""
@@ -169,15 +179,16 @@ def problem(
   )
 
 
-def role_bytes(config: ModelConfig, load: Load) -> tuple[int, np.ndarray]:
+def role_bytes(config: ModelConfig, load: Load, kind: Kind = "cuda") -> tuple[int, np.ndarray]:
   """Bytes of one layer, and those that each role adds to a stage of any layers."""
-  layer = layer_bytes(config, load)
-  whole = stage_bytes(config, Span.whole(config), load) - config.num_layers * layer
+  layer = layer_bytes(config, load, kind)
+  whole = stage_bytes(config, Span.whole(config), load, kind) - config.num_layers * layer
   embedding = count.embedding_bytes(config, **load.form)
   head = count.head_bytes(config, **load.form)
   norm = config.model_dim * count.DTYPE_BYTES[load.dtype]
-  working = stage_working_bytes(config, load)
-  return layer, np.array([working, working + embedding, working + norm + head, whole])
+  working = stage_working(config, load, kind)
+  base, last = working.base, working.base + working.last
+  return layer, np.array([base, base + embedding, last + norm + head, whole])
 
 
 def _steps(
@@ -186,8 +197,10 @@ def _steps(
   total = config.num_layers
   n_L = np.arange(total + 1)
   work = predict.work(config, load, batch=batch, context=context)
-  layer, extra_R = role_bytes(config, load)
-  size_RL = extra_R[:, None] + layer * n_L
+  sizes: dict[str, np.ndarray] = {}
+  for kind in {place.device.kind for place in places}:
+    layer, extra_R = role_bytes(config, load, kind)
+    sizes[kind] = extra_R[:, None] + layer * n_L
   allowed_RL = np.ones((4, total + 1), bool)
   allowed_RL[1:, 0] = False
   allowed_RL[WHOLE, :total] = False
@@ -211,7 +224,7 @@ def _steps(
         step_RL[role] = np.maximum(read_s, compute_s) + overhead_s
       step_RL[MIDDLE, 0] = 0.0
       seen[id(place.device)] = step_RL
-    fits_RL = allowed_RL & (size_RL <= place.free_bytes)
+    fits_RL = allowed_RL & (sizes[place.device.kind] <= place.free_bytes)
     fits_RL[MIDDLE, 0] = True
     step_PRL[index][fits_RL] = step_RL[fits_RL]
   return step_PRL
@@ -248,7 +261,7 @@ def _fix(
 ) -> None:
   """Forbid what contradicts the pins. Pins of a host with several places bind their sum, elsewhere."""
   several = {place.host.label for place in places if place.label != place.host.label}
-  layer, _ = role_bytes(config, load)
+  layer = layer_bytes(config, load)
   for label in sorted(several & set(pins)):
     inside = [index for index, place in enumerate(places) if place.host.label == label]
     most = sum(int(np.isfinite(step_PRL[i]).any(axis=0).nonzero()[0].max()) for i in inside)

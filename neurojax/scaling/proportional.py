@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count
-from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working_bytes
+from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working
+from neurojax.scaling.working import Kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,10 @@ class Placement:
 
 
 def proportional(
-  config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load
+  config: ModelConfig,
+  hosts: Sequence[tuple[str, int]],
+  load: Load,
+  kinds: Sequence[Kind] | None = None,
 ) -> tuple[Placement, ...]:
   """Contiguous layers in proportion to free memory, each layer exactly once.
 
@@ -33,13 +37,16 @@ def proportional(
 
   Args:
     hosts: (name, free bytes) in the order of the pipeline.
+    kinds: Of each host's device, for working memory; GPUs if absent.
   Raises: ValueError: the fleet is too small; says by how much.
   """
   if not hosts:
     raise ValueError("no hosts to place the layers on")
-  shares = _shares(config, [free for _, free in hosts], load)
+  kinds = ["cuda"] * len(hosts) if kinds is None else kinds
+  shares = _shares(config, [free for _, free in hosts], load, kinds)
   if shares is None:
-    raise ValueError(_too_small(config, hosts, load))
+    raise ValueError(_too_small(config, hosts, load, kinds))
+  kinds = [kinds[index] for index, _ in shares]
   hosts, counts = [hosts[index] for index, _ in shares], [layers for _, layers in shares]
   spans, first = [], 0
   for layers in counts:
@@ -48,13 +55,19 @@ def proportional(
     )
     first += layers
   return tuple(
-    Placement(host=name, span=span, memory_bytes=stage_bytes(config, span, load), free_bytes=free)
-    for (name, free), span in zip(hosts, spans, strict=True)
+    Placement(
+      host=name, span=span, memory_bytes=stage_bytes(config, span, load, kind), free_bytes=free
+    )
+    for (name, free), span, kind in zip(hosts, spans, kinds, strict=True)
   )
 
 
 def as_planned(
-  config: ModelConfig, spans: Mapping[str, Span], free: Mapping[str, int], load: Load
+  config: ModelConfig,
+  spans: Mapping[str, Span],
+  free: Mapping[str, int],
+  load: Load,
+  kinds: Mapping[str, Kind] | None = None,
 ) -> tuple[Placement, ...]:
   """What a plan gives each host, held to what the host has free now.
 
@@ -62,7 +75,7 @@ def as_planned(
   """
   placements = []
   for host, span in spans.items():
-    needed = stage_bytes(config, span, load)
+    needed = stage_bytes(config, span, load, kinds[host] if kinds else "cuda")
     if needed > free[host]:
       raise ValueError(
         f"the plan gives {host} layers {span}: they take {needed:,} bytes with {load.max_sequences} "
@@ -73,11 +86,15 @@ def as_planned(
   return tuple(placements)
 
 
-def _shares(config: ModelConfig, free: list[int], load: Load) -> list[tuple[int, int]] | None:
+def _shares(
+  config: ModelConfig, free: list[int], load: Load, kinds: Sequence[Kind]
+) -> list[tuple[int, int]] | None:
   """(index of the host, its layers) for those that get any; None if the layers do not fit."""
   indices = list(range(len(free)))
   while indices:
-    counts = _counts(config, [free[index] for index in indices], load)
+    counts = _counts(
+      config, [free[index] for index in indices], load, [kinds[index] for index in indices]
+    )
     if counts is None:
       return None
     if all(counts):
@@ -87,21 +104,27 @@ def _shares(config: ModelConfig, free: list[int], load: Load) -> list[tuple[int,
   return None
 
 
-def _counts(config: ModelConfig, free: list[int], load: Load) -> list[int] | None:
+def _counts(
+  config: ModelConfig, free: list[int], load: Load, kinds: Sequence[Kind]
+) -> list[int] | None:
   """Layers of each host, some perhaps 0, if all of them hold their part; None if they cannot."""
-  per_layer = layer_bytes(config, load)
+  layers = {kind: layer_bytes(config, load, kind) for kind in set(kinds)}
+  working = {kind: stage_working(config, load, kind) for kind in set(kinds)}
   embedding = count.embedding_bytes(config, **load.form)
   head = count.head_bytes(config, **load.form)
   norm = config.model_dim * count.DTYPE_BYTES[load.dtype]
-  working = stage_working_bytes(config, load)
-  room = [space - working for space in free]
+  room = [space - working[kind].base for space, kind in zip(free, kinds, strict=True)]
   room[0] -= embedding
+  room[-1] -= working[kinds[-1]].last
   room[-1] -= norm + (head if len(free) > 1 or not config.tied_embedding else 0)
-  most = [max(0, space // per_layer) for space in room]
+  most = [max(0, space // layers[kind]) for space, kind in zip(room, kinds, strict=True)]
   total = config.num_layers
   if sum(most) < total:
     return None
-  space = [max(0, r) for r in room]
+  space: list[float] = [max(0, r) for r in room]
+  if len(layers) > 1:
+    # In proportion to the layers that each has room for.
+    space = [s / layers[kind] for s, kind in zip(space, kinds, strict=True)]
   whole = sum(space)
   exact = [total * s / whole for s in space]
   counts = [min(int(e), m) for e, m in zip(exact, most, strict=True)]
@@ -118,19 +141,21 @@ def _counts(config: ModelConfig, free: list[int], load: Load) -> list[int] | Non
   return counts
 
 
-def _too_small(config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load) -> str:
+def _too_small(
+  config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load, kinds: Sequence[Kind]
+) -> str:
   """How much is missing: the least that the largest host needs more for a plan to exist."""
   free = [space for _, space in hosts]
   largest = max(range(len(free)), key=lambda i: free[i])
   whole = Span(first_layer=0, last_layer=config.num_layers - 1, num_layers=config.num_layers)
-  low, high = 0, stage_bytes(config, whole, load)
+  low, high = 0, stage_bytes(config, whole, load, kinds[largest])
   while low + 1 < high:
     middle = (low + high) // 2
     more = [space + middle * (i == largest) for i, space in enumerate(free)]
-    low, high = (low, middle) if _shares(config, more, load) else (middle, high)
+    low, high = (low, middle) if _shares(config, more, load, kinds) else (middle, high)
   return (
     f"the fleet is too small: {len(free)} hosts have {sum(free):,} bytes free for {config.num_layers} "
-    f"layers of {layer_bytes(config, load):,} bytes each ({load.max_sequences} caches of "
+    f"layers of {layer_bytes(config, load, kinds[largest]):,} bytes each ({load.max_sequences} caches of "
     f"{load.capacity} positions included), embedding and head; {high:,} bytes more on "
     f"{hosts[largest][0]} would do: add memory or a host, shorten the context, allow fewer sequences, "
     "or hold the weights as int8"

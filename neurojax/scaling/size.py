@@ -20,11 +20,11 @@ from neurojax.scaling.fit import Purpose, Serving
 from neurojax.scaling.fleet import Device, Fleet, Host, Place
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
-from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, serve, train
-from neurojax.scaling.working import working_bytes
+from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, needs_of, serve, train
+from neurojax.scaling.working import Kind
 
 HEADROOM = 0.1
-"""Left free on each place: what a runtime takes beside weights, caches and kept activations."""
+"""Left free on each place: what a process takes beside weights, caches and its programs' working memory."""
 
 MFU = 0.4
 """Of the devices' FLOP/s in training. MaxText's Llama 2 7B reaches 0.38 to 0.50 on 8 to 128 H100,
@@ -94,8 +94,8 @@ class Sized:
 
 
 def one_host(memory_bytes: int) -> Fleet:
-  """A fleet of one place of so much memory and unknown speed."""
-  device = Device(kind="cpu", memory_bytes=memory_bytes)
+  """A fleet of one place of so much memory and unknown speed, which computes in any dtype."""
+  device = Device(kind="cuda", memory_bytes=memory_bytes)
   return Fleet(hosts=(Host(name="host", devices=(device,)),))
 
 
@@ -133,8 +133,9 @@ def size(
     raise ValueError("layers = 0 keeps every host out: free one")
   allowed = [allowed_bytes(place.free_bytes, headroom) for place in places]
   notes: list[str] = []
-  found = fit.largest(purpose, allowed, vocab_size, most_parameters)
-  config, kept = _settle(found, current, purpose, allowed, notes)
+  kinds = [place.device.kind for place in places]
+  found = fit.largest(purpose, allowed, vocab_size, most_parameters, kinds)
+  config, kept = _settle(found, current, purpose, kinds, allowed, notes)
   if config is None and most_parameters is not None:
     least = count.parameters(ladder(vocab_size, purpose.context)[0])
     if most_parameters < least:
@@ -143,7 +144,7 @@ def size(
       )
   if config is None:
     raise ValueError(too_small(purpose, places, allowed, vocab_size, headroom))
-  needed = fit.need(config, purpose)
+  needed = needs_of(config, purpose, kinds)
   if isinstance(purpose, Serving):
     stages, speed, lines = serve(
       config, purpose, fleet, places, allowed, needed, headroom, time_limit_s, notes
@@ -183,8 +184,6 @@ def size(
       f"this is what fits, not what someone has trained: {flops:.3g} FLOPs are {years:,.3g} years of 1,000 "
       f"H100 at an MFU of {MFU:g}; --most-parameters leaves larger candidates out"
     )
-  if isinstance(purpose, Serving):
-    notes += _too_tight(config, purpose, stages)
   used = sum(stage.memory_bytes for stage in stages) / sum(allowed)
   if used < 0.5 and not kept:
     notes.append(
@@ -245,14 +244,21 @@ def _settle(
   found: ModelConfig | None,
   current: ModelConfig | None,
   purpose: Purpose,
+  kinds: Sequence[Kind],
   allowed: Sequence[int],
   notes: list[str],
 ) -> tuple[ModelConfig | None, bool]:
   """The current architecture while it fits and nothing much larger does."""
   if current is None:
     return found, False
-  if not fit.fits(fit.need(current, purpose), allowed):
-    missing = fit.missing_bytes(fit.need(current, purpose), allowed)
+  if current.layer_kinds:
+    raise ValueError(
+      "the current architecture has layers of several kinds, and sizing counts layers as alike: leave "
+      "--current out, and ask `neurojax plan` whether it fits"
+    )
+  needs = needs_of(current, purpose, kinds)
+  if not fit.fits(needs, allowed):
+    missing = fit.missing_bytes(needs, allowed)
     notes.append(f"the current architecture no longer fits: {missing:,} bytes more would do")
     return found, False
   now = count.parameters(current)
@@ -267,19 +273,6 @@ def _settle(
     f"parameters, below {HYSTERESIS}"
   )
   return current, True
-
-
-def _too_tight(config: ModelConfig, purpose: Serving, stages: Sequence[Stage]) -> list[str]:
-  """Where the headroom is less than `plan` keeps for the working memory of a stage's programs."""
-  working = working_bytes(config, dtype=purpose.dtype, weights=purpose.weights)
-  tight = [stage.label for stage in stages if stage.memory_bytes + working > stage.free_bytes]
-  if not tight:
-    return []
-  more = f" and {len(tight) - 1} more" if len(tight) > 1 else ""
-  return [
-    f"the programs of a stage work in about {working:,} bytes more, and {tight[0]}{more} has less left: "
-    "`neurojax plan` refuses it; a larger --headroom makes room"
-  ]
 
 
 def _hosts(stages: Sequence[Stage], places: Sequence[Place]) -> tuple[HostMemory, ...]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count, fit
-from neurojax.scaling.fit import Need, Serving, Training
+from neurojax.scaling.fit import Need, Purpose, Serving, Training
 from neurojax.scaling.fleet import Device, Fleet, Place
 from neurojax.scaling.plan import best
 from neurojax.scaling.problem import MOST_PLACES
+from neurojax.scaling.working import Kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def serve(
   fleet: Fleet,
   places: Sequence[Place],
   allowed: Sequence[int],
-  needed: Need,
+  needed: Sequence[Need],
   headroom: float,
   time_limit_s: float,
   notes: list[str],
@@ -132,7 +133,7 @@ def train(
   fleet: Fleet,
   places: Sequence[Place],
   allowed: Sequence[int],
-  needed: Need,
+  needed: Sequence[Need],
   mfu: float,
   notes: list[str],
 ) -> tuple[tuple[Stage, ...], Speed, list[Line]]:
@@ -142,7 +143,11 @@ def train(
     notes.append(f"no training days: flops_per_s of {_some(unknown)} is unknown (`neurojax probe`)")
     return _by_memory(needed, places, allowed), Speed(), []
   speeds = {place.label: place.device.flops_per_s or 0.0 for place in places}
-  stages = _by_memory(needed, places, allowed, [speeds[place.label] for place in places])
+  layer = Span(first_layer=0, last_layer=0, num_layers=config.num_layers + 1)
+  flops = count.flops_per_token(config, context=purpose.context, mode="train", span=layer)
+  head = 3 * count.head_flops(config) / flops
+  rates = [speeds[place.label] / flops for place in places]
+  stages = _by_memory(needed, places, allowed, rates, head)
   timed = []
   for stage in stages:
     span = _span(config, stage)
@@ -182,18 +187,25 @@ def train(
   return tuple(timed), Speed(train_tokens_per_s=1 / per_token_s), lines
 
 
+def needs_of(config: ModelConfig, purpose: Purpose, kinds: Sequence[Kind]) -> list[Need]:
+  """Of each place, by the kind of its device."""
+  by_kind = {kind: fit.need(config, purpose, kind) for kind in set(kinds)}
+  return [by_kind[kind] for kind in kinds]
+
+
 def _by_memory(
-  needed: Need,
+  needed: Sequence[Need],
   places: Sequence[Place],
   allowed: Sequence[int],
   speeds: Sequence[float] | None = None,
+  head: float = 0.0,
 ) -> tuple[Stage, ...]:
-  placed = fit.place(needed, allowed, speeds)
+  placed = fit.place(needed, allowed, speeds, head)
   assert placed is not None
   stages, first = [], 0
   for order, (index, layers) in enumerate(placed):
     place = places[index]
-    memory = needed.stage(layers, first=order == 0, last=order == len(placed) - 1)
+    memory = needed[index].stage(layers, first=order == 0, last=order == len(placed) - 1)
     stages.append(
       Stage(
         host=place.host.label,

@@ -6,6 +6,7 @@ from typing import Literal
 from neurojax.config import ModelConfig, Span
 from neurojax.scaling import count
 from neurojax.scaling.count import DTYPE_BYTES
+from neurojax.scaling.working import Kind
 
 Optimizer = Literal["adamw", "muon", "sgd"]
 
@@ -47,6 +48,7 @@ def train_bytes(
   remat: bool = True,
   compute_dtype: str = "bfloat16",
   diloco: bool = False,
+  kind: Kind = "cuda",
 ) -> TrainBytes:
   """Memory of a stage that trains its span: master weights in float32, products in `compute_dtype`.
 
@@ -57,6 +59,7 @@ def train_bytes(
       keeps m of them: pass all their sequences.
     sequence: Tokens of each.
     diloco: Add the snapshot and the outer momentum of arXiv:2311.08105, algorithm 1.
+    kind: Of device. XLA:CPU computes bfloat16 as float32, and keeps activations so.
   """
   parameters = count.span_parameters(config, span)
   width = DTYPE_BYTES[compute_dtype]
@@ -66,7 +69,12 @@ def train_bytes(
     gradients=parameters * _MASTER,
     optimizer=optimizer_bytes(config, span, optimizer),
     activations=activation_bytes(
-      config, span, batch=batch, sequence=sequence, remat=remat, compute_dtype=compute_dtype
+      config,
+      span,
+      batch=batch,
+      sequence=sequence,
+      remat=remat,
+      compute_dtype="float32" if kind == "cpu" else compute_dtype,
     ),
     diloco=2 * parameters * _MASTER if diloco else 0,
   )

@@ -12,7 +12,7 @@ from neurojax.config import Span, from_toml, to_toml
 from neurojax.scaling import chains, exact, knapsack, plan, predict
 from neurojax.scaling.fleet import Fleet, Host, Link
 from neurojax.scaling.problem import problem
-from neurojax.scaling.working import working_bytes
+from neurojax.scaling.working import working
 from tests.scaling.fleets import LOAD, brute, config, device, fleets
 
 OBJECTIVES = st.sampled_from(["latency", "throughput"])
@@ -301,7 +301,7 @@ def test_more_places_than_are_planned_together_are_refused():
 @settings(max_examples=100, deadline=None)
 def test_room_for_working_memory_is_kept_on_every_stage(layers, sizes, objective):
   load, model = dataclasses.replace(LOAD, working=True), config(layers)
-  working = working_bytes(model, dtype=load.dtype, weights=load.weights)
+  needs = working(model, dtype=load.dtype, weights=load.weights, capacity=load.capacity)
   fleet = row(*[(size, 1e9) for size in sizes])
   simple = plan.compared(model, fleet, load, objective=objective)
   try:
@@ -316,6 +316,7 @@ def test_room_for_working_memory_is_kept_on_every_stage(layers, sizes, objective
   for known in (made, *(other for other in simple.values() if is_chain(other))):
     for stage in known.stages:
       span = Span(first_layer=stage.first_layer, last_layer=stage.last_layer, num_layers=layers)
-      assert stage.memory_bytes == plan.stage_bytes(model, span, LOAD) + working
+      working_bytes = needs.stage(len(span), is_last=span.is_last)
+      assert stage.memory_bytes == plan.stage_bytes(model, span, LOAD) + working_bytes
       assert stage.memory_bytes <= stage.free_bytes
     assert made.value()[0] <= known.value()[0] + 1e-9 * abs(known.value()[0])
