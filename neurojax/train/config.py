@@ -191,6 +191,11 @@ class TrainConfig:
       raise ValueError(
         f"attention = 'cudnn' computes in bfloat16, not in {self.compute_dtype}: choose 'einsum'"
       )
+    for name, value in self.model.beyond_plain().items():
+      what = f"model.{name}" if isinstance(value, tuple) else f"model.{name} = {value!r}"
+      raise ValueError(
+        f"{what}: what is trained is the plain decoder, with qk_norm and sub_norm: leave it out"
+      )
     self.layout.check(self.model.sizes(), batch_size=self.data.batch_size)
 
   @property

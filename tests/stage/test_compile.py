@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.config import ModelConfig, Sampling, Span
+from neurojax.config import LayerKind, ModelConfig, RopeScaling, Sampling, Span
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span
 from neurojax.files.source import open_model
@@ -23,6 +23,7 @@ from neurojax.stage import programs
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.cut import cut
 from neurojax.stage.fused import REFERENCE, Kernels, fuse
+from neurojax.stage.random import random_model
 from neurojax.stage.runtime import StageRuntime
 from neurojax.stage.step import StepInput
 
@@ -237,6 +238,22 @@ def test_norms_that_no_kernel_has_are_a_reason(tmp_path, said, hopper):
   assert level == "WARNING" and "sub_norm = True" in message
   with pytest.raises(NotImplementedError, match="sub_norm"):
     choose(load(tmp_path / "bitnet.gguf", "w2a8"), wanted="fused")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+  ("activation", "gelu_tanh"), ("post_norm", True), ("sliding_window", 16), ("logit_softcap", 30.0),
+  ("rope_scaling", RopeScaling(kind="yarn", factor=4.0, original_context_length=64)),
+  ("layer_kinds", (LayerKind(), LayerKind(mixer="convolution"))),
+])  # fmt: skip
+def test_what_no_kernel_computes_is_a_reason(said, hopper, field: str, value):
+  more = {"layer_pattern": (0, 1), "conv_width": 3} if field == "layer_kinds" else {}
+  config = dataclasses.replace(LLAMA, **{field: value}, **more)
+  model = random_model(config, Span.whole(config), dtype=jnp.bfloat16, weights="w2a8")
+  assert choose(model).kind == "model"
+  [(level, message)] = said()
+  assert level == "WARNING" and f"{field}" in message and "fused programs do not compute" in message
+  with pytest.raises(NotImplementedError, match=field):
+    choose(model, wanted="fused")
 
 
 NEW_JAX = pytest.mark.skipif(

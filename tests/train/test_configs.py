@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from neurojax.config import from_toml, to_toml
+from neurojax.config import RopeScaling, from_toml, to_toml
 from neurojax.scaling import count
 from neurojax.train.config import DataConfig, TrainConfig
 from tests.train import tiny
@@ -51,6 +51,15 @@ def test_the_twin_differs_in_weights_and_their_decay_alone():
 def test_what_cannot_be_is_refused_by_name(changes, message: str):
   with pytest.raises(ValueError, match=message):
     tiny.config(**changes)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+  ("activation", "relu2"), ("sliding_window", 8), ("qkv_bias", True), ("embedding_scale", 2.0),
+  ("rope_scaling", RopeScaling(kind="linear", factor=2.0)),
+])  # fmt: skip
+def test_a_model_that_training_would_compute_otherwise_is_refused_by_name(field: str, value):
+  with pytest.raises(ValueError, match=rf"model\.{field}.*the plain decoder"):
+    tiny.config(model=dataclasses.replace(tiny.config().model, **{field: value}))
 
 
 @pytest.mark.parametrize(("values", "message"), [
