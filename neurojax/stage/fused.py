@@ -180,9 +180,9 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
 def check(config: ModelConfig) -> None:
   """Raises: ValueError: the programs compute another architecture than this one."""
   if beyond := config.beyond_plain():
-    name, value = next(iter(beyond.items()))
-    what = f"{name} = {value!r}" if not isinstance(value, tuple) else name
-    raise ValueError(f"{what}: fused programs do not compute that; run the model as it is")
+    raise ValueError(
+      f"{', '.join(beyond)}: fused programs do not compute that; run the model as it is"
+    )
   if config.sub_norm:
     raise ValueError(
       "sub_norm = True: fused programs have no norm in front of attention's output and the FFN's"
