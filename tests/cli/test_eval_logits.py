@@ -1,0 +1,54 @@
+"""`neurojax eval logits`: what it writes, over one stage and more, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neurojax.cli import main
+from tests.golden.families import recipe
+
+
+def run(capsys, *argv: str) -> tuple[int, str]:
+  code = main(("eval", "logits", *argv))
+  return code, capsys.readouterr().err
+
+
+def test_stages_and_steps_give_the_logits_of_transformers(capsys, tmp_path: Path):
+  model = str(recipe.write_folder(tmp_path / "gemma3", "gemma3"))
+  ids, wanted = tmp_path / "ids.json", np.load(recipe.HERE / "gemma3.npy")
+  ids.write_text(json.dumps(recipe.tokens(96).tolist()))
+  found = {}
+  for stages in ("1", "2"):
+    out = tmp_path / f"{stages}.npy"
+    code, err = run(
+      capsys, "--model", model, "--tokens", str(ids), "--out", str(out), "--decode-from", "100",
+      "--stages", stages,
+    )  # fmt: skip
+    assert code == 0, err
+    found[stages] = np.load(out)
+    assert found[stages].dtype == np.float32 and found[stages].shape == wanted.shape
+  np.testing.assert_array_equal(found["1"], found["2"])
+  np.testing.assert_allclose(found["1"], wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("text", "options", "part"), [
+  ("[1, 96]", (), "entry 1 is 96, outside the vocabulary of 96"),
+  ("[-1]", (), "entry 0 is -1, outside"),
+  ("[1, 2.5]", (), "entry 1 is 2.5: ids are integers"),
+  ("[true]", (), "entry 0 is True"),
+  ("[]", (), "a list of token ids is expected"),
+  ('{"tokens": [1]}', (), "a list of token ids is expected"),
+  ("[1, 2", (), "not JSON"),
+  ("[1, 2]", ("--decode-from", "3"), "--decode-from 3: there are 2 tokens"),
+  ("[1, 2]", ("--stages", "4"), "--stages 4: the model has 3 layers"),
+  ("[1, 2]", ("--out", "/nowhere/x.npy"), "there is no folder /nowhere"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(capsys, tmp_path: Path, text: str, options, part: str):
+  model = str(recipe.write_folder(tmp_path / "m", "tinyllama"))
+  ids, out = tmp_path / "ids.json", tmp_path / "x.npy"
+  ids.write_text(text)
+  code, err = run(capsys, "--model", model, "--tokens", str(ids), "--out", str(out), *options)
+  assert code == 2 and part in " ".join(err.split()), err
+  assert not out.exists()
