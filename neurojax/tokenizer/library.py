@@ -8,16 +8,19 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
 from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
 from neurojax.tokenizer.cut import parts_at_spaces
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
+from neurojax.tokenizer.spaced import Words
 from neurojax.tokenizer.tokenizer_json import pre_name
 
 _SPACE = "\u2581"
+# Shorter texts are not worth a second set of rules.
+_LONG = 1 << 16
 
 
 def load(source: str) -> tokenizers.Tokenizer:
@@ -53,6 +56,7 @@ class Library:
     self._control = control
     self._fast = load(source)
     self._plain: tokenizers.Tokenizer | None = None
+    self._words: Words | Literal[False] | None = None
     # No text can contain it but by knowing it.
     self._start = f"<{secrets.token_hex(24)}>"
     table = json.loads(source)
@@ -64,8 +68,11 @@ class Library:
     """The library's ids; without `parse_special` no special token is recognised."""
     spelled = _spells(text, self._control)
     fast = self._without_control() if spelled and not parse_special else self._fast
-    if self._cuts_at_spaces and not (spelled and parse_special) and not _spells(text, self._others):
-      return _run(fast, parts_at_spaces(text))
+    if len(text) > _LONG and not spelled and not _spells(text, self._others):
+      if self._cuts_at_spaces:
+        return _run(fast, parts_at_spaces(text))
+      if (words := self._by_words()) is not None:
+        return words.encode(text)
     return _run(fast, [text])
 
   def encode_guarded(self, text: str, guard: str) -> list[int]:
@@ -89,6 +96,14 @@ class Library:
     if any(_spells(text, self._control) for text in texts):
       return [self.encode(text, parse_special=False) for text in texts]
     return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def _by_words(self) -> Words | None:
+    if self._words is None:
+      try:
+        self._words = Words(self._source)
+      except (NotImplementedError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        self._words = False
+    return self._words or None
 
   def _without_control(self) -> tokenizers.Tokenizer:
     """The same rules on a vocabulary without special tokens: nothing spells one."""

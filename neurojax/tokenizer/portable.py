@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from neurojax.tokenizer.library import decoding
+from neurojax.tokenizer.spaced import prefix_rule
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.tokenizer_json import check_model, merge_line, pre_name
-
-_SPACE = "\u2581"
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-_PREPEND = {"type": "Prepend", "prepend": _SPACE}
 
 
 def portable(spec: TokenizerSpec) -> TokenizerSpec:
@@ -67,30 +64,10 @@ def portable(spec: TokenizerSpec) -> TokenizerSpec:
     )
   if not model.get("byte_fallback") or model.get("ignore_merges"):
     raise NotImplementedError("BPE on text without byte tokens: GGUF has no name for it")
-  if not _prepends(table):
+  if prefix_rule(table) == "never":
     return dataclasses.replace(spec, pre="gemma4")
   return dataclasses.replace(
     spec, kind="spm", pre=None, merges=(), add_space_prefix=True, scores=_scores(spec, model)
-  )
-
-
-def _prepends(table: Mapping[str, Any]) -> bool:
-  """Whether text gets a space in front; text is otherwise only spelled with U+2581."""
-  normalizer, pre = table.get("normalizer"), table.get("pre_tokenizer")
-  steps = (
-    normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer]
-  )
-  match pre:
-    case {"type": "Metaspace", "replacement": "\u2581", "split": False} if normalizer is None:
-      return pre.get("prepend_scheme", "always") != "never"
-    # All spaces are gone by then: this cuts nothing.
-    case None | {"type": "Split", "pattern": {"String": " "}}:
-      if steps == [_REPLACE]:
-        return False
-      if steps == [_PREPEND, _REPLACE]:
-        return True
-  raise NotImplementedError(
-    f"normalizer {normalizer!r:.120} with pre-tokenizer {pre!r:.120}: GGUF has no name for it"
   )
 
 

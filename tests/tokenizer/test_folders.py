@@ -174,12 +174,26 @@ def test_a_tokenizer_json_becomes_gguf_or_is_refused(name: str, made: dict):
 
 def test_long_texts_are_cut_without_a_trace(made: dict, monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr("neurojax.tokenizer.cut._PART", 7)
+  monkeypatch.setattr("neurojax.tokenizer.library._LONG", 1)
   text = " ".join(hostile(30)) + " the cat  sat on the été mat " * 4
   for name in ("llama-bpe", "qwen2"):
     for sample in (text, text.replace("<", "")):
       ours = Tokenizer(spec_from_library(made[name].to_str()))
       assert ours.encode(sample, parse_special=True) == made[name].encode(sample).ids
       assert ours.encode_many([sample, "the"]) == [ours.encode(sample), ours.encode("the")]
+
+
+@pytest.mark.parametrize("name", ["prepend", "first", "always", "gemma"])
+def test_long_texts_by_words_have_the_same_ids(
+  name: str, made: dict, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr("neurojax.tokenizer.library._LONG", 0)
+  ours = Tokenizer(spec_from_library(made[name].to_str()))
+  for text in hostile(150, seed=4):
+    text = text.replace("<tool>", "thing")
+    if not any(token in text for token in SPECIAL):
+      assert ours.encode(text) == made[name].encode(text, add_special_tokens=False).ids
+  assert ours._library._words
 
 
 def test_what_the_files_beside_it_say(made: dict, tmp_path: Path):

@@ -1,0 +1,88 @@
+"""tokenizer.json of SentencePiece's kind: text with U+2581 for a space, merged as a whole."""
+
+import itertools
+import json
+import operator
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import tokenizers
+
+SPACE = "\u2581"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+
+Prefix = Literal["never", "prepend", "always", "first"]
+
+
+def prefix_rule(table: Mapping[str, Any]) -> Prefix:
+  """When such a tokenizer.json puts a space in front of a text: "prepend" always does; "always" and
+  "first" unless there is one, the latter only at the very start.
+
+  Raises: NotImplementedError: it does something else to a text.
+  """
+  normalizer, pre = table.get("normalizer"), table.get("pre_tokenizer")
+  steps = (
+    normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer]
+  )
+  match pre:
+    case {"type": "Metaspace", "replacement": "\u2581", "split": False} if normalizer is None:
+      scheme = pre.get("prepend_scheme", "always")
+      if scheme in ("never", "always", "first"):
+        return scheme
+    # All spaces are gone by then: this cuts nothing.
+    case None | {"type": "Split", "pattern": {"String": " "}}:
+      if steps == [_REPLACE]:
+        return "never"
+      if steps == [_PREPEND, _REPLACE]:
+        return "prepend"
+  raise NotImplementedError(
+    f"normalizer {normalizer!r:.120} with pre-tokenizer {pre!r:.120}: GGUF has no name for it"
+  )
+
+
+class Words:
+  """Long texts word by word, each encoded once: cut where no merge reaches across.
+
+  Raises: NotImplementedError: rules under which that could change an id.
+  """
+
+  def __init__(self, source: str):
+    table = json.loads(source)
+    self._prefix = prefix_rule(table)
+    model = table["model"]
+    spelled = model["vocab"]
+    odd = [
+      key
+      for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+      if model.get(key)
+    ]
+    if odd or model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
+      raise NotImplementedError("no plain BPE with byte tokens")
+    # With a token for each byte nothing is unknown, and no run of unknowns crosses a cut.
+    if not all(f"<0x{byte:02X}>" in spelled for byte in range(256)):
+      raise NotImplementedError("not every byte has a token")
+    merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+    self._joints = frozenset(left[-1] + right[0] for left, right in merges)
+    bare = {
+      **table,
+      "normalizer": None,
+      "pre_tokenizer": None,
+      "post_processor": None,
+      "added_tokens": [],
+    }
+    self._fast = tokenizers.Tokenizer.from_str(json.dumps(bare))
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text without added tokens, at its start."""
+    text = text.replace(" ", SPACE)
+    if self._prefix == "prepend" or (self._prefix != "never" and not text.startswith(SPACE)):
+      text = SPACE + text if text else text
+    pairs = map(operator.add, text, itertools.islice(text, 1, None))
+    joints = self._joints
+    cuts = [i for i, pair in enumerate(pairs, 1) if pair not in joints]
+    words = [text[a:b] for a, b in itertools.pairwise((0, *cuts, len(text)))]
+    unique = list(dict.fromkeys(words))
+    encoded = self._fast.encode_batch_fast(unique, add_special_tokens=False)
+    ids = {word: each.ids for word, each in zip(unique, encoded, strict=True)}
+    return list(itertools.chain.from_iterable(map(ids.__getitem__, words)))
