@@ -54,8 +54,9 @@ def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> T
   """The tokenizer of a tokenizer.json's text, with ids as the library `tokenizers` gives them.
 
   Args:
-    config: What tokenizer_config.json says: `bos_token`, `eos_token`, `unk_token`, `add_bos_token`,
-      `add_eos_token`. Without it nothing ends a generation but tokens known by their text.
+    config: What tokenizer_config.json says: `bos_token`, `eos_token`, `unk_token`. Without it nothing
+      ends a generation but tokens known by their text. Its `add_bos_token` is not asked: the file's
+      own post-processor decides, as in transformers.
   Raises: ValueError, NotImplementedError: as `spec_from_folder`.
   """
   config = config or {}
@@ -86,10 +87,6 @@ def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> T
     types[unknown_id] = "unknown"
   first, last = _ends(fast)
   bos_id, eos_id = _id(config, "bos_token", ids), _id(config, "eos_token", ids)
-  if "add_bos_token" in config or "add_eos_token" in config:
-    # transformers then puts its own rule in place of the file's.
-    first = bos_id if config.get("add_bos_token") else None
-    last = eos_id if config.get("add_eos_token") else None
   for name, mine, its in (("bos", bos_id, first), ("eos", eos_id, last)):
     if mine is not None and its is not None and mine != its:
       raise NotImplementedError(
