@@ -119,7 +119,7 @@ class GgufFile:
     info = self.info(name, layer)
     if info.type in _PLAIN:
       return _PLAIN[info.type]
-    if len(info.shape) != 2:
+    if len(info.shape) < 2:
       return None
     if info.type in BLOCKS:
       return BLOCKS[info.type].form
@@ -128,13 +128,13 @@ class GgufFile:
 
   def read_grouped(self, name: str, layer: int | None = None) -> GroupedRows:
     info = self.info(name, layer)
-    if info.type not in BLOCKS or len(info.shape) != 2:
+    if info.type not in BLOCKS or len(info.shape) < 2:
       raise ValueError(
         f"{self.path}: tensor {info.name!r} is {info.type} {info.shape}, no matrix of grouped"
         " integers: read it as numbers"
       )
     with self._file.range(info.offset, info.nbytes) as raw:
-      rows = BLOCKS[info.type].rows(raw, *info.shape)
+      rows = BLOCKS[info.type].rows(raw, math.prod(info.shape[:-1]), info.shape[-1])
     try:
       rows.check_finite()
     except ValueError as error:

@@ -127,46 +127,44 @@ class HuggingFaceFile:
   def read_ternary(
     self, name: str, layer: int | None = None
   ) -> tuple[np.ndarray, np.ndarray, int | None]:
-    stored = self._locate(name, layer)
-    weight = self._weights.get(stored.name)
-    if weight is None or weight.kind not in ("bitnet", "online"):
+    weights = self._parts(name, layer)
+    if any(weight.kind not in ("bitnet", "online") for weight in weights):
       kind = self.info(name, layer).type
       raise ValueError(f"{self.path}: {name} is {kind}, which is not ternary: read it as numbers")
-    return *self._ternary(weight), None
+    codes, scales = zip(*(self._ternary(weight) for weight in weights), strict=True)
+    if len(weights) == 1:
+      return codes[0], scales[0], None
+    return np.concatenate(codes), np.concatenate(scales), None
 
   def narrow_form(self, name: str, layer: int | None = None) -> Form | None:
-    stored = self._locate(name, layer)
-    weight = self._weights.get(stored.name)
-    if weight is None or stored.shift:
+    if self._locate(name, layer).shift:
       return None
-    if weight.kind == "awq":
-      return self._awq_form(weight)
-    if weight.kind == "scaled":
-      return self._float8_form(weight)
-    if weight.kind in ("bitnet", "online"):
-      return Scales(None, 4)
-    return _PLAIN.get(weight.info.type) if weight.kind == "plain" else None
+    forms = {self._form(weight) for weight in self._parts(name, layer)}
+    return forms.pop() if len(forms) == 1 else None
 
   def read_grouped(self, name: str, layer: int | None = None) -> GroupedRows:
-    stored = self._locate(name, layer)
-    weight = self._weights.get(stored.name)
-    if weight is not None and weight.kind == "awq":
-      return self._grouped(weight)
-    form = None if weight is None else self._float8_form(weight)
-    if weight is None or form is None:
+    form = self.narrow_form(name, layer)
+    if not isinstance(form, Grouped):
       raise ValueError(
-        f"{self.path}: {name} is {self.info(name, layer).type}, no matrix of grouped integers: read"
-        " it as numbers"
+        f"{self.path}: {name} is {self.info(name, layer).type}, no matrix of grouped numbers: read it"
+        " as numbers"
       )
-    return self._float8(weight, form)
+    rows = [
+      self._grouped(weight) if weight.kind == "awq" else self._float8(weight, form)
+      for weight in self._parts(name, layer)
+    ]
+    return rows[0] if len(rows) == 1 else GroupedRows.join(rows)
 
   def read_plain(self, name: str, layer: int | None = None) -> np.ndarray:
     stored = self._locate(name, layer)
-    weight = self._weights.get(stored.name)
-    if weight is None or weight.kind != "plain" or stored.shift:
+    weights = self._parts(name, layer)
+    if stored.shift or any(weight.kind != "plain" for weight in weights):
       raise ValueError(f"{self.path}: {name} is no plain numbers: read it as such")
-    with self._array(weight.parts["weight"]) as array:
-      values = array.copy()
+    copies = []
+    for weight in weights:
+      with self._array(weight.parts["weight"]) as array:
+        copies.append(array.copy())
+    values = np.stack(copies) if stored.is_split else copies[0]
     return names.to_canonical(values, name, stored.axes, self.config, layer)
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
@@ -374,6 +372,21 @@ class HuggingFaceFile:
 
   def _experts(self, stored: names.Stored) -> list[str]:
     return [stored.name.replace("{expert}", str(e)) for e in range(self.config.num_experts)]
+
+  def _parts(self, name: str, layer: int | None) -> list[_Weight]:
+    """The weight of a canonical name, or that of each expert."""
+    stored = self._locate(name, layer)
+    files = self._experts(stored) if stored.is_split else [stored.name]
+    return [self._weights[file] for file in files]
+
+  def _form(self, weight: _Weight) -> Form | None:
+    if weight.kind == "awq":
+      return self._awq_form(weight)
+    if weight.kind == "scaled":
+      return self._float8_form(weight)
+    if weight.kind in ("bitnet", "online"):
+      return Scales(None, 4)
+    return _PLAIN.get(weight.info.type)
 
   def _array(self, part: str) -> contextlib.AbstractContextManager[np.ndarray]:
     return self._shard_of[part].array(part)

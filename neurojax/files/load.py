@@ -172,13 +172,29 @@ def _stored(
   form: Form,
 ) -> Any:
   axes = _CONTRACTED.get(name, 1)
+  experts = shape[0] if params.is_expert(name) else None
+  shape = shape if experts is None else shape[1:]
   if isinstance(form, Plain):
-    return _sound(file.read_plain(name, layer), file, name, layer, shape)
+    whole = shape if experts is None else (experts, *shape)
+    return _sound(file.read_plain(name, layer), file, name, layer, whole)
   if isinstance(form, Grouped):
-    return GroupedArray.from_rows(file.read_grouped(name, layer).as_form(form), shape, axes)
+    rows = file.read_grouped(name, layer).as_form(form)
+    if experts is None:
+      return GroupedArray.from_rows(rows, shape, axes)
+    parts = rows.split(experts)
+    return _together([GroupedArray.from_rows(part, shape, axes) for part in parts])
   codes, scales, group_size = file.read_ternary(name, layer)
   mode = "w2a8" if weights == "w2a8" else "w2a16"
-  return TernaryArray.from_rows(codes, scales, shape, axes, group_size=group_size, mode=mode)
+  if experts is None:
+    return TernaryArray.from_rows(codes, scales, shape, axes, group_size=group_size, mode=mode)
+  if group_size is None:
+    scales = np.broadcast_to(scales, (experts, 1))
+  return _together([
+    TernaryArray.from_rows(of_codes, of_scales, shape, axes, group_size=group_size, mode=mode)
+    for of_codes, of_scales in zip(
+      np.split(codes, experts), np.split(scales, experts), strict=True
+    )
+  ])  # fmt: skip
 
 
 def _is_finite(array: np.ndarray) -> bool:

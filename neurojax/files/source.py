@@ -97,7 +97,9 @@ class ModelFile(Protocol):
   ) -> tuple[np.ndarray, np.ndarray, int | None]:
     """Codes, scales and group size of a ternary matrix, as `ternary.array.TernaryArray` has them.
 
-    A row is an output channel, or an entry of the vocabulary. Scales keep the file's bits.
+    A row is an output channel, or an entry of the vocabulary; those of experts stand one after the
+    other. Scales keep the file's bits; where the group size is None there is one, or one for each
+    expert, in rows of one.
 
     Raises: ValueError: the stored type is not ternary, or the data are damaged; and like `read`.
     """
@@ -110,8 +112,8 @@ class ModelFile(Protocol):
     ...
 
   def read_grouped(self, name: str, layer: int | None = None) -> "GroupedRows":
-    """The integers and scales of a quantized matrix: a row is an output channel, or an entry of the
-    vocabulary. Raises: ValueError: no such form, a scale that is not finite; and like `read`."""
+    """The numbers and scales of a quantized matrix: a row is an output channel, or an entry of the
+    vocabulary; those of experts stand one after the other. Raises: ValueError: no such form, a scale that is not finite; and like `read`."""
     ...
 
   def read_plain(self, name: str, layer: int | None = None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What quantized files hold, exactly: small integers, groups of which share a scale. Imports no JAX."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,30 @@ class GroupedRows:
   parents: np.ndarray | None = None
   minima: np.ndarray | None = None
   minima_parents: np.ndarray | None = None
+
+  def split(self, parts: int) -> "list[GroupedRows]":
+    """As many matrices of equally many rows, one after the other."""
+    arrays = {
+      field.name: getattr(self, field.name) for field in fields(self) if field.name != "form"
+    }
+    each = {
+      name: [None] * parts if array is None else np.split(array, parts)
+      for name, array in arrays.items()
+    }
+    return [
+      replace(self, **{name: arrays[i] for name, arrays in each.items()}) for i in range(parts)
+    ]
+
+  @classmethod
+  def join(cls, rows: "Sequence[GroupedRows]") -> "GroupedRows":
+    """One matrix of the rows of several, all of one form."""
+    arrays = {
+      field.name: [getattr(one, field.name) for one in rows]
+      for field in fields(cls)
+      if field.name != "form"
+    }
+    whole = {name: None if of[0] is None else np.concatenate(of) for name, of in arrays.items()}
+    return replace(rows[0], **whole)
 
   def values(self) -> Float32[np.ndarray, "N K"]:
     """The numbers that these stand for: each product and sum rounded to float32 once."""

@@ -139,6 +139,36 @@ def test_awq_stays_narrow_in_memory_and_computes_the_same(awq_folder) -> None:
   np.testing.assert_allclose(narrow(ids)[0], dense(ids)[0], atol=2e-5)
 
 
+def test_experts_of_awq_and_bitnet_stay_narrow(tmp_path: Path) -> None:
+  table = dict(FAMILIES["mixtral"].table) | {"hidden_size": 128, "intermediate_size": 256}
+  _, plain = wide("llama")
+  table |= {"num_attention_heads": 4, "head_dim": 32, "num_hidden_layers": 1}
+  plain = {k: v for k, v in plain.items() if "layers" not in k or "layers.0." in k}
+  place = "model.layers.0.block_sparse_moe."
+  plain = {k: v for k, v in plain.items() if ".mlp." not in k}
+  plain[place + "gate.weight"] = RNG.standard_normal((4, 128), np.float32)
+  for method, words in (("awq", {"bits": 4, "group_size": 64}), ("bitnet", {})):
+    tensors = dict(plain)
+    for expert in range(4):
+      for part, (n, k) in (("w1", (256, 128)), ("w2", (128, 256)), ("w3", (256, 128))):
+        module = f"{place}experts.{expert}.{part}."
+        if method == "awq":
+          tensors |= {module + key: value for key, value in awq(n, k, 64)[0].items()}
+        else:
+          _, tensors[module + "weight"] = bitnet(n, k)
+          tensors[module + "weight_scale"] = np.array([expert + 2], np.float32)
+    config = table | {"quantization_config": {"quant_method": method, **words}}
+    with open_model(families.write_folder(tmp_path / method, config, tensors)) as model:
+      assert not model.interpretation.demands + model.interpretation.faults
+      narrow = load_span(model, weights="stored")
+      dense = load_span(model)
+    for name in ("gate_EDF", "up_EDF", "down_EFD"):
+      path = dict(params.layer_names(narrow.config))[name]
+      held, wanted = (params.get(nnx.to_pure_dict(nnx.state(one)), path) for one in (narrow, dense))
+      assert isinstance(held, GroupedArray if method == "awq" else TernaryArray)
+      np.testing.assert_array_equal(held.dequantize(), wanted)
+
+
 @pytest.mark.parametrize(
   ("change", "part"),
   [

@@ -17,6 +17,7 @@ from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, parameter_bytes, ternary_matrices
 from neurojax.files.source import open_model
 from neurojax.model import params
+from neurojax.quant.grouped import GroupedArray
 from neurojax.scaling import count
 from neurojax.scaling.count import Scales
 from neurojax.stage.cut import cut
@@ -158,6 +159,54 @@ def test_a_packed_span_is_the_cut_of_the_packed_whole_and_as_large_as_counted(
   table = values(part).get("embedding_VD")
   if table is not None and outer is not None:
     assert table.dtype == jnp.bfloat16, "a matrix of another type is dense in the dtype"
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "I2_S", "Q2_0 (group 128)"])
+def test_experts_stay_packed(tmp_path: Path, kind: str):
+  config = dataclasses.replace(
+    tiny.WIDE, num_layers=2, num_kv_heads=2, ffn_dim=512, num_experts=3, experts_per_token=2
+  )
+  write_dummy(tmp_path / "m.gguf", config, kind, seed=3)
+  with open_model(tmp_path / "m.gguf") as file:
+    assert file.config == config
+    ternary = ternary_matrices(file)
+    packed, dense = load_span(file, weights="w2a16"), load_span(file)
+    part = load_span(file, Span(first_layer=1, last_layer=1, num_layers=2), weights="w2a16")
+  assert {"gate_EDF", "up_EDF", "down_EFD", "q_DNH", "embedding_VD"} <= set(ternary)
+  experts = values(packed)["down_EFD"]
+  assert isinstance(experts, TernaryArray)
+  assert experts.shape == (2, 3, 512, 256) and experts.weight_shape == (512, 256)
+  np.testing.assert_array_equal(experts.dequantize(), values(dense)["down_EFD"])
+  for a, b in zip(leaves(part.layers), leaves(packed.layers), strict=True):
+    np.testing.assert_array_equal(a[0], b[1])
+  wanted = count.span_bytes(
+    config, Span.whole(config), dtype="float32", weights="w2a16", ternary=ternary
+  )
+  assert parameter_bytes(packed) == wanted
+  # A token and several are computed in two ways.
+  for ids in ([[3]], [[1, 5, 2, 7, 6, 0, 4]]):
+    found, plain = (np.asarray(model(jnp.asarray(ids))[0]) for model in (packed, dense))
+    np.testing.assert_allclose(found, plain, rtol=2e-4, atol=2e-4)
+
+
+def test_quantized_experts_stay_so(tmp_path: Path):
+  config = dataclasses.replace(
+    tiny.WIDE, num_layers=1, num_kv_heads=2, num_experts=3, experts_per_token=2
+  )
+  kind = gguf.GGMLQuantizationType.Q8_0
+  arrays = tiny.parameters(config)
+  raw = {
+    name: (gguf.quantize(tiny.as_stored(value, name), kind), kind)
+    for name, value in arrays.items()
+    if params.is_expert(name.split("/")[0])
+  }
+  assert len(raw) == 3
+  tiny.write_gguf(tmp_path / "m.gguf", config, arrays, raw=raw)
+  with open_model(tmp_path / "m.gguf") as file:
+    narrow, dense = values(load_span(file, weights="stored")), values(load_span(file))
+  for name in ("gate_EDF", "up_EDF", "down_EFD"):
+    assert isinstance(narrow[name], GroupedArray)
+    np.testing.assert_array_equal(narrow[name].dequantize(), dense[name])
 
 
 def test_a_matrix_is_packed_where_all_its_layers_can_be_stacked(tmp_path: Path):

@@ -120,6 +120,9 @@ def write_gguf(
   writer.add_rope_dimension_count(config.head_dim)
   writer.add_key_length(config.head_dim)
   writer.add_vocab_size(config.vocab_size)
+  if config.num_experts:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.experts_per_token)
   for name, value in values.items():
     stored = as_stored(value, name)
     if raw and name in raw:
