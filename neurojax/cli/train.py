@@ -83,7 +83,7 @@ class Train:
     from neurojax.folders import cache_dir
     from neurojax.stage.compile import use_compilation_cache
     from neurojax.train.folder import RunFolder
-    from neurojax.train.loop import Loop, TrainingError
+    from neurojax.train.loop import Loop, TrainingError, check_data
     from neurojax.train.program import MeshProgram
 
     use_compilation_cache(cache_dir() / "xla")
@@ -95,6 +95,10 @@ class Train:
         f" {config.data.folder}: raise it"
       )
     folder = RunFolder(workdir)
+    program = MeshProgram(config)
+    # What cannot be is refused before a run is begun, let alone taken away.
+    check_data(config, program)
+    _check_trackers(config)
     with contextlib.ExitStack() as stack:
       if first:
         check_digests(config.data.folder)
@@ -107,7 +111,6 @@ class Train:
         else:
           folder.begin(config, meta.identity())
       _meet("folder")
-      program = MeshProgram(config)
       trackers = _trackers(config, workdir) if first else ()
       say = _say if first else _nothing
       loop = Loop(config, program, folder, trackers=trackers, say=say)
@@ -164,6 +167,8 @@ def merged(table: dict[str, Any], overrides: Sequence[str], cls: type) -> dict[s
     *parents, leaf = key.split(".")
     for parent in parents:
       place = place.setdefault(parent, {})
+      if not isinstance(place, dict):
+        raise ValueError(f"{name}: {parent} = {place!r} in the configuration is no table")
     if value.lower() == "none":
       place.pop(leaf, None)
     else:
@@ -197,6 +202,14 @@ def _read(path: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_bytes().decode("utf-8"))
   except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path}: not valid TOML: {error}") from error
+
+
+def _check_trackers(config: "TrainConfig") -> None:
+  from neurojax.train.metrics import check_installed
+
+  for tracker, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+    if getattr(config.tracker, tracker):
+      check_installed(tracker, package)
 
 
 def _trackers(config: "TrainConfig", workdir: Path) -> "tuple[Log, ...]":

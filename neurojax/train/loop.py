@@ -289,6 +289,17 @@ class Loop:
     self._say("  ".join(parts))
 
 
+def check_data(config: Any, program: Program) -> None:
+  """Refuse what the loop would, before there is a folder for it.
+
+  Raises: ValueError: a split is missing, or is less than a batch.
+  """
+  rows = program.rows(config.data.batch_size * config.accumulation)
+  open_dataset(config.data, "train", accumulation=config.accumulation, rows=rows)
+  if config.eval_batches:
+    held_out(config, program)
+
+
 @dataclasses.dataclass(frozen=True)
 class _HeldOut:
   data: Batches

@@ -1,5 +1,6 @@
 """What a run says while it goes: metrics.jsonl always, other trackers when asked. Imports no JAX."""
 
+import importlib.util
 import json
 import math
 import os
@@ -58,10 +59,9 @@ class MetricsFile:
 
 class TensorBoard:
   def __init__(self, folder: Path):
-    try:
-      from tensorboardX import SummaryWriter
-    except ImportError as error:
-      raise _absent("tensorboard", "tensorboardX") from error
+    check_installed("tensorboard", "tensorboardX")
+    from tensorboardX import SummaryWriter
+
     self._writer = SummaryWriter(str(folder))
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -76,10 +76,9 @@ class WandB:
   """Weights & Biases, as its own environment variables say (WANDB_MODE, WANDB_PROJECT, ...)."""
 
   def __init__(self, workdir: Path, project: str, config: Mapping[str, object]):
-    try:
-      import wandb
-    except ImportError as error:
-      raise _absent("wandb", "wandb") from error
+    check_installed("wandb", "wandb")
+    import wandb
+
     # The same folder goes on with the same run.
     kept = workdir / "wandb_id"
     if not kept.exists():
@@ -105,7 +104,9 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _absent(tracker: str, package: str) -> ValueError:
-  return ValueError(
-    f"tracker.{tracker} needs {package}, which is not installed: pip install neurojax[trackers]"
-  )
+def check_installed(tracker: str, package: str) -> None:
+  """Raises: ValueError: the package of a tracker is not installed."""
+  if importlib.util.find_spec(package) is None:
+    raise ValueError(
+      f"tracker.{tracker} needs {package}, which is not installed: pip install neurojax[trackers]"
+    )

@@ -23,10 +23,6 @@ SMALL = ("--model.num-layers", "1", "--model.model-dim", "32", "--model.ffn-dim"
          "--eval-every", "10", "--eval-batches", "2", "--log-every", "5")  # fmt: skip
 
 
-# Compiling takes most of the time of these runs.
-_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return write_chain(tmp_path_factory.mktemp("chain"))
@@ -45,11 +41,11 @@ def command(data: Path, workdir: Path, *more: str) -> list[str]:
   ]
 
 
-def start(*arguments: str, script: str | None = None, flags: str = _QUICK) -> subprocess.Popen:
+def start(*arguments: str, script: str | None = None, **variables: str) -> subprocess.Popen:
   """The command in a process of its own, which has one device."""
   return subprocess.Popen(
     [sys.executable, *(("-m", "neurojax", *arguments) if script is None else ("-c", script))],
-    env={**os.environ, "XLA_FLAGS": flags},
+    env={**os.environ, **variables},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -86,7 +82,9 @@ def steps(workdir: Path) -> list[dict]:
 
 
 def test_tiny_learns_what_there_is_to_learn(data: Path, tmp_path: Path):
-  out = finish(start(*command(data, tmp_path / "run"), flags=""))
+  # Most of the time it computes.
+  optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  out = finish(start(*command(data, tmp_path / "run"), **optimized))
   evaluations = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid_loss" in r]
   # Half of the way from knowing the words to knowing everything would be 2.43.
   assert LEAST < evaluations[-1]["valid_loss"] < 2.0 < BLIND, out
@@ -160,6 +158,14 @@ def test_a_run_says_what_it_was_and_is_taken_up_only_by_its_like(
   assert code == 0 and "goes on from step 6" in out, err
   assert from_toml(TrainConfig, (work / "config.toml").read_text()).eval_every == 4
 
+  # What cannot be takes nothing away.
+  before_refusals = steps(work)
+  for wrong in (("--data.batch-size", "512"), ("--layout.data", "3"), ("--layout.data", "16")):
+    code, _, err = run(capsys, *command(data, work, *EIGHT, *wrong, "--overwrite"))
+    assert code == 2 and steps(work) == before_refusals, err
+  code, _, err = run(capsys, *command(data, tmp_path / "new", *EIGHT, "--data.batch-size", "512"))
+  assert code == 2 and not (tmp_path / "new").exists()
+
   other = write_chain(tmp_path, documents=60, valid_fraction=0.3)
   code, _, err = run(capsys, *command(other, work, *EIGHT))
   assert code == 2 and "not those that the run began with" in err
@@ -180,6 +186,8 @@ def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
   shard.write_bytes(b"\xff\xff" + shard.read_bytes()[2:])
   bad = tmp_path / "bad.toml"
   bad.write_text("steps = ")
+  flat = tmp_path / "flat.toml"
+  flat.write_text("model = 3")
   work = tmp_path / "run"
   for arguments, named in {
     (*command(data, work), "--stepps", "3"): "--stepps: neither an option nor a key",
@@ -196,6 +204,7 @@ def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
       command(data, work, *EIGHT, "--data.batch-size", "512")
     ): "fewer than the 512 of one batch",
     ("train", "--config", str(bad), "--workdir", str(work)): "bad.toml: not valid TOML",
+    ("train", "--config", str(flat), "--model.num-layers", "1"): "model = 3 in the configuration",
     ("train", "--config", str(TINY)): "--workdir is missing",
     (*command(data, work), "--coordinator", "localhost:1"): "go together",
   }.items():
