@@ -16,6 +16,11 @@ Mixer = Literal["attention", "convolution"]
 RopeKind = Literal["linear", "llama3", "yarn", "factors", "proportional"]
 
 
+def _sparse(default: Any) -> Any:
+  """A field that `to_toml` leaves out while it has its default."""
+  return dataclasses.field(default=default, metadata={"sparse": True})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
   """How rotary frequencies depart from base**(-2i/H), for pair i of a head.
@@ -35,16 +40,16 @@ class RopeScaling:
   """
 
   kind: RopeKind
-  factor: float = 1.0
-  original_context_length: int | None = None
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  attention_factor: float | None = None
-  truncate: bool = True
-  factors: tuple[float, ...] = ()
-  rotated: float = 1.0
+  factor: float = _sparse(1.0)
+  original_context_length: int | None = _sparse(None)
+  low_freq_factor: float = _sparse(1.0)
+  high_freq_factor: float = _sparse(4.0)
+  beta_fast: float = _sparse(32.0)
+  beta_slow: float = _sparse(1.0)
+  attention_factor: float | None = _sparse(None)
+  truncate: bool = _sparse(True)
+  factors: tuple[float, ...] = _sparse(())
+  rotated: float = _sparse(1.0)
 
   _USED: ClassVar[dict[str, tuple[str, ...]]] = {
     "linear": (),
@@ -98,13 +103,13 @@ class LayerKind:
     shared_kv: Values are what the key projection gives; there is no value projection (Gemma 4).
   """
 
-  mixer: Mixer = "attention"
+  mixer: Mixer = _sparse("attention")
   head_dim: int | None = None
   num_kv_heads: int | None = None
   rope_base: float | None = None
   rope_scaling: RopeScaling | None = None
   sliding_window: int | None = None
-  shared_kv: bool = False
+  shared_kv: bool = _sparse(False)
 
   def __post_init__(self) -> None:
     if self.mixer not in typing.get_args(Mixer):
@@ -163,22 +168,22 @@ class ModelConfig:
   tied_embedding: bool = True
   qk_norm: bool = False
   sub_norm: bool = False
-  activation: Activation = "silu"
-  qkv_bias: bool = False
-  v_norm: bool = False
-  post_norm: bool = False
-  layer_scale: bool = False
-  embedding_scale: float = 1.0
+  activation: Activation = _sparse("silu")
+  qkv_bias: bool = _sparse(False)
+  v_norm: bool = _sparse(False)
+  post_norm: bool = _sparse(False)
+  layer_scale: bool = _sparse(False)
+  embedding_scale: float = _sparse(1.0)
   attention_scale: float | None = None
   attention_softcap: float | None = None
   logit_softcap: float | None = None
   sliding_window: int | None = None
   rope_scaling: RopeScaling | None = None
-  num_experts: int = 0
-  experts_per_token: int = 0
-  conv_width: int = 0
-  layer_kinds: tuple[LayerKind, ...] = ()
-  layer_pattern: tuple[int, ...] = ()
+  num_experts: int = _sparse(0)
+  experts_per_token: int = _sparse(0)
+  conv_width: int = _sparse(0)
+  layer_kinds: tuple[LayerKind, ...] = _sparse(())
+  layer_pattern: tuple[int, ...] = _sparse(())
 
   def __post_init__(self) -> None:
     for name in (
@@ -488,7 +493,10 @@ def from_toml(cls: type[T], text: str, *, where: str = "TOML") -> T:
 
 
 def to_toml(config: Any) -> str:
-  """TOML text that `from_toml` reads back to an equal object. Absent (None) values are left out."""
+  """TOML text that `from_toml` reads back to an equal object.
+
+  Absent values (None) are left out, and of what few models have (`_sparse`) the defaults.
+  """
   # Imported when needed: machines that only read configurations do without it.
   import tomli_w
 
@@ -556,8 +564,12 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 def _plain(value: Any) -> Any:
   if dataclasses.is_dataclass(value):
-    pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    return {key: _plain(item) for key, item in pairs if item is not None}
+    pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {
+      f.name: _plain(item)
+      for f, item in pairs
+      if item is not None and not (f.metadata.get("sparse") and item == f.default)
+    }
   if isinstance(value, tuple | list):
     return [_plain(item) for item in value]
   return value

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurojax.config import ModelConfig, Sampling, Span, architectures, from_toml, to_toml
+from neurojax.config import (
+  LayerKind,
+  ModelConfig,
+  RopeScaling,
+  Sampling,
+  Span,
+  architectures,
+  from_toml,
+  to_toml,
+)
 from neurojax.scaling.fleet import Fleet, Host
 
 CONFIG = ModelConfig(
@@ -110,3 +119,80 @@ def test_architectures_are_found_by_name_and_by_path(tmp_path: Path):
   assert ModelConfig.named(str(tmp_path / "mine.toml")) == CONFIG
   with pytest.raises(ValueError, match=r"'gpt-9'.*bonsai-8b"):
     ModelConfig.named("gpt-9")
+
+
+KINDS = dataclasses.replace(
+  CONFIG,
+  layer_kinds=(
+    LayerKind(sliding_window=8, rope_base=500.0),
+    LayerKind(),
+    LayerKind(mixer="convolution"),
+    LayerKind(
+      head_dim=16, num_kv_heads=1, shared_kv=True,
+      rope_scaling=RopeScaling(kind="factors", factors=(1.0, 2.0, 3.0, 4.0) * 2),
+    ),
+  ),
+  layer_pattern=(0, 1, 2, 3),
+  num_layers=6,
+  conv_width=3,
+  activation="relu2",
+  embedding_scale=2.0,
+  num_experts=4,
+  experts_per_token=2,
+)  # fmt: skip
+
+
+def test_kinds_of_layers_survive_toml_and_say_what_each_layer_is():
+  text = to_toml(KINDS)
+  assert from_toml(ModelConfig, text) == KINDS
+  assert "qkv_bias" not in text and 'activation = "relu2"' in text
+  assert [KINDS.kind_index(layer) for layer in range(6)] == [0, 1, 2, 3, 0, 1]
+  assert KINDS.kind(5).head_dim == CONFIG.head_dim and KINDS.kind(4).rope_base == 500.0
+  assert (KINDS.sizes(3)["H"], KINDS.sizes(3)["K"], KINDS.sizes()["H"]) == (16, 1, CONFIG.head_dim)
+  assert set(KINDS.beyond_plain()) == {
+    "layer_kinds", "layer_pattern", "conv_width", "activation", "embedding_scale", "num_experts",
+    "experts_per_token",
+  }  # fmt: skip
+  assert not CONFIG.beyond_plain()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+  ({"activation": "gelu"}, "activation = 'gelu'"),
+  ({"sliding_window": 0}, "sliding_window = 0"),
+  ({"logit_softcap": -1.0}, "logit_softcap = -1.0"),
+  ({"num_experts": 4}, "experts_per_token = 0"),
+  ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token = 3 is more than"),
+  ({"num_experts": 2, "experts_per_token": 1, "sub_norm": True}, "experts have no norm"),
+  ({"conv_width": 3}, "conv_width = 3"),
+  ({"layer_kinds": (LayerKind(),)}, "go together"),
+  ({"layer_kinds": (LayerKind(),), "layer_pattern": (1,)}, "layer_pattern has 1"),
+  ({"layer_kinds": (LayerKind(),) * 2, "layer_pattern": (1,)}, r"layer_kinds\[0\] is not in"),
+  ({"layer_kinds": (LayerKind(),), "layer_pattern": (0,) * 9}, "9 entries for num_layers"),
+  ({"layer_kinds": (LayerKind(),), "layer_pattern": (0,), "sliding_window": 3}, "each kind"),
+  ({"layer_kinds": (LayerKind(num_kv_heads=3),), "layer_pattern": (0,)}, "num_kv_heads = 3"),
+  ({"layer_kinds": (LayerKind(mixer="convolution"),), "layer_pattern": (0,)}, "conv_width = 0"),
+  ({"rope_scaling": RopeScaling(kind="factors", factors=(1.0,))}, "1 factors for heads of"),
+])  # fmt: skip
+def test_architectures_that_contradict_themselves_are_refused(changes, message: str):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+  ({"kind": "dynamic"}, "choose one of linear, llama3"),
+  ({"kind": "yarn", "factor": 4.0}, "original_context_length = None"),
+  ({"kind": "linear", "beta_fast": 3.0}, "rope scaling 'linear' has no use for it"),
+  ({"kind": "linear", "factor": 0.0}, "factor = 0.0"),
+  ({"kind": "factors"}, "factors is empty"),
+  ({"kind": "factors", "factors": (1.0, -1.0)}, r"factors\[1\] = -1.0"),
+  ({"kind": "proportional", "rotated": 1.5}, "rotated = 1.5"),
+  ({"kind": "llama3", "original_context_length": 8, "low_freq_factor": 4.0}, "is not below"),
+])  # fmt: skip
+def test_scalings_that_make_no_sense_are_refused(fields, message: str):
+  with pytest.raises(ValueError, match=message):
+    RopeScaling(**fields)
+
+
+def test_a_convolution_has_no_heads():
+  with pytest.raises(ValueError, match="leave its other keys out"):
+    LayerKind(mixer="convolution", head_dim=8)

@@ -9,8 +9,9 @@ norm_eps [rms_norm_eps], context_length [max_position_embeddings unless a note s
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from neurojax.config import ModelConfig, to_toml
+from neurojax.config import LayerKind, ModelConfig, RopeScaling, to_toml
 
 _GAP = """one of the sizes of experiments/ternary_gap. Heads of 64, an
 FFN three times as wide as the model, a norm in front of every matrix (BitNet b1.58, arXiv:2402.17764).
@@ -37,6 +38,23 @@ def _own(
     sub_norm=True,
   )
   return f"{parameters}{' without the embedding' if small else ''}, {experiment}", config
+
+
+def _gemma(**fields: Any) -> ModelConfig:
+  """What Gemma-3-27B and Gemma-4-31B share."""
+  return ModelConfig(
+    model_dim=5376,
+    num_heads=32,
+    num_kv_heads=16,
+    ffn_dim=21504,
+    rope_base=1e6,
+    activation="gelu_tanh",
+    qk_norm=True,
+    post_norm=True,
+    embedding_scale=5376**0.5,
+    layer_pattern=(0, 0, 0, 0, 0, 1),
+    **fields,
+  )
 
 
 PRESETS: Mapping[str, tuple[str, ModelConfig]] = {
@@ -106,6 +124,128 @@ PRESETS: Mapping[str, tuple[str, ModelConfig]] = {
       rope_style="interleaved",
       norm_eps=1e-5,
       tied_embedding=False,
+    ),
+  ),
+  "llama-3.1-8b": (
+    "Llama-3.1-8B, arXiv:2407.21783, with its rotary positions stretched.",
+    ModelConfig(
+      vocab_size=128256,
+      model_dim=4096,
+      num_layers=32,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      ffn_dim=14336,
+      context_length=131072,
+      rope_base=5e5,
+      rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context_length=8192),
+      norm_eps=1e-5,
+      tied_embedding=False,
+    ),
+  ),
+  "mistral-7b": (
+    "Mistral-7B-v0.1, arXiv:2310.06825.",
+    ModelConfig(
+      vocab_size=32000,
+      model_dim=4096,
+      num_layers=32,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      ffn_dim=14336,
+      context_length=32768,
+      sliding_window=4096,
+      norm_eps=1e-5,
+      tied_embedding=False,
+    ),
+  ),
+  "qwen2.5-7b": (
+    "Qwen2.5-7B, arXiv:2412.15115.",
+    ModelConfig(
+      vocab_size=152064,
+      model_dim=3584,
+      num_layers=28,
+      num_heads=28,
+      num_kv_heads=4,
+      head_dim=128,
+      ffn_dim=18944,
+      context_length=32768,
+      rope_base=1e6,
+      qkv_bias=True,
+      tied_embedding=False,
+    ),
+  ),
+  "gemma-3-27b": (
+    "Gemma-3-27B, arXiv:2503.19786, its text model: five layers with a window, one without.",
+    _gemma(
+      num_layers=62,
+      head_dim=128,
+      context_length=131072,
+      vocab_size=262208,
+      attention_scale=168**-0.5,
+      layer_kinds=(
+        LayerKind(sliding_window=1024, rope_base=1e4),
+        LayerKind(rope_scaling=RopeScaling(kind="linear", factor=8.0)),
+      ),
+    ),
+  ),
+  "gemma-4-31b": (
+    "Gemma-4-31B, its text model: layers without a window have wider and fewer heads, whose values are\n"
+    "their keys, and turn a quarter of their pairs.",
+    _gemma(
+      num_layers=60,
+      head_dim=256,
+      context_length=262144,
+      vocab_size=262144,
+      attention_scale=1.0,
+      logit_softcap=30.0,
+      v_norm=True,
+      layer_scale=True,
+      layer_kinds=(
+        LayerKind(sliding_window=1024, rope_base=1e4),
+        LayerKind(
+          head_dim=512,
+          num_kv_heads=4,
+          shared_kv=True,
+          rope_scaling=RopeScaling(kind="proportional", rotated=0.25),
+        ),
+      ),
+    ),
+  ),
+  "lfm2-1.2b": (
+    "LFM2-1.2B and LFM2.5-1.2B, arXiv:2511.23404: ten short convolutions, six layers of attention.",
+    ModelConfig(
+      vocab_size=65536,
+      model_dim=2048,
+      num_layers=16,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=64,
+      ffn_dim=8192,
+      context_length=128000,
+      rope_base=1e6,
+      norm_eps=1e-5,
+      qk_norm=True,
+      conv_width=3,
+      layer_kinds=(LayerKind(mixer="convolution"), LayerKind()),
+      layer_pattern=(0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0),
+    ),
+  ),
+  "bitnet-2b": (
+    "BitNet b1.58 2B4T, arXiv:2504.12285.",
+    ModelConfig(
+      vocab_size=128256,
+      model_dim=2560,
+      num_layers=30,
+      num_heads=20,
+      num_kv_heads=5,
+      head_dim=128,
+      ffn_dim=6912,
+      context_length=4096,
+      rope_base=5e5,
+      norm_eps=1e-5,
+      sub_norm=True,
+      activation="relu2",
     ),
   ),
   "neurollm-3m": _own("3.1 million parameters", _GAP, 256, 4, 2),

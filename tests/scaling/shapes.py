@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from neurojax.config import ModelConfig
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.toml"))
+EVERY = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.toml"))
+CONFIGS = [path for path in EVERY if not ModelConfig.load(path).beyond_plain()]
+"""Those of the plain decoder, which training and much of sizing are about."""
 
 
 @st.composite

@@ -1,9 +1,11 @@
 """Counts of architectures beyond the plain decoder, against the trees that they become."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from neurojax.config import LayerKind, ModelConfig, Span
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.scaling import count
 from neurojax.stage.random import random_model
-from tests.scaling.shapes import configs
+from tests.scaling.shapes import CONFIGS, EVERY, configs
 
 
 @st.composite
@@ -68,6 +70,24 @@ def test_any_span_of_any_kinds(config: ModelConfig, first: int, length: int):
     count.layer_bytes(config, dtype="float32", weights="int8", layer=i) for i in range(last)
   ]
   assert max(layers, default=0) <= count.layer_bytes(config, dtype="float32", weights="dense")
+
+
+@pytest.mark.parametrize("path", sorted({*EVERY} - {*CONFIGS}), ids=lambda path: path.stem)
+def test_configurations_kept_here(path: Path):
+  config = ModelConfig.load(path)
+  whole = NeuroLLM.abstract(config, dtype=jnp.bfloat16)
+  assert nbytes(nnx.state(whole)) == 2 * count.parameters(config)
+  cache = jax.eval_shape(lambda: whole.new_cache(batch=1, capacity=1024))
+  held = count.cache_bytes(config, config.num_layers, capacity=1024, dtype="bfloat16")
+  assert nbytes(cache) == held
+
+
+def test_parameters_of_published_models():
+  """As their pages and papers say."""
+  said = {"llama-3.1-8b": 8.03e9, "mistral-7b": 7.24e9, "qwen2.5-7b": 7.62e9, "lfm2-1.2b": 1.17e9}
+  said |= {"gemma-3-27b": 27.0e9, "gemma-4-31b": 30.7e9, "bitnet-2b": 2.41e9}
+  for name, number in said.items():
+    assert count.parameters(ModelConfig.named(name)) == pytest.approx(number, rel=5e-3), name
 
 
 @given(config=beyond_plain(), weights=st.sampled_from(["int8", "w2a8"]))
