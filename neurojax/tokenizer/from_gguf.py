@@ -80,6 +80,7 @@ def spec_from_gguf(metadata: Mapping[str, object]) -> TokenizerSpec:
     add_eos=_read_flag(metadata, "add_eos_token", False),
     add_space_prefix=is_spm and _read_flag(metadata, "add_space_prefix", True),
     strip_after_ids=_strips(metadata, tokens, types),
+    strip_before_ids=_strips_before(metadata, tokens),
     chat_template=_chat_template(metadata),
   )
 
@@ -190,6 +191,14 @@ def _stops(
   # Some files call them ordinary text, which would let a user's text end a turn.
   types = ["control" if i in by_text else kind for i, kind in enumerate(types)]
   return frozenset(stops - {None}), types
+
+
+def _strips_before(metadata: Mapping[str, object], tokens: Sequence[str]) -> frozenset[int]:
+  """Mask tokens that swallow the space before them, which no GGUF key says."""
+  pre, name = metadata.get(_PREFIX + "pre"), str(metadata.get("general.name", "")).lower()
+  mask = "<mask>" if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") else None
+  mask = "[MASK]" if mask is None and "modern-bert" in name else mask
+  return frozenset({tokens.index(mask)} if mask in tokens else ())
 
 
 def _strips(

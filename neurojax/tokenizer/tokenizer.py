@@ -50,7 +50,9 @@ class Tokenizer:
     elif (rules := pre_tokenizer(spec.pre)).byte_level:
       self._fast = fast = _byte_level(spec, rules)
       split = parts_at_spaces if rules.cuts_at_spaces else lambda text: [text]
-      self._encode_text = lambda text: encode_parts(fast, split(text))
+      self._encode_text = lambda text: self._known(encode_parts(fast, split(text)))
+      # Few vocabularies lack one.
+      self._lacks_bytes = not byte_alphabet().keys() <= _spelled(spec).keys()
     else:
       self._encode_text = _raw_text(spec, rules)
     self._pieces = tuple(_pieces(spec))
@@ -95,6 +97,9 @@ class Tokenizer:
       add_special: Whether BOS and EOS are added where the vocabulary says so, even if the text
         already spells them.
       guarded: Whether parts of the text went through `guard`, whose marks are then removed.
+    A byte-level vocabulary that lacks a byte (StarCoder's lack those of far planes) leaves it out, as
+    llama.cpp and the library do.
+
     Raises: ValueError: text is not a string, holds a lone surrogate, or has a character that the
       vocabulary cannot spell.
     """
@@ -134,7 +139,15 @@ class Tokenizer:
       return [self.encode(text) for text in texts]
     for text in texts:
       _check_text(text)
-    return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+    encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+    return [self._known(each.ids) for each in encoded]
+
+  def _known(self, ids: list[int]) -> list[int]:
+    """The ids without those that stand for a byte without a token."""
+    if not self._lacks_bytes:
+      return ids
+    size = len(self.spec.tokens)
+    return [i for i in ids if i < size]
 
   def guard(self, text: str) -> str:
     """Marks text from a user that goes into a chat template, so that its spelling stays text.
@@ -331,7 +344,11 @@ def _merges(spec: TokenizerSpec, ids: dict[str, int]) -> dict[tuple[str, str], i
 
 def _byte_level(spec: TokenizerSpec, rules: PreTokenizer) -> tokenizers.Tokenizer:
   ids = _spelled(spec)
-  model = models.BPE(vocab=ids, merges=list(_merges(spec, ids)), ignore_merges=rules.whole_words)
+  # A byte without a token keeps its neighbours apart, and is left out in the end.
+  missing = {char: len(spec.tokens) + i for i, char in enumerate(set(byte_alphabet()) - ids.keys())}
+  model = models.BPE(
+    vocab=ids | missing, merges=list(_merges(spec, ids)), ignore_merges=rules.whole_words
+  )
   fast = tokenizers.Tokenizer(model)
   fast.pre_tokenizer = byte_level_splitter(rules)
   return fast

@@ -54,6 +54,14 @@ def test_bos_by_pre_tokenizer(pre: str, adds: bool):
   assert spec_from_gguf(bpe(pre=pre, add_bos_token=not adds)).add_bos is not adds
 
 
+def test_a_mask_that_swallows_the_space_before_it():
+  base = vocab.tiny_bpe()
+  tokens = [*base.tokens[:-1], "<mask>"]
+  for pre, expected in (("jina-v2-code", [257, 262]), ("gpt-2", [257, ord(" "), 262])):
+    spec = spec_from_gguf(bpe(tokens=tokens, pre=pre))
+    assert Tokenizer(spec).encode("the <mask>") == expected
+
+
 def test_gemma4_always_adds_bos():
   spec = spec_from_gguf(metadata(vocab.tiny_bpe(), "gemma4", add_bos_token=False))
   assert spec.pre == "gemma4" and spec.add_bos

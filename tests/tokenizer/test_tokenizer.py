@@ -206,6 +206,15 @@ def test_special_tokens_are_parsed_on_request():
   assert BPE.decode([259, 257, 261]) == "the"
 
 
+def test_a_byte_without_a_token_is_left_out_and_joins_nothing():
+  spec = vocab.tiny_bpe()
+  tokens = list(spec.tokens)
+  tokens[ord("x")] = "[gone]"
+  tokenizer = Tokenizer(vocab.tiny_bpe(tokens=tuple(tokens)))
+  assert tokenizer.encode("txhe txh the") == [ord("t"), *b"he", *b" th", 258]
+  assert tokenizer.encode_many(["xx", "xthe"]) == [[], [257]]
+
+
 def test_user_tokens_are_always_parsed_and_shown():
   assert BPE.encode("the<tool>") == [257, 262]
   assert BPE.decode([262]) == "<tool>"
