@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neurojax.tokenizer.library import decoding, load
+from neurojax.tokenizer.library import decoding, load, read_table
 from neurojax.tokenizer.sentencepiece import spec_from_sentencepiece
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.stops import STOP_TEXTS
@@ -61,7 +61,7 @@ def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> T
   """
   config = config or {}
   fast = load(source)
-  table = json.loads(source)
+  table = read_table(source)
   _, strips = decoding(table.get("decoder"))
   ids = fast.get_vocab(with_added_tokens=True)
   if not ids:

@@ -21,6 +21,7 @@ from neurojax.tokenizer.tokenizer_json import pre_name
 _SPACE = "\u2581"
 # Shorter texts are not worth a second set of rules.
 _LONG = 1 << 16
+_MAX_GROWTH = 64
 
 
 def load(source: str) -> tokenizers.Tokenizer:
@@ -42,6 +43,29 @@ def load(source: str) -> tokenizers.Tokenizer:
   return fast
 
 
+def read_table(source: str) -> dict[str, Any]:
+  """A tokenizer.json that the library has read, as data.
+
+  Raises: NotImplementedError: a normalizer that makes text much longer, which could take all memory.
+  """
+  table = json.loads(source)
+  growth = 1
+  steps = [table.get("normalizer")]
+  while steps:
+    step = steps.pop()
+    if not isinstance(step, dict):
+      continue
+    kind = step.get("type")
+    if kind == "Sequence":
+      steps += step.get("normalizers") or []
+    elif kind == "Precompiled":
+      raise NotImplementedError("normalizer 'Precompiled' (SentencePiece's map of characters)")
+    growth *= max(len(str(step.get("content", ""))), len(str(step.get("prepend", ""))), 1)
+  if growth > _MAX_GROWTH:
+    raise NotImplementedError(f"normalizers that make text {growth} times as long")
+  return table
+
+
 class Library:
   """Text to ids by a tokenizer.json; safe to share among threads.
 
@@ -59,7 +83,7 @@ class Library:
     self._words: Words | Literal[False] | None = None
     # No text can contain it but by knowing it.
     self._start = f"<{secrets.token_hex(24)}>"
-    table = json.loads(source)
+    table = read_table(source)
     self._parts = _splitter(table, control)
     self._others = frozenset(a["content"] for a in table.get("added_tokens") or ()) - control.keys()
     self._cuts_at_spaces = _cuts_at_spaces(table)

@@ -310,11 +310,19 @@ def _damage(value: object, draw: random.Random) -> None:
     value = inner
 
 
+GROWING = {
+  "type": "Sequence",
+  "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}] * 2,
+}
+
+
 @pytest.mark.parametrize(
   ("change", "words"),
   [
     ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "WordPiece"),
     ({"decoder": None}, "without a decoder"),
+    ({"normalizer": GROWING}, "1000000 times as long"),
+    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "Precompiled|not read"),
     ({"post_processor": {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}}, None),
   ],
 )
@@ -323,5 +331,5 @@ def test_what_is_not_here_is_named(change: dict, words: str | None, made: dict):
   if words is None:
     assert spec_from_library(json.dumps(table)).add_eos
     return
-  with pytest.raises(NotImplementedError, match=words):
+  with pytest.raises((NotImplementedError, ValueError), match=words):
     spec_from_library(json.dumps(table))
