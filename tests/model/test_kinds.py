@@ -24,6 +24,8 @@ from neurojax.quant.array import Int8Array
 from neurojax.stage.cut import cut
 from neurojax.ternary.quantize import absmean
 
+pytestmark = pytest.mark.optimized
+
 PLAIN = ModelConfig(
   vocab_size=31, model_dim=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24,
   context_length=256,
