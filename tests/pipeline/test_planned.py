@@ -105,7 +105,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
       options = EngineOptions(plan=path, context=256, sequences=4096)
       few = {address: 10**6 for address in three.addresses}
       with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "as_planned", lambda c, s, free, load: as_planned(c, s, few, load))
+        patch.setattr(plan, "as_planned", lambda c, s, free, *rest: as_planned(c, s, few, *rest))
         async with open_engine(file, options):
           pass
 
