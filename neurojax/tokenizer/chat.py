@@ -11,6 +11,7 @@ import jinja2.nodes
 
 from neurojax.tokenizer.sandbox import Sandbox, SecurityError, bounded, plain
 
+_MAX_SOURCE = 1_000_000
 # Names under which a message's reasoning comes; templates read the first, gpt-oss's the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -29,6 +30,10 @@ class ChatTemplate:
   def __init__(self, source: str, *, bos_token: str = "", eos_token: str = ""):
     if not isinstance(source, str):
       raise ValueError(f"chat template is {type(source).__name__}; it must be a string")
+    if len(source) > _MAX_SOURCE:
+      raise ValueError(
+        f"chat template is {len(source)} characters long; no model's has more than {_MAX_SOURCE}"
+      )
     self._globals = {"bos_token": bos_token, "eos_token": eos_token}
     try:
       with bounded(source):

@@ -301,6 +301,25 @@ def test_bad_sources_are_refused(source):
     ChatTemplate(source)
 
 
+@pytest.mark.parametrize(
+  "source",
+  [
+    "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+    "{{ " + "[" * 50_000 + "]" * 50_000 + " }}",
+    "{{ 1" + " + 1" * 50_000 + " }}",
+    "{{ 'a'" + " | upper" * 50_000 + " }}",
+    "{{ " + "not " * 50_000 + "1 }}",
+    "{% if 1 %}" * 5_000 + "{% endif %}" * 5_000,
+    "{% for a in [1] %}" * 60 + "{% endfor %}" * 60,
+    "x" * 1_000_001,
+  ],
+  ids=range(8),
+)
+def test_sources_too_deep_or_long_are_refused(source: str):
+  with pytest.raises(ValueError, match="chat template"):
+    ChatTemplate(source).render(HELLO)
+
+
 def test_a_syntax_error_names_its_line():
   with pytest.raises(ValueError, match="line 3"):
     ChatTemplate("a\nb\n{% if %}")
