@@ -9,6 +9,7 @@ import pytest
 
 from neurojax.config import RopeScaling
 from neurojax.files import compressed, names
+from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span
 from neurojax.files.source import TensorInfo, open_model
 from tests.files import families
@@ -425,3 +426,28 @@ def test_what_files_on_the_hub_say_is_understood(name: str) -> None:
     assert (local.head_dim, local.num_kv_heads, local.sliding_window) == (256, 16, 1024)
     assert (whole.head_dim, whole.num_kv_heads, whole.shared_kv) == (512, 4, True)
     assert names.architecture_of(found.config) == "gemma4"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dummy_of_each_family_says_its_configuration(tmp_path: Path, name: str) -> None:
+  family = FAMILIES[name]
+  fields = {"model_dim": 64, "head_dim": 64, "ffn_dim": 64}
+  if name.startswith("gemma"):
+    fields["embedding_scale"] = 8.0
+  if name == "gemma4":
+    local, whole = family.config.layer_kinds
+    fields["layer_kinds"] = (local, dataclasses.replace(whole, head_dim=128))
+  if name == "llama3":
+    fields["rope_scaling"] = RopeScaling(kind="factors", factors=(1.0,) * 16 + (8.0,) * 16)
+  if name == "bitnet":
+    fields["head_dim"] = 16
+  config = dataclasses.replace(family.gguf_config, **fields)
+  write_dummy(tmp_path / "m.gguf", config, "Q2_0 (group 64)")
+  with open_model(tmp_path / "m.gguf") as model:
+    model.check()
+    assert model.config == config
+    for layer in range(config.num_layers):
+      for canonical in names.layer_names(config, layer):
+        sizes = config.sizes(layer)
+        shape = tuple(sizes[letter] for letter in canonical.rpartition("_")[2])
+        assert model.read(canonical, layer).shape == shape
