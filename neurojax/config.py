@@ -385,9 +385,14 @@ def _check_positive(name: str, value: Any) -> None:
 
 def architectures() -> dict[str, Path]:
   """The named architectures: configs/model/NAME.toml of the repository or the installed package."""
+  return named_configs("model")
+
+
+def named_configs(kind: str) -> dict[str, Path]:
+  """By name what is in the folder configs/KIND of the repository or the installed package."""
   package = Path(__file__).parent
   # The package's own folder is a link to the repository's, which not every copy keeps.
-  folders = [folder / "configs" / "model" for folder in (package, package.parent)]
+  folders = [folder / "configs" / kind for folder in (package, package.parent)]
   folder = next((folder for folder in folders if folder.is_dir()), folders[0])
   return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
   from neurojax.scaling.size import Sized
 
 
+OF_SEED = ("fleet", "memory", "mode", "out_config", "json", "toml")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
   """Find the largest architecture that provably fits a fleet, with a placement and predictions.
@@ -32,10 +35,10 @@ class Size:
   """
 
   fleet: Annotated[str | None, tyro.conf.arg(metavar="TOML")] = None
-  """A fleet file, as `neurojax probe` writes it."""
+  """A fleet file, as `neurojax probe` writes it, or the name of one in configs/fleet."""
   memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-  """Instead of a fleet: one host with so much memory and one device of unknown speed. 200GB is 200e9
-  bytes, 200GiB is 200 * 2**30."""
+  """Instead of a fleet: one host with so much memory and one device of unknown speed, which computes in
+  the format's dtype as a GPU does. 200GB is 200e9 bytes, 200GiB is 200 * 2**30."""
   purpose: Annotated[Literal["serve", "train"], tyro.conf.arg(name="for")] = "serve"
   """What the memory is for."""
   tokens: float | None = None
@@ -84,14 +87,22 @@ class Size:
       raise ValueError("give either --fleet or --memory")
     if self.json and self.toml:
       raise ValueError("--json and --toml: give one of them")
-    if self.mode != "ours" and self.plot:
-      raise ValueError(f"--mode {self.mode} draws nothing: leave --plot out")
+    if self.mode != "ours":
+      for field in dataclasses.fields(self):
+        if field.name not in OF_SEED and getattr(self, field.name) != field.default:
+          flag = "for" if field.name == "purpose" else field.name.replace("_", "-")
+          flag = f"no-{flag}" if field.default is True else flag
+          raise ValueError(
+            f"--mode {self.mode} knows memory alone, and draws nothing: leave --{flag} out"
+          )
     for name, most in (("context", 2**31), ("batch", 2**20), ("vocab", 2**31)):
       value = getattr(self, name)
       if value is not None and not 1 <= value <= most:
         raise ValueError(f"--{name} {value}: between 1 and {most}")
     check_out("--out-config", self.out_config)
     check_out("--plot", self.plot)
+    if self.plot:
+      check_plot(self.plot)
 
   def run(self) -> int:
     self._check()
@@ -114,12 +125,12 @@ class Size:
       "mfu": self.mfu,
     }
     found = size(fleet, purpose, current=current, **options)
-    if self.out_config:
-      self._write(found.config)
     if self.plot:
       from neurojax.scaling.curve import curve
 
       draw(curve(fleet, purpose, **options), self.plot)
+    if self.out_config:
+      self._write(found.config)
     if self.json or self.toml:
       print(_text(found.table(), toml=self.toml), end="\n" if self.json else "")
     else:
@@ -148,7 +159,7 @@ class Size:
     names = ("fleet", "memory", "purpose", "context", "batch", "format", "optimizer", "remat", "diloco",
              "headroom", "vocab", "most_parameters", "current", "mode", "out_config")  # fmt: skip
     if self.mode != "ours":
-      names = ("fleet", "memory", "mode", "out_config")
+      names = OF_SEED[:4]
     words = ["neurojax", "size"]
     for name in names:
       value, flag = getattr(self, name), "for" if name == "purpose" else name.replace("_", "-")
@@ -283,13 +294,22 @@ def _predictions(found: "Sized") -> list[tuple[str, str]]:
   return rows
 
 
-def draw(points: "list[Point]", path: Path) -> None:
+def check_plot(path: Path) -> None:
   """Raises: ValueError: matplotlib is not installed, or does not know the file's type."""
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
   except ImportError as error:
     raise ValueError("--plot needs matplotlib: pip install neurojax[plot]") from error
+  known = FigureCanvasAgg.get_supported_filetypes()
+  if path.suffix[1:].lower() not in known:
+    raise ValueError(f"--plot {path}: a name that ends in one of {', '.join(sorted(known))}")
+
+
+def draw(points: "list[Point]", path: Path) -> None:
+  """With what `check_plot` looked for."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   figure = Figure(figsize=(7, 8), layout="constrained")
   FigureCanvasAgg(figure)
   # Without a speed there is nothing to draw below.
@@ -308,9 +328,6 @@ def draw(points: "list[Point]", path: Path) -> None:
     axes.set(ylabel=what, xscale="log", yscale=scale)
     axes.grid(alpha=0.3)
   axes.set_xlabel("memory of the fleet (GB)")
-  known = FigureCanvasAgg.get_supported_filetypes()
-  if path.suffix[1:].lower() not in known:
-    raise ValueError(f"--plot {path}: a name that ends in one of {', '.join(sorted(known))}")
   figure.savefig(path)
 
 

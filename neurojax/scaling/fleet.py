@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from neurojax.config import from_toml
+from neurojax.config import from_toml, named_configs
 from neurojax.scaling.count import Weights
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
@@ -277,9 +277,9 @@ class Fleet:
 
 
 def read_fleet(text: str) -> Fleet:
-  """From the path of a TOML file ([[hosts]] tables) or a list "host:port,host:port".
+  """From the path of a TOML file ([[hosts]] tables), a name in `fleets()`, or a list "host:port,host:port".
 
-  Raises: ValueError: neither, a bad address, or a file that cannot be read as a fleet.
+  Raises: ValueError: none of these, a bad address, or a file that cannot be read as a fleet.
   """
   if text.endswith(".toml"):
     return from_toml(Fleet, read_text(text, "the fleet"), where=text)
@@ -287,8 +287,20 @@ def read_fleet(text: str) -> Fleet:
     raise ValueError(
       f"{text}: a fleet file's name ends in .toml; `neurojax probe --out` writes one"
     )
+  if text in (known := fleets()):
+    return read_fleet(str(known[text]))
   parts = [part.strip() for part in text.split(",") if part.strip()]
+  if parts and not any(":" in part for part in parts):
+    raise ValueError(
+      f"fleet {text[:80]!r}: give the path of a TOML file, which `neurojax probe --out` writes, or addresses "
+      f"as host:port,host:port, or one of {', '.join(known)}"
+    )
   return Fleet(hosts=tuple(Host(address=part) for part in parts))
+
+
+def fleets() -> dict[str, Path]:
+  """The example fleets: configs/fleet/NAME.toml of the repository or the installed package."""
+  return named_configs("fleet")
 
 
 def read_text(path: str | Path, what: str) -> str:

@@ -1,7 +1,7 @@
 """`neurojax size` as a person or a script uses it."""
 
-import importlib.util
 import json
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 from neurojax.cli import main
 from neurojax.config import ModelConfig
 from neurojax.scaling import count
+from neurojax.scaling.fleet import fleets
 
 FLEET = """
 [[hosts]]
@@ -107,6 +108,10 @@ def test_a_written_architecture_is_read_back_kept_and_names_its_command(capsys, 
   (("--memory", "1GB", "--tokens", "1e9", "--days", "2"), "contradict each other"),
   (("--fleet", "none.toml"), "none.toml"),
   (("--memory", "200GB", "--mode", "seed-table", "--plot", "x.png"), "draws nothing"),
+  *((("--memory", "200GB", "--mode", "seed-table", *more.split()), f"leave {more.split()[0]} out") for more in (
+    "--format bf16", "--for train", "--days 3", "--no-remat", "--context 4096", "--current llama-8b")),
+  (("--fleet", "labor"), "or one of cpu, gaming-pc, lab, seed-200gb"),
+  (("--fleet", "10.0.0.1"), "addresses as host:port"),
   (("--memory", "200GB", "--mode", "seed-formula", "--out-config", "x.toml"), "no multiple of"),
   (("--memory", "1GB", "--mode", "seed-table"), "begins at 40 GB"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
@@ -125,10 +130,38 @@ def test_the_seeds_modes_say_what_is_wrong(capsys):
   assert any("2.1 times too many" in finding for finding in table["findings"])
 
 
-def test_the_plot_is_a_file_or_names_the_extra(capsys, fleet: str, tmp_path: Path):
-  path = tmp_path / "sizes.png"
-  code, _, err = run(capsys, "--fleet", fleet, "--plot", str(path))
-  if importlib.util.find_spec("matplotlib") is None:
-    assert code == 2 and "pip install neurojax[plot]" in err
-  else:
-    assert code == 0 and path.read_bytes().startswith(b"\x89PNG")
+def test_a_fleet_may_be_named(capsys):
+  named, by_path = (
+    run(capsys, "--fleet", fleet, "--json")[1] for fleet in ("lab", str(fleets()["lab"]))
+  )
+  assert named == by_path != ""
+
+
+def test_without_matplotlib_a_plot_names_the_extra_and_nothing_is_written(
+  capsys, fleet: str, tmp_path: Path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+  outs = ("--plot", str(tmp_path / "sizes.png"), "--out-config", str(tmp_path / "model.toml"))
+  code, _, err = run(capsys, "--fleet", fleet, *outs)
+  assert code == 2 and "pip install neurojax[plot]" in err
+  assert list(tmp_path.glob("*.png")) == [] and not (tmp_path / "model.toml").exists()
+
+
+def test_the_plot_is_a_picture_of_parameters_loss_and_speed(capsys, fleet: str, tmp_path: Path):
+  pytest.importorskip("matplotlib", reason="matplotlib is not installed: make setup EXTRA=plot")
+  path, config = tmp_path / "sizes.svg", tmp_path / "model.toml"
+  code, out, _ = run(capsys, "--fleet", fleet, "--plot", str(path), "--out-config", str(config))
+  assert code == 0 and "parameters" in out and config.exists()
+  text = path.read_text()
+  # Text is drawn as glyphs, and named in comments.
+  for label in (
+    "parameters",
+    "predicted loss, bf16 (nats)",
+    "tokens/s",
+    "memory of the fleet (GB)",
+  ):
+    assert f"<!-- {label} -->" in text
+  config.unlink()
+  code, _, err = run(capsys, "--fleet", fleet, "--plot", "x.doc", "--out-config", str(config))
+  assert code == 2 and "ends in one of" in err and not config.exists()
