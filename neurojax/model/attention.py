@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neurojax.model.cache import KVCache
-from neurojax.scaling.count import KEY_BLOCK
+from neurojax.scaling.count import KEY_BLOCK, MOST_INPUTS
 
 _MASKED = -1e30
 """Below any score, yet finite: a row of masked keys gives no NaN."""
@@ -20,12 +20,6 @@ _FEWEST_KEYS = 64
 
 
 Kind = Literal["einsum", "cudnn"]
-
-Window = Int[Array, ""] | int | None
-"""Keys that a query sees at most, its own included; one per layer where it is an array."""
-
-NO_WINDOW = 1 << 30
-"""In place of None where a window is an array: more than any position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +42,7 @@ def attend(
   *,
   kind: Kind = "einsum",
   scores: Scores = Scores(),
-  window: Window = None,
+  window: int | None = None,
 ) -> Float[Array, "B T N H"]:
   """Causal attention within one sequence: query t sees keys 0..t. Differentiable.
 
@@ -59,14 +53,12 @@ def attend(
       (FlashAttention, arXiv:2307.08691), on a CUDA GPU in bfloat16 or float16.
     window: Keys that a query sees at most, the last ones; None: all.
   Raises:
-    NotImplementedError: cuDNN is wanted, and it has no soft cap or a window that is not constant.
+    NotImplementedError: cuDNN is wanted, and it has no soft cap.
     RuntimeError or ValueError, from JAX: cuDNN does not take this device, dtype or shape.
   """
   if kind == "cudnn":
-    if scores.softcap is not None or not isinstance(window, int | None):
-      raise NotImplementedError(
-        "attention 'cudnn' has no soft cap, and one window for all layers: choose 'einsum'"
-      )
+    if scores.softcap is not None:
+      raise NotImplementedError("attention 'cudnn' has no soft cap of scores: choose 'einsum'")
     local = {} if window is None else {"local_window_size": (window - 1, 0)}
     return jax.nn.dot_product_attention(
       q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=scores.scale, implementation="cudnn", **local
@@ -91,7 +83,7 @@ def attend_cache(
   start_B: Int[Array, "B"],
   *,
   scores: Scores = Scores(),
-  window: Window = None,
+  window: int | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attention of T new queries over the cache: query t of row b sees keys 0..start_B[b]+t, and of
   those the last `window`.
@@ -100,8 +92,15 @@ def attend_cache(
   of the window. Many queries visit keys in blocks with a running maximum and sum; a single one sees
   all it needs at once, as its scores are few and each operation in a loop over blocks costs more
   than it does.
+
+  Raises: ValueError: the cache keeps too few positions for so many queries and the window.
   Source: online softmax, arXiv:1805.02867; blocks as in arXiv:2205.14135.
   """
+  if cache.is_ring and (window is None or window + q_BTNH.shape[1] > cache.capacity):
+    raise ValueError(
+      f"{q_BTNH.shape[1]} inputs at once and a window of {window}: the cache keeps {cache.capacity}"
+      f" positions: give at most {MOST_INPUTS} inputs at a time"
+    )
   if q_BTNH.shape[1] == 1:
     return _attend_one(q_BTNH, cache, layer, start_B, scores, window)
   batch, length, num_heads, head_dim = q_BTNH.shape
@@ -112,7 +111,8 @@ def attend_cache(
 
   def block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
     top_BKGT, total_BKGT, sum_BKGTH = state
-    at = (layer, 0, 0, i * KEY_BLOCK, 0)
+    place = i * KEY_BLOCK
+    at = (layer, 0, 0, place % cache.capacity if cache.is_ring else place, 0)
     size = (1, batch, num_kv_heads, KEY_BLOCK, head_dim)
     k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
     v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
@@ -144,7 +144,7 @@ def _attend_one(
   layer: Int[Array, ""],
   start_B: Int[Array, "B"],
   scores: Scores,
-  window: Window,
+  window: int | None,
 ) -> Float[Array, "B 1 N H"]:
   """`attend_cache` of one query, over the least sufficient power of two of keys."""
   batch, _, _, head_dim = q_B1NH.shape
@@ -165,9 +165,12 @@ def _attend_one(
     if window is None:
       seen_BS = key_S[None] <= start_B[:, None]
     else:
-      key_S = key_S + begin
-      seen_BS = key_S[None] <= start_B[:, None]
-      seen_BS &= key_S[None] > start_B[:, None] - window
+      key_BS = jnp.broadcast_to(key_S + begin, (batch, count))
+      if count == cache.capacity:
+        # What each place holds once positions have gone round: the last one not beyond the query.
+        key_BS = start_B[:, None] - (start_B[:, None] - key_S[None]) % cache.capacity
+      seen_BS = (key_BS >= 0) & (key_BS <= start_B[:, None])
+      seen_BS &= key_BS > start_B[:, None] - window
     score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, _MASKED)
     weight_BKGS = jnp.exp(score_BKGS - score_BKGS.max(axis=-1, keepdims=True))
     sum_BKGH = _dot("BKGS,BKSH->BKGH", weight_BKGS.astype(v_BKSH.dtype), v_BKSH)
@@ -177,6 +180,8 @@ def _attend_one(
   while counts[-1] < cache.capacity:
     counts.append(min(2 * counts[-1], cache.capacity))
   last = start_B.max() if first is None else start_B.max() - first
+  if cache.is_ring:
+    last = jnp.where(start_B.max() < cache.capacity, last, cache.capacity - 1)
   enough = jnp.sum(jnp.array(counts, start_B.dtype) <= last)
   out_BKGH = lax.switch(enough, [functools.partial(over, count) for count in counts])
   return out_BKGH.reshape(q_B1NH.shape).astype(q_B1NH.dtype)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import LayerKind, ModelConfig
-from neurojax.model.attention import NO_WINDOW, Kind, Scores, Window, attend, attend_cache
+from neurojax.model.attention import Kind, Scores, attend, attend_cache
 from neurojax.model.cache import KVCache, LayerCache
 from neurojax.model.convolution import Convolution
 from neurojax.model.ffn import FFN, Experts
@@ -86,21 +86,18 @@ class Attention(nnx.Module):
 
   def _positions(
     self, which: Int[Array, ""] | None
-  ) -> tuple[Array | np.ndarray, Array | float, Window]:
+  ) -> tuple[Array | np.ndarray, Array | float, int | None]:
     """Frequencies of the rotation, their factor, and the window: constants where all layers are of one
-    kind, else looked up."""
+    kind, else the first two are looked up."""
     tables = [frequencies(k.head_dim, k.rope_base, k.rope_scaling) for k in self.kinds]
-    windows = [kind.sliding_window for kind in self.kinds]
+    window = self.kinds[0].sliding_window
     if len(self.kinds) == 1:
-      return *tables[0], windows[0]
+      return *tables[0], window
     assert which is not None
     frequency = jnp.asarray(np.stack([frequency for frequency, _ in tables]), jnp.float32)[which]
     factors = [factor for _, factor in tables]
     factor = factors[0] if len(set(factors)) == 1 else jnp.asarray(factors, jnp.float32)[which]
-    if len(set(windows)) == 1:
-      return frequency, factor, windows[0]
-    bounds = [NO_WINDOW if window is None else min(window, NO_WINDOW) for window in windows]
-    return frequency, factor, jnp.asarray(bounds, jnp.int32)[which]
+    return frequency, factor, window
 
 
 class Block(nnx.Module):

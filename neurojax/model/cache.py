@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from neurojax.scaling.count import KEY_BLOCK
+from neurojax.scaling.count import KEY_BLOCK, kept_positions
 
 
 @jax.tree_util.register_dataclass
@@ -19,11 +19,16 @@ class KVCache:
 
   Position s of row b is valid once a token was written there; attention looks at no position
   beyond its query's own, so what lies past the end of a sequence is never read.
+
+  Attributes:
+    is_ring: Position s is kept in place s modulo the capacity, as layers with a window read no more
+      than the last positions.
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.
   k_LBKSH: Any
   v_LBKSH: Any
+  is_ring: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @classmethod
   def zeros(
@@ -35,15 +40,19 @@ class KVCache:
     capacity: int,
     head_dim: int,
     dtype: DTypeLike,
+    window: int | None = None,
   ) -> "KVCache":
+    """window: Keys that a query sees at most; where that is less than the capacity, no more is kept
+    than it takes for calls of MOST_INPUTS."""
     if capacity % KEY_BLOCK:
       raise ValueError(f"capacity = {capacity}: it must be a multiple of {KEY_BLOCK}")
-    shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
-    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    kept = kept_positions(capacity, window)
+    shape = (num_layers, batch, num_kv_heads, kept, head_dim)
+    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), kept < capacity)
 
   @property
   def capacity(self) -> int:
-    """Positions per sequence (S)."""
+    """Positions per sequence (S) that are kept."""
     return self.k_LBKSH.shape[3]
 
   def write(
@@ -58,6 +67,8 @@ class KVCache:
     Raises: ValueError: the positions do not fit. Under `jit` the start is unknown and a write past
       the end would be moved back by XLA, so whoever compiles must check first: `check_room`.
     """
+    if self.is_ring:
+      return self._write_around(layer, k_BTKH, v_BTKH, start_B)
     if not isinstance(start_B, jax.core.Tracer):
       check_room(int(start_B.max()), k_BTKH.shape[1], self.capacity)
 
@@ -66,6 +77,31 @@ class KVCache:
       for b in range(new_BKTH.shape[0]):
         update = new_BKTH[None, b : b + 1]
         cache_LBKSH = lax.dynamic_update_slice(cache_LBKSH, update, (layer, b, 0, start_B[b], 0))
+      return cache_LBKSH
+
+    return dataclasses.replace(
+      self, k_LBKSH=put(self.k_LBKSH, k_BTKH), v_LBKSH=put(self.v_LBKSH, v_BTKH)
+    )
+
+  def _write_around(
+    self,
+    layer: Int[Array, ""],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    start_B: Int[Array, "B"],
+  ) -> "KVCache":
+    length, capacity = k_BTKH.shape[1], self.capacity
+    place_BT = (start_B[:, None] + jnp.arange(length, dtype=start_B.dtype)[None]) % capacity
+
+    def put(cache_LBKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+      new_BTKH = new_BTKH.astype(cache_LBKSH.dtype)
+      for b in range(new_BTKH.shape[0]):
+        if length == 1:
+          update, at = new_BTKH[None, b : b + 1].swapaxes(2, 3), (layer, b, 0, place_BT[b, 0], 0)
+          cache_LBKSH = lax.dynamic_update_slice(cache_LBKSH, update, at)
+        else:
+          # The index in front of a slice puts T first.
+          cache_LBKSH = cache_LBKSH.at[layer, b, :, place_BT[b]].set(new_BTKH[b])
       return cache_LBKSH
 
     return dataclasses.replace(

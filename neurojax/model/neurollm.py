@@ -220,6 +220,7 @@ def _empty(
     capacity=capacity,
     head_dim=stack.kind.head_dim,
     dtype=dtype,
+    window=stack.kind.sliding_window,
   )
 
 

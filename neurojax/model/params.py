@@ -47,11 +47,11 @@ LAST: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Layers of one shape, whose parameters and caches are stacked on a leading axis L.
+  """Layers of one shape and window, whose parameters and caches are stacked on a leading axis L.
 
   Attributes:
     name: Where NeuroLLM keeps it, the first part of its parameters' places.
-    kinds: Those of the model that have this shape; they differ in rotary positions and window.
+    kinds: Those of the model that have this shape; they differ in rotary positions.
     layers: Numbers in the whole model, ascending.
     which: For each layer its place in `kinds`.
   """
@@ -148,7 +148,8 @@ def is_expert(name: str) -> bool:
 
 
 def _shape(kind: LayerKind) -> tuple[object, ...]:
-  return kind.mixer, kind.head_dim, kind.num_kv_heads, kind.shared_kv
+  # Not the window for its own sake: caches of layers that have one are shorter.
+  return kind.mixer, kind.head_dim, kind.num_kv_heads, kind.shared_kv, kind.sliding_window
 
 
 def outer_names(config: ModelConfig, span: Span) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -19,6 +19,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KEY_BLOCK = 128
 """Attention reads the cache in blocks of this many positions; a capacity is a multiple of it."""
 
+MOST_INPUTS = 256
+"""Inputs of one call that a cache of a layer with a window has room for, beside the window."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
@@ -149,6 +152,12 @@ def capacity_for(context_length: int) -> int:
   return -(-context_length // KEY_BLOCK) * KEY_BLOCK
 
 
+def kept_positions(capacity: int, window: int | None) -> int:
+  """Of a cache of `capacity` positions, those kept in a layer with a window: its keys, and a call's new
+  ones."""
+  return capacity if window is None else min(capacity, capacity_for(window + MOST_INPUTS))
+
+
 def layer_matrices(config: ModelConfig, layer: int | None = None) -> dict[str, tuple[int, int]]:
   """(contracted, output) elements of each matrix of one layer that may be held narrow.
 
@@ -232,13 +241,12 @@ def cache_bytes(config: ModelConfig, num_layers: int, *, capacity: int, dtype: s
   that take most, if not all are alike and fewer than all are asked about."""
   if num_layers == config.num_layers:
     return span_cache_bytes(config, Span.whole(config), capacity=capacity, dtype=dtype)
-  kinds = config.layer_kinds or (LayerKind(),)
+  kinds = config.layer_kinds or (_alike(config.sliding_window),)
   return num_layers * max(_kind_cache_bytes(config, kind, capacity, dtype) for kind in kinds)
 
 
 def span_cache_bytes(config: ModelConfig, span: Span, *, capacity: int, dtype: str) -> int:
-  """Bytes of what one sequence leaves in the layers of a stage. A window takes none away: positions
-  in front of it are kept, and not read."""
+  """Bytes of what one sequence leaves in the layers of a stage."""
   return sum(
     number * _kind_cache_bytes(config, kind, capacity, dtype)
     for kind, number in _kinds(config, span).items()
@@ -377,7 +385,7 @@ def _kind_cache_bytes(config: ModelConfig, kind: LayerKind, capacity: int, dtype
   if kind.mixer == "convolution":
     return (config.conv_width - 1) * config.model_dim * DTYPE_BYTES[dtype]
   k, h = _heads(config, kind)
-  return 2 * k * capacity * h * DTYPE_BYTES[dtype]
+  return 2 * k * kept_positions(capacity, kind.sliding_window) * h * DTYPE_BYTES[dtype]
 
 
 def _kind_flops(config: ModelConfig, kind: LayerKind, context: int, at_end: bool) -> int:

@@ -41,8 +41,9 @@ MIXED = dataclasses.replace(
   v_norm=True, qk_norm=True, post_norm=True, layer_scale=True,
 )  # fmt: skip
 ONE_SHAPE = dataclasses.replace(
-  PLAIN, layer_kinds=(LOCAL, LayerKind(rope_scaling=RopeScaling(kind="linear", factor=8.0))),
-  layer_pattern=(0, 1), qkv_bias=True, attention_softcap=2.0, logit_softcap=3.0,
+  PLAIN, layer_kinds=(
+    LOCAL, dataclasses.replace(LOCAL, rope_scaling=RopeScaling(kind="linear", factor=8.0)),
+  ), layer_pattern=(0, 1), qkv_bias=True, attention_softcap=2.0, logit_softcap=3.0,
   embedding_scale=4.0, activation="gelu_tanh",
 )  # fmt: skip
 
@@ -167,8 +168,8 @@ def exact_attention(q_TNH, k_SKH, v_SKH, start: int, window: int | None, scores:
 @pytest.mark.parametrize(
   ("length", "start"), [(1, 0), (1, 70), (1, 255), (3, 0), (9, 130), (9, 247)]
 )
-@pytest.mark.parametrize(("window", "is_traced"), [(5, False), (100, True), (1, True)])
-def test_windows_and_caps_equal_float64(length: int, start: int, window: int, is_traced: bool):
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_windows_and_caps_equal_float64(length: int, start: int, window: int):
   rng = np.random.default_rng(start)
   k, v = rng.standard_normal((2, 256, 2, 4)).astype(np.float32)
   q = rng.standard_normal((length, 4, 4)).astype(np.float32)
@@ -176,16 +177,46 @@ def test_windows_and_caps_equal_float64(length: int, start: int, window: int, is
   k[start + length :], v[start + length :] = 1e4, 1e4
   cache = KVCache(*(jnp.asarray(x.swapaxes(0, 1))[None, None] for x in (k, v)))
   scores = Scores(0.7, 1.5)
-  bound = jnp.int32(window) if is_traced else window
   found = attend_cache(
-    jnp.asarray(q)[None], cache, jnp.int32(0), jnp.array([start]), scores=scores, window=bound
+    jnp.asarray(q)[None], cache, jnp.int32(0), jnp.array([start]), scores=scores, window=window
   )
   wanted = exact_attention(q, k, v, start, window, scores)
   np.testing.assert_allclose(found[0], wanted, atol=3e-6, rtol=3e-5)
   if start == 0:
     args = (jnp.asarray(x[:length])[None] for x in (q, k, v))
-    found = attend(*args, scores=scores, window=bound)
+    found = attend(*args, scores=scores, window=window)
     np.testing.assert_allclose(found[0], wanted, atol=3e-6, rtol=3e-5)
+
+
+def test_places_of_a_window_are_used_again():
+  """Positions go round twice, in calls of any length, each padded with what must not be seen."""
+  window, rng = 130, np.random.default_rng(3)
+  cache = KVCache.zeros(
+    num_layers=2, batch=1, num_kv_heads=2, capacity=1152, head_dim=4, dtype=jnp.float32,
+    window=window,
+  )  # fmt: skip
+  assert cache.is_ring and cache.capacity == 512
+  k, v = rng.standard_normal((2, 1100, 2, 4)).astype(np.float32)
+  q = rng.standard_normal((1100, 4, 4)).astype(np.float32)
+  layer, scores, start = jnp.int32(1), Scores(0.7), 0
+
+  @jax.jit
+  def call(cache, q, k, v, start_B):
+    cache = cache.write(layer, k, v, start_B)
+    return attend_cache(q, cache, layer, start_B, scores=scores, window=window), cache
+
+  for length in (256, 200, 1, 1, 54, 1, 256, 256 - 1, *[1] * 3):
+    padded = 1 if length == 1 else 256
+    given = [np.full((padded, *x.shape[1:]), 1e4, np.float32) for x in (q, k, v)]
+    for x, all_x in zip(given, (q, k, v), strict=True):
+      x[:length] = all_x[start : start + length]
+    found, cache = call(cache, *(jnp.asarray(x)[None] for x in given), jnp.array([start]))
+    wanted = exact_attention(q[start : start + length], k, v, start, window, scores)
+    np.testing.assert_allclose(found[0, :length], wanted, atol=3e-6, rtol=3e-5)
+    start += length
+  assert start > 2 * cache.capacity - 10
+  with pytest.raises(ValueError, match="at most 256 inputs at a time"):
+    attend_cache(jnp.zeros((1, 400, 4, 4)), cache, layer, jnp.array([0]), window=window)
 
 
 def test_a_window_counts_the_query_itself():
@@ -197,9 +228,8 @@ def test_a_window_counts_the_query_itself():
 
 def test_cudnn_does_not_compute_what_it_would_compute_otherwise():
   x = jnp.zeros((1, 2, 1, 8))
-  for options in ({"scores": Scores(softcap=1.0)}, {"window": jnp.int32(2)}):
-    with pytest.raises(NotImplementedError, match="choose 'einsum'"):
-      attend(x, x, x, kind="cudnn", **options)
+  with pytest.raises(NotImplementedError, match="choose 'einsum'"):
+    attend(x, x, x, kind="cudnn", scores=Scores(softcap=1.0))
 
 
 @given(
