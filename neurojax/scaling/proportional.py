@@ -153,10 +153,12 @@ def _too_small(
     middle = (low + high) // 2
     more = [space + middle * (i == largest) for i, space in enumerate(free)]
     low, high = (low, middle) if _shares(config, more, load, kinds) else (middle, high)
+  base = stage_working(config, load, kinds[largest]).base
+  work = f", {base:,} for what the programs of each stage work in" if base else ""
   return (
     f"the fleet is too small: {len(free)} hosts have {sum(free):,} bytes free for {config.num_layers} "
     f"layers of {layer_bytes(config, load, kinds[largest]):,} bytes each ({load.max_sequences} caches of "
-    f"{load.capacity} positions included), embedding and head; {high:,} bytes more on "
+    f"{load.capacity} positions included), embedding and head{work}; {high:,} bytes more on "
     f"{hosts[largest][0]} would do: add memory or a host, shorten the context, allow fewer sequences, "
     "or hold the weights as int8"
   )

@@ -1,5 +1,6 @@
 """Stage servers that hold what a plan says: the same tokens, or a refusal that names what does not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,10 +8,12 @@ import pytest
 
 from neurojax.cli import main
 from neurojax.cli.options import EngineOptions, open_engine
+from neurojax.config import Span
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
 from neurojax.files.source import open_model
 from neurojax.scaling import plan
+from neurojax.scaling.load import stage_working
 from neurojax.scaling.proportional import as_planned
 from neurojax.scaling.running import read_plan, servers
 from neurojax.stage.compile import CompiledStage
@@ -111,3 +114,31 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
 
   with pytest.raises(ValueError, match=r"the plan gives 127.*bytes with 4096 caches.*are free"):
     run(work())
+
+
+def test_hosts_without_a_plan_have_room_for_what_programs_work_in(
+  three: Cluster, tiny_path: Path, tmp_path: Path
+):
+  load = plan.Load(dtype="float32", weights="dense", capacity=256, max_sequences=4)
+  thirds = [Span(first_layer=2 * i, last_layer=2 * i + 1, num_layers=6) for i in range(3)]
+  most = max(plan.stage_bytes(tinymodel.CONFIG, span, load) for span in thirds)
+  needs = stage_working(tinymodel.CONFIG, dataclasses.replace(load, working=True), "cpu").base
+
+  def connect(memory_bytes: int) -> list[int]:
+    text = "".join(
+      f'[[hosts]]\naddress = "{address}"\nmemory_bytes = {memory_bytes}\n'
+      for address in three.addresses
+    )
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+
+    async def work() -> list[int]:
+      with open_model(tiny_path) as file:
+        async with open_engine(file, EngineOptions(hosts=str(path), context=256)) as engine:
+          return [placement.memory_bytes for placement in engine.placements]
+
+    return run(work())
+
+  with pytest.raises(ValueError, match=rf"too small.*{needs:,} for what the programs"):
+    connect(most + needs // 2)
+  assert all(needs < taken <= most + needs for taken in connect(most + needs))
