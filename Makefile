@@ -21,7 +21,7 @@ demo: setup
 	@$(BIN)/neurojax demo --model $(MODEL)
 
 test: setup $(STAMP)-dev $(STAMP)-smollm2
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

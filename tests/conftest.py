@@ -8,6 +8,10 @@ from collections.abc import Iterator
 # Programs compiled by tests, and digests, are kept apart from the user's own; servers that tests start inherit it.
 os.environ.setdefault("NEUROJAX_CACHE_DIR", tempfile.mkdtemp(prefix="neurojax-tests-"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One store of programs for the workers of a session and what they start: many tests compile the same.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["NEUROJAX_CACHE_DIR"] + "/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
@@ -22,10 +26,22 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+  config.addinivalue_line(
+    "markers", "optimized: programs of this module are compiled as users have them"
+  )
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _programs_end_with_their_module() -> Iterator[None]:
-  """A worker that keeps every program it ever compiled grows to several GB."""
-  yield
+def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
+  """Compiled in a half of the time, also by processes that tests start, unless a module is marked
+  `optimized`: its bits are compared between programs, or it computes long."""
+  quick = os.environ["JAX_PLATFORMS"] == "cpu" and not request.node.get_closest_marker("optimized")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+  # A worker that keeps every program it ever compiled grows to several GB.
   jax.clear_caches()
 
 

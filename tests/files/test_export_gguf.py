@@ -23,6 +23,8 @@ from neurojax.ternary.array import TernaryArray
 from tests.files import tiny, trained
 from tests.tokenizer import vocab
 
+pytestmark = pytest.mark.optimized
+
 CARD = Card(name="tiny", license="Apache-2.0")
 PLAIN = ModelConfig(
   vocab_size=40, model_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=512,

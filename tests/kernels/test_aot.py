@@ -4,6 +4,8 @@ import pytest
 
 from tests.kernels import aot
 
+pytestmark = pytest.mark.optimized
+
 PTX = """
 .version 9.0
 .visible .entry kernel(

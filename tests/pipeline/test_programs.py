@@ -24,6 +24,8 @@ from neurojax.stage.compile import CompiledStage
 from neurojax.stage.fused import REFERENCE
 from tests.pipeline.servers import collect, request, run
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = ModelConfig(
   vocab_size=300, model_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
   ffn_dim=384, context_length=128, qk_norm=True,

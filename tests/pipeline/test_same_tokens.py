@@ -19,6 +19,8 @@ from neurojax.stage.compile import CompiledStage
 from tests import tinymodel
 from tests.pipeline.servers import PROMPT, Cluster, cluster, collect, request, run
 
+pytestmark = pytest.mark.optimized
+
 REQUESTS = {
   "greedy": request(),
   "sampled": request(sampling=Sampling(temperature=1.0, seed=11)),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from neurojax.quant.array import MAX_INTEGER_ROWS, Int8Array
 
+pytestmark = pytest.mark.optimized
+
 SPECS = (
   ("BTD,DNH->BTNH", (12, 3, 5), 1),
   ("BTNH,NHD->BTD", (3, 5, 7), 2),

@@ -9,6 +9,8 @@ from neurojax.quant.grouped import GroupedArray
 from neurojax.quant.rows import GroupedRows
 from neurojax.scaling.count import Grouped
 
+pytestmark = pytest.mark.optimized
+
 FORMS = {
   "8 bits": Grouped(bits=8, offset=128, group_size=32, scale="float16"),
   "6 bits": Grouped(bits=6, offset=32, group_size=16, scale="float16", parent=True),

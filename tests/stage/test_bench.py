@@ -12,6 +12,8 @@ from neurojax.kernels.gemm import bench as gemm_bench
 from neurojax.scaling import count
 from neurojax.stage import bench
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = ModelConfig(
   vocab_size=256, model_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
   ffn_dim=384, qk_norm=True, tied_embedding=False,

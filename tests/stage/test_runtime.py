@@ -12,6 +12,8 @@ from neurojax.stage.cut import cut
 from neurojax.stage.runtime import StageRuntime
 from neurojax.stage.step import StepInput
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = ModelConfig(
   vocab_size=31,
   model_dim=16,
