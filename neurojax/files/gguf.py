@@ -20,8 +20,7 @@ from gguf.quants import dequantize
 from neurojax.config import ModelConfig
 from neurojax.files import names
 from neurojax.files.blocks import BLOCKS
-from neurojax.files.gguf_header import Header
-from neurojax.files.mapped import MappedFile
+from neurojax.files.gguf_parts import Parts, whole_metadata
 from neurojax.files.source import TensorInfo
 from neurojax.quant.rows import GroupedRows
 from neurojax.scaling.count import Form, Plain, Scales
@@ -40,8 +39,8 @@ _PLAIN: Mapping[str, Plain] = {"F16": Plain("float16"), "BF16": Plain("bfloat16"
 
 
 class GgufFile:
-  """An open GGUF file (a `source.ModelFile`). The header is checked on opening; tensors are mapped
-  and decoded one by one.
+  """An open GGUF file (a `source.ModelFile`), or the first of its parts. Headers are checked on
+  opening; tensors are mapped and decoded one by one.
 
   Raises:
     ValueError: truncated, damaged or contradictory.
@@ -53,20 +52,18 @@ class GgufFile:
   def __init__(self, path: str | Path) -> None:
     self.path = Path(path)
     with contextlib.ExitStack() as undo:
-      self._file = MappedFile(path)
-      undo.callback(self._file.close)
-      with memoryview(self._file.view(0, self._file.size_bytes)) as data:
-        header = Header(self.path, data)
-      self.version = header.version
-      self.metadata: Mapping[str, object] = header.metadata
-      self.tensors: Mapping[str, TensorInfo] = header.tensors
-      self._fields = header.fields
+      self._parts = Parts(self.path)
+      undo.callback(self._parts.close)
+      self.version = self._parts.header.version
+      self.metadata: Mapping[str, object] = whole_metadata(self._parts)
+      self.tensors: Mapping[str, TensorInfo] = self._parts.tensors
+      self._fields = self._parts.header.fields
       self.interpretation = names.interpret(self.metadata, self.tensors, self._floats)
       undo.pop_all()
 
   @property
   def file_bytes(self) -> int:
-    return self._file.size_bytes
+    return self._parts.size_bytes
 
   @property
   def config(self) -> ModelConfig:
@@ -101,7 +98,7 @@ class GgufFile:
     if info.type in codecs.CODECS:
       values = codecs.dequantize(*self._unpack(info)).reshape(info.shape)
     else:
-      with self._file.range(info.offset, info.nbytes) as raw:
+      with self._parts.range(info) as raw:
         values = _decode(raw, info)
     return names.to_canonical(values, name, stored.axes, self.config, layer)
 
@@ -133,7 +130,7 @@ class GgufFile:
         f"{self.path}: tensor {info.name!r} is {info.type} {info.shape}, no matrix of grouped"
         " integers: read it as numbers"
       )
-    with self._file.range(info.offset, info.nbytes) as raw:
+    with self._parts.range(info) as raw:
       rows = BLOCKS[info.type].rows(raw, math.prod(info.shape[:-1]), info.shape[-1])
     try:
       rows.check_finite()
@@ -150,24 +147,24 @@ class GgufFile:
       raise ValueError(
         f"{self.path}: tensor {info.name!r} is {info.type}, which are no plain numbers"
       )
-    with self._file.range(info.offset, info.nbytes) as raw:
+    with self._parts.range(info) as raw:
       values = raw.view(_NUMBERS[info.type]).reshape(info.shape).copy()
     return names.to_canonical(values, name, stored.axes, self.config, layer)
 
   def field_bytes(self, key: str) -> bytes:
     """A key of the metadata with its type and value, as the file has them. Raises: KeyError."""
     start, end = self._fields[key]
-    return self._file.view(start, end - start).tobytes()
+    return self._parts.first(start, end - start).tobytes()
 
   def tensor_bytes(self, file_name: str) -> contextlib.AbstractContextManager[np.ndarray]:
     """The undecoded bytes of a tensor under the file's name: uint8, a read-only view of the file, whose
     pages leave the process with the context. Raises: KeyError."""
     info = self.tensors[file_name]
-    return self._file.range(info.offset, info.nbytes)
+    return self._parts.range(info)
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
     info = self.info(name, layer)
-    return self._file.view(info.offset, info.nbytes)
+    return self._parts.view(info)
 
   def problems(self) -> list[str]:
     found = [*self.interpretation.demands, *self.interpretation.faults]
@@ -196,14 +193,14 @@ class GgufFile:
       raise NotImplementedError(f"{self.path}: not supported: {'; '.join(found)}")
 
   def check_unchanged(self) -> None:
-    self._file.check_unchanged()
+    self._parts.check_unchanged()
 
   def sha256(self) -> str:
-    return self._file.sha256()
+    return self._parts.sha256()
 
   def close(self) -> None:
     """Views that `stored_bytes` gave out stay valid; the map goes with the last of them."""
-    self._file.close()
+    self._parts.close()
 
   def __enter__(self) -> Self:
     return self
@@ -221,7 +218,7 @@ class GgufFile:
     info = self.tensors[file_name]
     if info.type not in _NUMBERS:
       raise NotImplementedError(f"tensor {file_name!r} is {info.type}: F32 is read")
-    with self._file.range(info.offset, info.nbytes) as raw:
+    with self._parts.range(info) as raw:
       return raw.view(_NUMBERS[info.type]).astype(np.float32).reshape(info.shape)
 
   def _locate(self, name: str, layer: int | None) -> names.Stored:
@@ -233,7 +230,7 @@ class GgufFile:
 
   def _unpack(self, info: TensorInfo) -> tuple[np.ndarray, np.ndarray, int | None]:
     codec = codecs.CODECS[info.type]
-    with self._file.range(info.offset, info.nbytes) as raw:
+    with self._parts.range(info) as raw:
       try:
         codes, scales = codec.unpack(raw, math.prod(info.shape[:-1]), info.shape[-1])
       except ValueError as error:
