@@ -12,6 +12,8 @@ from jaxtyping import UInt8
 
 from neurojax.files import digest
 
+_AHEAD_BYTES = 64 << 20
+
 
 class MappedFile:
   """An open file, read-only.
@@ -48,10 +50,15 @@ class MappedFile:
 
   @contextlib.contextmanager
   def range(self, offset: int, nbytes: int) -> Iterator[UInt8[np.ndarray, "bytes"]]:
-    """`view`, whose pages leave the process afterwards."""
-    yield self.view(offset, nbytes)
+    """`view`, whose pages leave the process afterwards. What follows in the file is fetched while the
+    caller is busy with these bytes: tensors are mostly read in its order."""
+    view = self.view(offset, nbytes)
     if sys.platform == "linux" and nbytes:
       start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+      ahead = min(offset + nbytes + _AHEAD_BYTES, self.size_bytes) - start
+      self._map.madvise(mmap.MADV_WILLNEED, start, ahead)
+    yield view
+    if sys.platform == "linux" and nbytes:
       self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
 
   def check_unchanged(self) -> None:

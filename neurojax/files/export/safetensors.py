@@ -14,13 +14,14 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 DTYPES: Mapping[Dtype, np.dtype] = {
   "float32": np.dtype("<f4"),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
+  "float16": np.dtype("<f2"),
 }
-_NAMES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16"}
+_NAMES: Mapping[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ALIGNMENT = 8
 
 
@@ -28,7 +29,7 @@ def write_safetensors(
   path: Path,
   shapes: Mapping[str, tuple[int, ...]],
   tensors: Iterable[np.ndarray],
-  dtype: Dtype,
+  dtype: Dtype | Mapping[str, Dtype],
   metadata: Mapping[str, str],
 ) -> None:
   """Write a file.
@@ -36,13 +37,15 @@ def write_safetensors(
   Args:
     shapes: Of each tensor by its name.
     tensors: Their values in the order of `shapes`, of the dtype.
+    dtype: Of all tensors, or of each by its name.
   Raises: ValueError: a tensor has another shape or dtype.
   """
   header: dict[str, object] = {"__metadata__": dict(metadata)}
+  own: Mapping[str, Dtype] = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else dtype
   end = 0
   for name, shape in shapes.items():
-    start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-    header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    start, end = end, end + math.prod(shape) * DTYPES[own[name]].itemsize
+    header[name] = {"dtype": _NAMES[own[name]], "shape": list(shape), "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   # The tensors then begin at a multiple of this in the file.
   text += b" " * (-len(text) % _ALIGNMENT)
@@ -50,8 +53,10 @@ def write_safetensors(
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for (name, shape), values in zip(shapes.items(), tensors, strict=True):
-      if values.shape != shape or values.dtype != DTYPES[dtype]:
-        raise ValueError(f"{name} is {values.dtype} {values.shape}: {dtype} {shape} was announced")
+      if values.shape != shape or values.dtype != DTYPES[own[name]]:
+        raise ValueError(
+          f"{name} is {values.dtype} {values.shape}: {own[name]} {shape} was announced"
+        )
       np.ascontiguousarray(values).tofile(file)
     file.flush()
     os.fsync(file.fileno())

@@ -1,0 +1,81 @@
+"""`neurojax convert`: a model file in another format or type."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.progress import Progress
+
+from neurojax.cli.options import ModelOptions, stderr
+
+Kind = Literal[
+  "TQ2_0",
+  "TQ1_0",
+  "Q2_0",
+  "Q2_0_g128",
+  "F32",
+  "F16",
+  "BF16",
+  "Q8_0",
+  "Q4_0",
+  "Q4_1",
+  "Q5_0",
+  "Q5_1",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(ModelOptions):
+  """Write a model as GGUF, or as a folder for transformers (config.json and safetensors).
+
+  Nothing changes unless a type is asked for: every tensor keeps its own, and where the new format has no
+  such type it gets the narrowest that holds its numbers exactly. Ternary types hold ternary weights as they
+  are, and of others the nearest ternary ones; what that changes is said. Tokenizer, chat template and what
+  the file says of itself are carried over.
+
+  Example: neurojax convert --model folder --out model.gguf --type Q2_0
+  """
+
+  out: Annotated[Path, tyro.conf.arg(metavar="FILE.gguf|FOLDER")]
+  """GGUF if the name ends in .gguf, else a new folder. Nothing is replaced."""
+  type: Kind | None = None
+  """Of the matrices of layers in GGUF, all of them. llama.cpp reads all but Q2_0_g128, which PrismML's
+  fork reads. Of all tensors of a folder: F32, F16 or BF16."""
+  outer_type: Kind | None = None
+  """Of embedding and head in GGUF."""
+  name: str | None = None
+  """What the file calls the model."""
+  license: Annotated[str | None, tyro.conf.arg(metavar="SPDX")] = None
+
+  def run(self) -> int:
+    to_gguf = self.out.suffix.lower() == ".gguf"
+    if not to_gguf and self.outer_type is not None:
+      raise ValueError("--outer-type is of GGUF: let --out end in .gguf, or leave it away")
+    if self.out.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".onnx"):
+      raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
+    from neurojax.files.convert.gguf import to_gguf as write_gguf
+    from neurojax.files.convert.huggingface import to_huggingface
+
+    general = {
+      f"general.{key}": value
+      for key, value in (("name", self.name), ("license", self.license))
+      if value is not None
+    }
+    with self.open() as file, Progress(console=stderr, transient=True) as progress:
+      bar = progress.add_task("writing tensors")
+
+      def advance(done: int, total: int) -> None:
+        progress.update(bar, completed=done, total=total)
+
+      if to_gguf:
+        made = write_gguf(
+          file, self.out, kind=self.type, outer=self.outer_type, general=general, progress=advance
+        )
+      else:
+        made = to_huggingface(file, self.out, kind=self.type, general=general, progress=advance)
+    files = [self.out] if to_gguf else sorted(self.out.iterdir())
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    types = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
+    print(f"{self.out}: {made.architecture}, {types}, {megabytes:.2f} MB; {made.loss}")
+    return 0

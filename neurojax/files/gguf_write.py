@@ -1,0 +1,121 @@
+"""Writing GGUF, version 3, from fields and tensors whose bytes are known.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ALIGNMENT = 32
+
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """One tensor of a file to be written.
+
+  Attributes:
+    shape: Row-major.
+    type_id: Its element type's number.
+    nbytes: Of its data, padding aside.
+    data: Makes them, when their turn has come: an array of any dtype with that many bytes.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  type_id: int
+  nbytes: int
+  data: Callable[[], np.ndarray]
+
+
+def field(key: str, value: object) -> bytes:
+  """A key with its value: whole numbers as uint32 (int32 below zero), in lists as int32; floats as
+  float32; also bool, str, and lists of one kind.
+
+  Raises: ValueError: a value of another kind, an empty list, or a number beyond its type.
+  """
+  try:
+    if isinstance(value, list | tuple):
+      return _text(key) + struct.pack("<I", _ARRAY) + _array(value)
+    kind, raw = _scalar(value)
+    return _text(key) + struct.pack("<I", kind) + raw
+  except (struct.error, OverflowError) as error:
+    raise ValueError(f"{key} = {str(value)[:80]}: beyond what GGUF keeps it in: {error}") from error
+
+
+def write(path: Path, fields: Sequence[bytes], tensors: Sequence[Tensor]) -> None:
+  """Write a file, a tensor in memory at a time, and have the system store it.
+
+  Args:
+    fields: Keys with values, as `field` or `GgufFile.field_bytes` gives them; no key twice, and not
+      general.alignment.
+  Raises: ValueError: a tensor's data are not of the size that was said.
+  """
+  with path.open("wb") as file:
+    file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)))
+    for raw in fields:
+      file.write(raw)
+    offset = 0
+    for tensor in tensors:
+      file.write(_text(tensor.name) + struct.pack("<I", len(tensor.shape)))
+      file.write(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
+      file.write(struct.pack("<IQ", tensor.type_id, offset))
+      offset += _padded(tensor.nbytes)
+    file.write(bytes(_padded(file.tell()) - file.tell()))
+    for tensor in tensors:
+      data = tensor.data()
+      if data.nbytes != tensor.nbytes:
+        raise ValueError(f"{tensor.name}: {data.nbytes} bytes, {tensor.nbytes} were announced")
+      np.ascontiguousarray(data).tofile(file)
+      file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _padded(nbytes: int) -> int:
+  return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _text(value: str) -> bytes:
+  raw = value.encode()
+  return struct.pack("<Q", len(raw)) + raw
+
+
+def _scalar(value: object) -> tuple[int, bytes]:
+  match value:
+    case bool():
+      return _BOOL, struct.pack("<B", value)
+    case int():
+      return (
+        (_UINT32, struct.pack("<I", value)) if value >= 0 else (_INT32, struct.pack("<i", value))
+      )
+    case float():
+      return _FLOAT32, struct.pack("<f", value)
+    case str():
+      return _STRING, _text(value)
+  raise ValueError(f"{value!r}: GGUF keeps bool, int, float, str and lists of them")
+
+
+def _array(values: Sequence[object]) -> bytes:
+  kinds = {type(value) for value in values}
+  if len(kinds) != 1:
+    raise ValueError(
+      f"a list of {len(values)} values of {len(kinds)} kinds: GGUF keeps lists of one"
+    )
+  head = struct.pack("<Q", len(values))
+  match values[0]:
+    case bool():
+      return struct.pack("<I", _BOOL) + head + bytes(values)  # type: ignore[arg-type]
+    case int():
+      return struct.pack("<I", _INT32) + head + struct.pack(f"<{len(values)}i", *values)
+    case float():
+      return struct.pack("<I", _FLOAT32) + head + struct.pack(f"<{len(values)}f", *values)
+    case str():
+      return struct.pack("<I", _STRING) + head + b"".join(_text(value) for value in values)  # type: ignore[arg-type]
+  raise ValueError(f"a list of {kinds.pop().__name__}: GGUF keeps bool, int, float and str")
