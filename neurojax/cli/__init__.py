@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from neurojax.cli.bench import Bench
 from neurojax.cli.chat import Chat
+from neurojax.cli.convert import Convert
 from neurojax.cli.data import Data
 from neurojax.cli.demo import Demo
 from neurojax.cli.evaluate import Eval
@@ -37,6 +38,7 @@ Verbs = (
   Annotated[Demo, subcommand("demo")]
   | Annotated[Inspect, subcommand("inspect")]
   | Annotated[Tokenize, subcommand("tokenize")]
+  | Annotated[Convert, subcommand("convert")]
   | Annotated[Generate, subcommand("generate")]
   | Annotated[Chat, subcommand("chat")]
   | Annotated[Stage, subcommand("stage")]
