@@ -44,12 +44,12 @@ def working(
 
   Of the model as it is (`stage.programs`), one sequence at a time. Buffers of one part that another
   could reuse are added up where XLA may well keep them apart, so that on the architectures of the tests
-  this is 1 to 1.6 times what its memory analysis says. With T inputs, S positions in a cache, float32:
+  this is 1 to 1.7 times what its memory analysis says. With T inputs, S positions in a cache, float32:
 
     any     activations, the greater of the FFN's and attention's: scores of a block of keys twice, queries
             and their sum; in decode, keys and values of one layer, S of them, and their scores
     dense   a copy of a layer: the loop over layers takes it out of the stack
-    int8    in prefill, matrices of attention and one of the FFN as floats; also of weights as stored
+    int8    in prefill, matrices of attention, or one of the FFN, as floats; also of weights as stored
     last    logits and what drawing a token makes of them
 
   XLA:CPU computes bfloat16 as float32, and widens dense layers, caches and the head before the loop over
@@ -79,8 +79,10 @@ def working(
   elif weights in ("int8", "stored"):
     shapes = count.layer_matrices(config)
     matrices = sum(k * n for name, (k, n) in shapes.items() if not name.startswith(_OF_FFN))
-    matrices += d * f * max(1, config.num_experts)
-    prefill += tokens * _FLOAT * (d + heads * h + max(4 * inner, attention)) + matrices * _FLOAT
+    one = d * f * max(1, config.num_experts)
+    ffn = one + tokens * (2 * d + 4 * inner + heads * KEY_BLOCK)
+    others = matrices + tokens * (d + attention + (heads + 2 * kv_heads) * h)
+    prefill += _FLOAT * max(ffn, others)
   else:
     prefill += tokens * _FLOAT * max(3 * inner, attention)
   base = max(prefill, decode) + _SMALL

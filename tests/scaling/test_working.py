@@ -38,7 +38,7 @@ def test_working_memory_is_no_less_than_the_compiler_takes_and_not_much_more(
     ffn_dim=ffn_dim,
   )
   span = Span(first_layer=1, last_layer=2, num_layers=4)
-  check(config, span, "float32", weights, context, 1.65)
+  check(config, span, "float32", weights, context, 1.7)
 
 
 @pytest.mark.parametrize(("weights", "layers"), [("dense", 3), ("w2a8", 3), ("dense", 1)])
@@ -53,7 +53,7 @@ def test_so_it_is_in_bfloat16_which_a_cpu_widens_and_at_the_ends(weights, layers
     ffn_dim=512,
   )
   span = Span(first_layer=3 - layers, last_layer=2, num_layers=3)
-  check(config, span, "bfloat16", weights, 1024, 1.65)
+  check(config, span, "bfloat16", weights, 1024, 1.7)
 
 
 def test_it_is_part_of_a_stage_that_asks_for_it():
