@@ -5,18 +5,25 @@ python -m experiments.plan_speed.run --table     (the table alone, from the file
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
+import io
 import itertools
+import json
 import os
 import platform
 import random
+import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from neurojax.config import ModelConfig
+from neurojax.cli.plan import Planning
+from neurojax.config import ModelConfig, to_toml
 from neurojax.scaling import count, plan
 from neurojax.scaling.fleet import Device, Fleet, Host, Link
 from neurojax.scaling.simulate import simulate
@@ -142,6 +149,7 @@ def measure() -> list[Row]:
       )
     )
     print(rows[-1])
+  rows += commands(setup, config, where)
   for hosts, pipelines, requests, answer in setup["simulations"]:
     machines = fleet(hosts, 0, setup["seed"])
     made = plan.best(config, machines, load, objective="throughput", replicas=pipelines)
@@ -172,6 +180,46 @@ def measure() -> list[Row]:
     )
     print(rows[-1])
   return rows
+
+
+def commands(setup: dict[str, Any], config: ModelConfig, where: dict[str, str]) -> Iterator[Row]:
+  """`neurojax plan` as a whole, imports apart: the file read, the plan made and explained, one more host."""
+  for (hosts, links), (objective, replicas) in itertools.product(
+    setup["commands"], (("latency", 1), ("throughput", 1), ("throughput", "auto"))
+  ):
+    with tempfile.TemporaryDirectory() as folder:
+      model, machines = Path(folder) / "model.toml", Path(folder) / "fleet.toml"
+      model.write_text(to_toml(config), encoding="utf-8")
+      machines.write_text(to_toml(fleet(hosts, links, setup["seed"])), encoding="utf-8")
+      planning = Planning(
+        model=str(model),
+        fleet=str(machines),
+        objective=objective,
+        replicas=replicas,
+        dtype=setup["dtype"],
+        context=setup["context"],
+        seconds=setup["seconds"],
+        json=True,
+      )
+      out = io.StringIO()
+      started = time.process_time()
+      with contextlib.redirect_stdout(out):
+        planning.run()
+      seconds = time.process_time() - started
+    made = json.loads(out.getvalue())
+    shared = ", layers shared" if replicas == "auto" else ""
+    yield Row(
+      what=f"command, {objective}{shared}",
+      hosts=hosts,
+      links=links,
+      method=made["method"],
+      seconds=seconds,
+      stages=len(made["stages"]),
+      latency_s=made["latency_s"],
+      tokens_per_s=made["throughput"],
+      gap=made["gap"],
+      **where,
+    )
 
 
 def table() -> str:

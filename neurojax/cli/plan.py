@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 2048
 DEFAULT_SEQUENCES, MOST_SEQUENCES = 4, 4096
 MOST_ROWS = 24
-NEAR = 0.99
-"""Of the throughput that unlimited caches would give: with it no fewer sequences are tried."""
+NEAR, NEAR_SHARED = 0.99, 0.96
+"""Of the throughput that unlimited caches would give: with it no fewer sequences are tried. Where layers are
+shared every try is a longer search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,8 @@ class PlanningOptions:
 
   def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
     """Of `Plan.sequences`, which may be more than the load's."""
+    from neurojax.scaling.load import layer_bytes
+
     if self.sequences is not None or self.objective == "latency":
       return self._plan(config, fleet, load, self.in_flight(load))
     load = dataclasses.replace(load, max_sequences=max(self.batch, load.max_sequences))
@@ -128,9 +131,16 @@ class PlanningOptions:
     needed = min(unlimited.batches * self.batch, MOST_SEQUENCES)
     if needed <= load.max_sequences:
       return unlimited
+    if self.replicas == "auto":
+      # Every place has caches for all that its pipeline may have in flight: where these take far more
+      # memory than a layer, shorter pipelines side by side give more.
+      cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
+      while needed // 8 > load.max_sequences and needed * cache > 2 * layer_bytes(config, load):
+        needed //= 8
     # Caches for all of them take memory that layers then lack: fewer may give more.
+    enough = unlimited.throughput * (NEAR_SHARED if self.replicas == "auto" else NEAR)
     best: Plan | None = None
-    while best is None or best.throughput < NEAR * unlimited.throughput:
+    while best is None or best.throughput < enough:
       if best and time.monotonic() > deadline_s:
         break
       few = max(needed, load.max_sequences)
@@ -141,8 +151,7 @@ class PlanningOptions:
       if few == load.max_sequences:
         break
       needed //= 8
-    assert best is not None
-    return best
+    return best or unlimited
 
   def _if_it_fits(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan | None":
     try:
