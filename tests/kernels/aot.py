@@ -58,9 +58,13 @@ def compile_for_h200(
   args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
   kind = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="gpu")
   mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
+  # As users have it, where other tests compile without most optimizations (`conftest`).
+  full = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
   with jax.sharding.use_abstract_mesh(mesh):
     traced = jax.jit(f, out_shardings=sharding, donate_argnums=donate).trace(*args)
-    return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+    return traced.lower(lowering_platforms=("cuda",)).compile(
+      compiler_options=full | (options or {})
+    )
 
 
 def compile_to_ptx(

@@ -4,8 +4,6 @@ import pytest
 
 from tests.kernels import aot
 
-pytestmark = pytest.mark.optimized
-
 PTX = """
 .version 9.0
 .visible .entry kernel(

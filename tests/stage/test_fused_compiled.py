@@ -20,7 +20,7 @@ from neurojax.stage.programs import FusedPrograms
 from tests.kernels import aot
 
 REASON = aot.why_not()
-pytestmark = [pytest.mark.optimized, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 CONFIG = ModelConfig.load(Path(__file__).parents[2] / "configs" / "model" / "bonsai-8b.toml")
 LAYERS, CAPACITY = 2, 2304

@@ -11,7 +11,7 @@ from neurojax.kernels.attention.shapes import QWEN3_8B, SHAPES, AttentionShape
 from tests.kernels import aot
 
 REASON = aot.why_not()
-pytestmark = [pytest.mark.optimized, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LAYERS, CAPACITY = 4, 2048
 BF16 = jnp.bfloat16

@@ -13,7 +13,7 @@ from neurojax.kernels.decode.weights import LayerWeights, Shape
 from neurojax.ternary.array import TernaryArray
 from tests.kernels import aot
 
-pytestmark = [pytest.mark.optimized, pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))]
+pytestmark = pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))
 
 VOCAB, CAPACITY = 4096, 2176
 QWEN3_8B = Shape(4096, 12288, 32, 8, 128, 1e-6)

@@ -10,8 +10,6 @@ from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.ternary.array import TernaryArray
 from tests.kernels import aot
 
-pytestmark = pytest.mark.optimized
-
 
 def pack(w_NxK: np.ndarray) -> np.ndarray:
   fields = (w_NxK + 1).astype(np.uint8).reshape(len(w_NxK), -1, 4)

@@ -12,8 +12,6 @@ from neurojax.kernels.gemm.triton_dequantize import dequantize
 from neurojax.ternary.array import TernaryArray
 from tests.kernels import aot
 
-pytestmark = pytest.mark.optimized
-
 GROUPS = (None, 64, 128, 256)
 # (m, n, k): one row; k not a power of two; n without a common factor with a tile; two tiles of m.
 SHAPES = ((1, 32, 256), (3, 50, 320), (8, 37, 512), (17, 70, 704))
