@@ -1,17 +1,23 @@
 """What a model file holds, for programs (`describe`) and for people (`render`)."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from neurojax.config import ModelConfig
+from neurojax.config import ModelConfig, Span
+from neurojax.files.forms import stored_forms
 from neurojax.files.source import ModelFile
+from neurojax.scaling import count
+from neurojax.scaling.count import Scales, Weights
+from neurojax.tokenizer.spec import TokenizerSpec
 
 
 def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
@@ -22,10 +28,12 @@ def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
   Returns: "path", "file_bytes", "sha256", "format", "version", "architecture", "name", "config"
     (ModelConfig fields or None), "parameters", "types" (a list of type, tensors, parameters,
     bytes, bits_per_weight; largest first), "tokenizer" (or None), "ignored" (parts that text needs
-    nothing of), "unsupported" (reasons; empty when the file can be run).
+    nothing of), "unsupported" (reasons; empty when the file can be run), "memory" (what running it
+    takes, see `_memory`; empty when it cannot be run).
   """
   config = model.interpretation.config
   name = model.metadata.get("general.name")
+  reasons = model.problems()
   return {
     "path": str(model.path),
     "file_bytes": model.file_bytes,
@@ -39,8 +47,86 @@ def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
     "types": _types(model),
     "tokenizer": _tokenizer(model),
     "ignored": list(model.interpretation.ignored),
-    "unsupported": model.problems(),
+    "unsupported": reasons,
+    "memory": [] if reasons or config is None else _memory(model, config),
   }
+
+
+def describe_tokenizer(path: Path) -> dict[str, Any] | None:
+  """As `describe`, about a folder, or a tokenizer.json or tokenizer.model in one, that holds a tokenizer
+  and no model; None where there is none either. Raises: ValueError, NotImplementedError: it is no
+  tokenizer that is read."""
+  from neurojax.tokenizer.huggingface import spec_from_folder
+
+  folder = path if path.is_dir() else path.parent
+  if not path.is_dir() and path.name not in ("tokenizer.json", "tokenizer.model"):
+    return None
+  spec = spec_from_folder(folder)
+  if spec is None:
+    return None
+  files = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+  return {
+    "path": str(path),
+    "file_bytes": sum(file.stat().st_size for file in files if file.is_file()),
+    "sha256": None,
+    "format": "tokenizer",
+    "version": spec.kind,
+    "architecture": None,
+    "name": None,
+    "config": None,
+    "parameters": 0,
+    "types": [],
+    "tokenizer": _spec(spec),
+    "ignored": [],
+    "unsupported": ["it holds a tokenizer and no model"],
+    "memory": [],
+  }
+
+
+_STAGES = (1, 2, 4)
+
+
+def _memory(model: ModelFile, config: ModelConfig) -> list[dict[str, Any]]:
+  """Bytes of weights and of one sequence's caches that the largest of equal stages holds: for each form of
+  weights, number of stages and context. What programs work in comes on top (`neurojax plan` counts it).
+  """
+  forms = stored_forms(model)
+  kinds: list[tuple[Weights, str]] = [("dense", "float32"), ("dense", "bfloat16")]
+  kinds += [("int8", "float32")]
+  kinds += [("stored", "float32")] if forms else []
+  kinds += [("w2a8", "bfloat16")] if any(isinstance(f, Scales) for f in forms.values()) else []
+  contexts = sorted({min(size, config.context_length) for size in (2048, 8192, 32_768)})
+  rows = []
+  for weights, dtype in kinds:
+    for stages in _STAGES:
+      if stages > config.num_layers:
+        continue
+      spans = _equal(config.num_layers, stages)
+      held = [
+        count.span_bytes(config, span, dtype=dtype, weights=weights, ternary=forms)
+        for span in spans
+      ]
+      for context in contexts:
+        capacity = count.capacity_for(context)
+        caches = [
+          count.span_cache_bytes(config, span, capacity=capacity, dtype=dtype) for span in spans
+        ]
+        most = max(range(stages), key=lambda i: held[i] + caches[i])
+        rows.append(
+          {
+            "weights": weights, "dtype": dtype, "stages": stages, "context": context,
+            "layers": len(spans[most]), "weight_bytes": held[most], "cache_bytes": caches[most],
+          }
+        )  # fmt: skip
+  return rows
+
+
+def _equal(num_layers: int, stages: int) -> list[Span]:
+  ends = [num_layers * i // stages for i in range(stages + 1)]
+  return [
+    Span(first_layer=first, last_layer=last - 1, num_layers=num_layers)
+    for first, last in itertools.pairwise(ends)
+  ]
 
 
 def _json(config: ModelConfig) -> dict[str, Any]:
@@ -87,12 +173,30 @@ def render(description: Mapping[str, Any]) -> RenderableType:
       f"{row['bits_per_weight']:.4g}",
     )  # fmt: skip
 
+  memory = Table(title="Memory of the largest stage, weights and one sequence's caches")
+  for column in ("weights", "stages", "layers", "weights held"):
+    memory.add_column(column, justify="left" if column == "weights" else "right")
+  contexts = sorted({row["context"] for row in description["memory"]})
+  for context in contexts:
+    memory.add_column(f"with {context:,} positions", justify="right")
+  rows: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+  for row in description["memory"]:
+    rows.setdefault((row["weights"], row["dtype"], row["stages"]), []).append(row)
+  for (weights, dtype, stages), alike in rows.items():
+    memory.add_row(
+      f"{weights}, {dtype}", str(stages), str(alike[0]["layers"]),
+      f"{alike[0]['weight_bytes'] / 1e6:,.1f} MB",
+      *(f"{(row['weight_bytes'] + row['cache_bytes']) / 1e6:,.1f} MB" for row in alike),
+    )  # fmt: skip
+
   reasons = description["unsupported"]
   verdict = [Text("It can be run.", style="green")]
   if reasons:
     verdict = [Text("It cannot be run:", style="bold red")]
     verdict += [Text(f"  {reason}") for reason in reasons]
-  return Group(facts, types, *verdict)
+  tables = [types] if description["types"] else []
+  tables += [memory] if rows else []
+  return Group(facts, *tables, *verdict)
 
 
 def _types(model: ModelFile) -> list[dict[str, Any]]:
@@ -112,8 +216,10 @@ def _tokenizer(model: ModelFile) -> dict[str, Any] | None:
     spec = model.tokenizer
   except (ValueError, NotImplementedError) as error:
     return {"error": str(error)}
-  if spec is None:
-    return None
+  return None if spec is None else _spec(spec)
+
+
+def _spec(spec: TokenizerSpec) -> dict[str, Any]:
   return {
     "kind": spec.kind,
     "pre": spec.pre,

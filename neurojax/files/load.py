@@ -11,12 +11,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from neurojax.config import Span
+from neurojax.files.forms import stored_forms, ternary_matrices
 from neurojax.files.source import ModelFile
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.quant.array import Int8Array
 from neurojax.quant.grouped import GroupedArray
-from neurojax.scaling.count import Form, Grouped, Plain, Scales, Weights
+from neurojax.scaling.count import Form, Grouped, Plain, Weights
 from neurojax.ternary.array import TernaryArray
 
 _ALIGNMENT = 64
@@ -84,28 +85,6 @@ def load_span(
   return nnx.merge(graph, state)
 
 
-def stored_forms(file: ModelFile) -> dict[str, Form]:
-  """What the matrices are in the file, where one form has room for those of all layers, exactly, and is
-  no wider than 16 bits a number."""
-  config = file.config
-  places = {name: [None] for name, _ in params.outer_names(config, Span.whole(config))}
-  for stack in params.stacks(config):
-    for name, _ in params.stack_names(config, stack):
-      places.setdefault(name, []).extend(stack.layers)
-  found = {}
-  for name, layers in places.items():
-    if params.is_matrix(name):
-      form = _joined({file.narrow_form(name, layer) for layer in layers})
-      if form is not None:
-        found[name] = form
-  return found
-
-
-def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
-  """Those of `stored_forms` that are ternary."""
-  return {name: form for name, form in stored_forms(file).items() if isinstance(form, Scales)}
-
-
 def parameter_bytes(model: NeuroLLM) -> int:
   """Bytes that the parameters of a (partial) model occupy, scales included."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
@@ -152,15 +131,6 @@ def _kept(file: ModelFile, weights: Weights) -> dict[str, Form]:
     f"{file.path}: weights = {weights!r}, and no matrix of the file is ternary ({kinds}): choose"
     " 'dense' or 'int8', or 'stored'"
   )
-
-
-def _joined(forms: set[Form | None]) -> Form | None:
-  joined, *others = forms
-  for form in others:
-    if not isinstance(joined, Grouped) or not isinstance(form, Grouped):
-      return None
-    joined = joined.join(form)
-  return joined
 
 
 def _stored(

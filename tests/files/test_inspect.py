@@ -11,9 +11,12 @@ import rich.console
 from gguf import GGMLQuantizationType
 
 from neurojax.files import inspect
+from neurojax.files.load import load_span, parameter_bytes
 from neurojax.files.source import open_model
+from neurojax.tokenizer.tokenizer_json import json_from_spec
 from tests.files import tiny
 from tests.shared import shared
+from tests.tokenizer import vocab
 
 
 def shown(description: dict) -> str:
@@ -76,3 +79,38 @@ def test_stories260k() -> None:
   assert found["unsupported"] == []
   assert found["tokenizer"]["size"] == 512
   assert "260,032" in shown(found)
+
+
+def test_memory_is_what_the_stages_hold(tmp_path: Path) -> None:
+  config = dataclasses.replace(tiny.WIDE, num_layers=3)
+  path = tmp_path / "m.gguf"
+  tiny.write_gguf(path, config, tiny.parameters(config), kind=GGMLQuantizationType.TQ2_0)
+  with open_model(path) as model:
+    rows = inspect.describe(model)["memory"]
+    loaded = {
+      (weights, dtype): parameter_bytes(load_span(model, weights=weights, dtype=dtype))
+      for weights, dtype in (("dense", "float32"), ("stored", "float32"), ("w2a8", "bfloat16"))
+    }
+  # Four stages of three layers there are not.
+  assert {row["stages"] for row in rows} == {1, 2}
+  for form, nbytes in loaded.items():
+    (found,) = (r for r in rows if (r["weights"], r["dtype"]) == form and r["stages"] == 1)
+    assert found["weight_bytes"] == nbytes
+  (two,) = (r for r in rows if (r["weights"], r["dtype"], r["stages"]) == ("dense", "float32", 2))
+  assert (two["layers"], two["context"]) == (2, config.context_length)
+  # Two layers' keys and values.
+  assert two["cache_bytes"] == 2 * 2 * 4 * 64 * config.context_length * 4
+
+
+def test_a_folder_with_a_tokenizer_alone(tmp_path: Path) -> None:
+  (tmp_path / "tokenizer.json").write_text(json_from_spec(vocab.tiny_bpe()))
+  for path in (tmp_path, tmp_path / "tokenizer.json"):
+    found = inspect.describe_tokenizer(path)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["format"], found["tokenizer"]["size"]) == ("tokenizer", 263)
+    assert found["unsupported"] == ["it holds a tokenizer and no model"]
+    assert "It cannot be run:" in shown(found)
+  (tmp_path / "garbage.bin").write_bytes(b"garbage")
+  assert inspect.describe_tokenizer(tmp_path / "garbage.bin") is None
+  (tmp_path / "tokenizer.json").unlink()
+  assert inspect.describe_tokenizer(tmp_path) is None
