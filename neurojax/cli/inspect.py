@@ -13,7 +13,7 @@ from neurojax.cli.options import model_path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
-  """Print a model file's architecture, sizes, types, tokenizer and chat template.
+  """Print a model's architecture, sizes, types, tokenizer, chat template, and the memory it takes.
 
   Works on files that cannot be run too, and says why they cannot.
 
@@ -31,11 +31,18 @@ class Inspect:
   """Also print the digest of the whole file (reads all of it)."""
 
   def run(self) -> int:
-    from neurojax.files.inspect import describe, render
+    from neurojax.files.inspect import describe, describe_tokenizer, render
     from neurojax.files.source import open_model
 
-    with open_model(model_path(self.file), self.tokenizer) as file:
-      description = describe(file, sha256=self.sha256)
+    path = model_path(self.file)
+    try:
+      with open_model(path, self.tokenizer) as file:
+        description = describe(file, sha256=self.sha256)
+    except (ValueError, NotImplementedError):
+      found = describe_tokenizer(path) if path.exists() else None
+      if found is None:
+        raise
+      description = found
     if self.json:
       print(json.dumps(description, ensure_ascii=False, indent=1))
     else:
