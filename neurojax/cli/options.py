@@ -57,7 +57,7 @@ class EngineOptions:
   weights: Weights = "dense"
   """"dense" keeps matrices in the dtype; "int8" as 8-bit integers with scales: smaller and faster;
   "w2a16" and "w2a8" keep a file's ternary matrices in two bits, for activations as they are or
-  rounded to 8 bits."""
+  rounded to 8 bits; "stored" keeps every matrix as its file has it, exactly."""
   programs: Literal["auto", "model", "fused"] = "auto"
   """"fused" runs few large kernels on a GPU, for ternary weights in bfloat16; "model" runs any model
   anywhere; "auto" is fused where it can be."""
@@ -163,7 +163,7 @@ async def open_engine(
     finally:
       await engine.close()
     return
-  from neurojax.files.load import ternary_matrices
+  from neurojax.files.load import stored_forms
   from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
   from neurojax.pipeline.spawn import LocalStages
   from neurojax.scaling.fleet import read_fleet
@@ -172,7 +172,7 @@ async def open_engine(
   setup = PipelineOptions(
     dtype=options.dtype,
     weights=options.weights,
-    ternary=ternary_matrices(file),
+    ternary=stored_forms(file),
     programs=options.programs,
     context_length=context,
     max_sequences=options.sequences,
@@ -198,7 +198,7 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
   import jax.numpy as jnp
 
   from neurojax.engine.local import LocalEngine
-  from neurojax.files.load import load_span, ternary_matrices
+  from neurojax.files.load import load_span, stored_forms
   from neurojax.folders import cache_dir
   from neurojax.scaling import count, plan
   from neurojax.stage.compile import CompiledStage, use_compilation_cache
@@ -210,7 +210,7 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
     weights=options.weights,
     capacity=count.capacity_for(context),
     max_sequences=options.sequences,
-    ternary=ternary_matrices(file),
+    ternary=stored_forms(file),
   )
   plan.proportional(file.config, [("this process", free_memory_bytes())], load)
   with Progress(console=stderr, transient=True) as progress:
