@@ -206,15 +206,19 @@ class Planning(PlanningOptions):
       print(to_toml(made), end="")
       return 0
     load = dataclasses.replace(load, max_sequences=made.sequences or load.max_sequences)
-    added, larger = plan.one_more(
-      config,
-      fleet,
-      load,
-      made,
-      pins=self.pins(),
-      replicas=self._replicas(),
-      time_limit_s=self.seconds,
-    )
+    try:
+      added, larger = plan.one_more(
+        config,
+        fleet,
+        load,
+        made,
+        pins=self.pins(),
+        replicas=self._replicas(),
+        time_limit_s=self.seconds,
+      )
+    except ValueError as error:
+      # More places than can be planned for, say: the plan itself stands.
+      added, larger = str(error), None
     simple: dict[str, Plan | str] = {}
     if self.compare:
       simple = plan.compared(
@@ -228,11 +232,13 @@ class Planning(PlanningOptions):
       )
     if self.json:
       table: dict[str, Any] = dataclasses.asdict(made)
-      table["one_more"] = {
-        "added": added,
-        "latency_s": larger.latency_s,
-        "throughput": larger.throughput,
-      }
+      table["one_more"] = {"error": added}
+      if larger:
+        table["one_more"] = {
+          "added": added,
+          "latency_s": larger.latency_s,
+          "throughput": larger.throughput,
+        }
       if self.compare:
         table["compared"] = {
           name: {"error": other} if isinstance(other, str) else dataclasses.asdict(other)
@@ -242,7 +248,10 @@ class Planning(PlanningOptions):
       return 0
     console = Console(markup=False)
     _show(console, made)
-    console.print(f"One more {added}: {_speeds(larger)}, {_change(made, larger)}.")
+    if larger:
+      console.print(f"One more {added}: {_speeds(larger)}, {_change(made, larger)}.")
+    else:
+      console.print(f"With one more host there is no plan: {added}.")
     if self.compare:
       console.print(_comparison({"ours": made, **simple}))
     return 0

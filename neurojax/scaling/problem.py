@@ -261,14 +261,17 @@ def _fix(
 ) -> None:
   """Forbid what contradicts the pins. Pins of a host with several places bind their sum, elsewhere."""
   several = {place.host.label for place in places if place.label != place.host.label}
-  layer = layer_bytes(config, load)
+  layers_of = {
+    kind: layer_bytes(config, load, kind) for kind in {place.device.kind for place in places}
+  }
   for label in sorted(several & set(pins)):
     inside = [index for index, place in enumerate(places) if place.host.label == label]
     most = sum(int(np.isfinite(step_PRL[i]).any(axis=0).nonzero()[0].max()) for i in inside)
     if most < pins[label]:
       free = sum(places[index].free_bytes for index in inside)
       raise ValueError(
-        f"pin {label} = {pins[label]}: {pins[label]} layers take {pins[label] * layer:,} bytes, and its "
+        f"pin {label} = {pins[label]}: {pins[label]} layers take "
+        f"{pins[label] * min(layers_of.values()):,} bytes or more, and its "
         f"{len(inside)} places have {free:,} free; at most {most} fit"
       )
   for index, place in enumerate(places):
@@ -277,6 +280,7 @@ def _fix(
       layers = 0
     if layers is None:
       continue
+    layer = layers_of[place.device.kind]
     kept_R = step_PRL[index, :, layers].copy()
     if not np.isfinite(kept_R).any():
       most = max(0, int(np.isfinite(step_PRL[index]).any(axis=0).nonzero()[0].max()))

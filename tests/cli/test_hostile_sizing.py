@@ -1,5 +1,6 @@
 """size, plan, simulate and probe in the hands of a stranger: one line that names the value and the remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,12 @@ def test_a_model_of_one_layer_has_a_plan(here: Path, capsys, objective: str):
   for replicas in ("1", "auto"):
     assert main([*words, "--replicas", replicas]) == 0
     assert "0..0" in capsys.readouterr().out
+
+
+def test_a_plan_stands_where_one_more_host_has_none(here: Path, capsys, monkeypatch):
+  monkeypatch.setattr("neurojax.scaling.problem.MOST_PLACES", 3)
+  assert main(PLAN.split(" ")) == 0
+  out = " ".join(capsys.readouterr().out.split())
+  assert "With one more host there is no plan: 4 places: at most 3 are planned together" in out
+  assert main([*PLAN.split(" "), "--json"]) == 0
+  assert "at most 3" in json.loads(capsys.readouterr().out)["one_more"]["error"]
