@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -82,7 +83,7 @@ class WandB:
     # The same folder goes on with the same run.
     kept = workdir / "wandb_id"
     if not kept.exists():
-      kept.write_text(wandb.util.generate_id())
+      kept.write_text(secrets.token_hex(4))
     self._run = wandb.init(
       project=project,
       dir=workdir,
@@ -91,9 +92,11 @@ class WandB:
       name=workdir.name,
       config=dict(config),
     )
+    # An axis of ours: its own takes no step twice, and a run that goes back or was killed has some.
+    self._run.define_metric("*", step_metric="step")
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
-    self._run.log(dict(values), step=step)
+    self._run.log({"step": step, **values})
 
   def close(self) -> None:
     self._run.finish()

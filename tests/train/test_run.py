@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from neurojax.cli import main
 from neurojax.config import from_toml
 from neurojax.train.config import TrainConfig
-from neurojax.train.metrics import read_metrics
+from neurojax.train.metrics import WandB, read_metrics
 from tests.train.chain import BLIND, LEAST, TINY, write_chain
 
 # Small enough to compile in seconds.
@@ -229,7 +230,40 @@ def test_tensorboard_is_written_when_asked(capsys, data: Path, tmp_path: Path):
   work = tmp_path / "run"
   code, _, err = run(capsys, *command(data, work, *EIGHT, "--tracker.tensorboard", "true"))
   assert code == 0, err
-  assert any((work / "tb").glob("events.out.*"))
+  [path] = (work / "tb").glob("events.out.*")
+  found = {(tag, step): value for tag, step, value in scalars(path.read_bytes())}
+  records = read_metrics(work / "metrics.jsonl")
+  losses = {r["step"]: r["loss"] for r in records if "loss" in r}
+  for step in (5, 6):
+    assert found["loss", step] == pytest.approx(losses[step])
+  [evaluation] = [r for r in records if "valid_loss" in r]
+  assert found["valid_loss", evaluation["step"]] == pytest.approx(evaluation["valid_loss"])
+
+
+def scalars(data: bytes) -> Iterator[tuple[str, int, float]]:
+  """Of a file of TensorBoard: records of a length, its checksum, an event, its checksum."""
+  from tensorboardX.proto.event_pb2 import Event
+
+  while data:
+    end = 12 + int.from_bytes(data[:8], "little")
+    event = Event.FromString(data[12:end])
+    for value in event.summary.value:
+      yield value.tag, event.step, value.simple_value
+    data = data[end + 4 :]
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  for steps_of_start in ((1, 2), (2, 3)):
+    tracker = WandB(tmp_path, "tests", {"steps": 3})
+    for step in steps_of_start:
+      tracker.log(step, {"loss": 1 / step})
+    tracker.close()
+  folders = list((tmp_path / "wandb").glob("offline-run-*"))
+  name = (tmp_path / "wandb_id").read_text()
+  assert folders and all((folder / f"run-{name}.wandb").is_file() for folder in folders)
 
 
 def test_two_processes_train_one_model_as_one_does(data: Path, whole: Path, tmp_path: Path):
