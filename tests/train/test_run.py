@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from neurojax.cli import main
+from neurojax.cli.train import Train
 from neurojax.config import from_toml
 from neurojax.train.config import TrainConfig
 from neurojax.train.metrics import WandB, read_metrics
@@ -212,6 +214,30 @@ def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
     code, _, err = run(capsys, *arguments)
     assert code == 2 and named in err, (arguments, err)
   assert (mine / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize(
+  ("variables", "options", "given"),
+  [
+    ({}, {}, None),
+    ({"SLURM_JOB_ID": "7"}, {}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"}, {}, None),
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2"}, {}, ()),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, {}, ()),
+    ({"KUBERNETES_SERVICE_HOST": "k"}, {}, None),
+    ({}, {"distributed": True}, ()),
+    ({}, {"coordinator": "a:1", "processes": 3, "process": 2}, ("a:1", 3, 2)),
+  ],
+)
+def test_processes_that_were_started_together_join(monkeypatch, variables, options, given):
+  for name in ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  calls: list[tuple] = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+  Train(config=TINY, **options)._join()
+  assert calls == ([] if given is None else [given])
 
 
 def test_the_resolved_configuration_is_shown(capsys):
