@@ -33,6 +33,7 @@ class Row:
     read_s: Reading the file once with nothing in the system's cache and doing nothing with it.
     load_s: Opening it and loading all layers, with nothing in the system's cache. Both: the least of
       the turns, as the machine may be shared.
+    cpu_s: Of which one core computed or waited for memory; what others on the machine do is left out.
     peak_mb: The most memory that the process had while loading, Python and JAX included.
     before_mb: What it had before.
     ratio: peak_mb to file_mb.
@@ -44,6 +45,7 @@ class Row:
   file_mb: float
   read_s: float
   load_s: float
+  cpu_s: float
   before_mb: float
   peak_mb: float
   ratio: float
@@ -124,6 +126,7 @@ def main(folder: Path) -> None:
           file_mb=round(file_mb, 1),
           read_s=round(min(reads), 2),
           load_s=round(min(found["load_s"] for found in loads), 2),
+          cpu_s=round(min(found["cpu_s"] for found in loads), 2),
           before_mb=round(max(found["before_mb"] for found in loads), 1),
           peak_mb=round(peak_mb, 1),
           ratio=round(peak_mb / file_mb, 3),
