@@ -99,6 +99,10 @@ class Train:
     # What cannot be is refused before a run is begun, let alone taken away.
     check_data(config, program)
     _check_trackers(config)
+    if self.overwrite and folder.begun and config.init_from is not None:
+      from neurojax.train.start import from_file
+
+      from_file(config.init_from, config.model)
     with contextlib.ExitStack() as stack:
       if first:
         check_digests(config.data.folder)

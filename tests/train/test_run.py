@@ -163,7 +163,12 @@ def test_a_run_says_what_it_was_and_is_taken_up_only_by_its_like(
 
   # What cannot be takes nothing away.
   before_refusals = steps(work)
-  for wrong in (("--data.batch-size", "512"), ("--layout.data", "3"), ("--layout.data", "16")):
+  for wrong in (
+    ("--data.batch-size", "512"),
+    ("--layout.data", "3"),
+    ("--layout.data", "16"),
+    ("--init-from", str(TINY)),
+  ):
     code, _, err = run(capsys, *command(data, work, *EIGHT, *wrong, "--overwrite"))
     assert code == 2 and steps(work) == before_refusals, err
   code, _, err = run(capsys, *command(data, tmp_path / "new", *EIGHT, "--data.batch-size", "512"))
