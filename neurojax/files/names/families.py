@@ -364,16 +364,17 @@ _GEMMA_READS = (
 _GEMMA3 = Family(
   name="gemma3_text",
   tensors=_shifted({**_OUTER, **_ATTENTION, **_HEAD_NORMS, **_FFN, **_GEMMA_NORMS}),
-  keys=_KEYS | {
-    "logit_softcap": ("final_logit_softcapping",), "attention_softcap": ("attn_logit_softcapping",),
-  },
+  keys=_KEYS | {"logit_softcap": ("final_logit_softcapping",)},
   defaults={
     **_DEFAULTS, "model_dim": 2304, "ffn_dim": 9216, "num_layers": 26, "num_heads": 8,
     "num_kv_heads": 4, "head_dim": 256, "context_length": 131_072, "logit_softcap": None,
-    "attention_softcap": None,
   },
   layers=_gemma3,
-  neutral={**_NO_BIAS, "use_bidirectional_attention": (False,), "cache_implementation": None},
+  neutral={
+    **_NO_BIAS, "use_bidirectional_attention": (False,), "cache_implementation": None,
+    # A word that Gemma 2 left: transformers' Gemma 3 computes no such cap, whatever it says.
+    "attn_logit_softcapping": None,
+  },
   reads=_GEMMA_READS,
   activation="gelu_pytorch_tanh",
   tied=True,

@@ -63,7 +63,7 @@ FAMILIES = {
     {
       "head_dim": 16, "num_hidden_layers": 4, "layer_types": [LOCAL, LOCAL, WHOLE, LOCAL],
       "sliding_window": 9, "query_pre_attn_scalar": 24, "final_logit_softcapping": 4.0,
-      "pad_token_id": 0,
+      "attn_logit_softcapping": 5.0, "pad_token_id": 0,
       "rope_parameters": {
         LOCAL: PLAIN,
         WHOLE: {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
