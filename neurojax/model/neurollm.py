@@ -124,37 +124,17 @@ class NeuroLLM(nnx.Module):
         x_BTD = _scan_runs(each, layer, {name: state for name, (_, state) in split.items()}, x_BTD)
       return x_BTD, None
 
+    def body(name: str) -> Any:
+      return lambda index, carry: layer(name, _numbers(split[name][1], index), index, *carry)
+
     if "layers" in stacks:
-
-      def only(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return layer("layers", _numbers(split["layers"][1], index), index, *carry)
-
       # XLA dissolves a loop of one round into what surrounds it, with other roundings, and a stage of
       # one layer would not give the whole model's bits: its count is one that XLA cannot know.
       count = len(self.span) if len(self.span) > 1 else jnp.minimum(start_B[0] + 1, 1)
-      return lax.fori_loop(0, count, only, (x_BTD, cache))
-
+      return lax.fori_loop(0, count, body("layers"), (x_BTD, cache))
     caches = dict(cache)
     for each in rounds(self.config, self.span):
-
-      def once(index: jax.Array | int, carry: tuple[jax.Array, Any], each: Rounds = each):
-        x_BTD, caches = carry[0], dict(carry[1])
-        for run in each.runs:
-
-          def step(index: jax.Array, carry: tuple[jax.Array, Any], name: str = run.stack):
-            return layer(name, _numbers(split[name][1], index), index, *carry)
-
-          first = run.first + index * run.stride
-          count = jnp.minimum(start_B[0] + run.count, run.count)
-          carried = (x_BTD, caches[run.stack])
-          x_BTD, caches[run.stack] = lax.fori_loop(first, first + count, step, carried)
-        return x_BTD, caches
-
-      x_BTD, caches = (
-        once(0, (x_BTD, caches))
-        if each.count == 1
-        else lax.fori_loop(0, each.count, once, (x_BTD, caches))
-      )
+      x_BTD, caches = _loop_runs(each, body, start_B[0], x_BTD, caches)
     return x_BTD, caches
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -222,6 +202,24 @@ def _empty(
     dtype=dtype,
     window=stack.kind.sliding_window,
   )
+
+
+def _loop_runs(
+  each: Rounds, body: Any, start: jax.Array, x_BTD: jax.Array, caches: dict[str, LayerCache]
+) -> tuple[jax.Array, dict[str, LayerCache]]:
+  """With caches: each run is a loop of its own, of a count that XLA cannot know, as above."""
+
+  def once(turn: jax.Array | int, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    x_BTD, caches = carry[0], dict(carry[1])
+    for run in each.runs:
+      first, count = run.first + turn * run.stride, jnp.minimum(start + run.count, run.count)
+      carried = (x_BTD, caches[run.stack])
+      x_BTD, caches[run.stack] = lax.fori_loop(first, first + count, body(run.stack), carried)
+    return x_BTD, caches
+
+  if each.count == 1:
+    return once(0, (x_BTD, caches))
+  return lax.fori_loop(0, each.count, once, (x_BTD, caches))
 
 
 def _scan_runs(each: Rounds, layer: Any, states: dict[str, nnx.State], x_BTD: jax.Array):
