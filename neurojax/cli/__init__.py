@@ -21,6 +21,7 @@ from neurojax.cli.generate import Generate
 from neurojax.cli.inspect import Inspect
 from neurojax.cli.plan import Planning
 from neurojax.cli.probe import Probe
+from neurojax.cli.pull import Pulling
 from neurojax.cli.simulate import Simulate
 from neurojax.cli.size import Size
 from neurojax.cli.stage import Stage
@@ -37,6 +38,7 @@ class Verb(Protocol):
 Verbs = (
   Annotated[Demo, subcommand("demo")]
   | Annotated[Inspect, subcommand("inspect")]
+  | Annotated[Pulling, subcommand("pull")]
   | Annotated[Tokenize, subcommand("tokenize")]
   | Annotated[Convert, subcommand("convert")]
   | Annotated[Generate, subcommand("generate")]

@@ -33,8 +33,8 @@ class Decode(EngineOptions):
   Example: neurojax bench decode --arch bonsai-8b --random --batch 1 64 --context 128 2048
   """
 
-  model: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-  """A model file (GGUF, or llama2.c's .bin), or "smollm2" for the one in the installed extra."""
+  model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+  """A model, as for `neurojax generate`."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
   arch: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None

@@ -15,15 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from neurojax.cli.options import (
-  PACKAGED,
   EngineOptions,
   ModelOptions,
   SamplingOptions,
-  model_path,
   open_engine,
   open_tokenizer,
   stderr,
 )
+from neurojax.files import find
 from neurojax.scaling.count import Weights
 
 if TYPE_CHECKING:
@@ -48,9 +47,8 @@ class Demo(ModelOptions, SamplingOptions):
   Example: neurojax demo --prompt "It was late in the evening when" --stages 3
   """
 
-  model: Annotated[str, tyro.conf.arg(metavar="FILE")] = DEFAULT_MODEL
-  """A model file, "neurollm" for the one in this package, or "smollm2" for the one in the installed
-  extra."""
+  model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = DEFAULT_MODEL
+  """A model, as for `neurojax generate`; "neurollm" is the one in this package."""
   question: str | None = None
   """For a model that chats; a question about a capital if absent."""
   prompt: str | None = None
@@ -89,10 +87,10 @@ class Demo(ModelOptions, SamplingOptions):
         sampling=dataclasses.replace(self, temperature=temperature).sampling(),
         stop_ids=tokenizer.stop_ids,
       )
-      packed = "w2a8" if file.path == PACKAGED else "w2a16"
+      packed = "w2a8" if file.path == find.PACKAGED else "w2a16"
       weights = self.weights or (packed if ternary_matrices(file) else "dense")
       out.print(
-        f"[bold]{model_path(self.model).name}[/], {file.config.num_layers} layers, on {self.stages} stage servers\n"
+        f"[bold]{find.model_path(self.model).name}[/], {file.config.num_layers} layers, on {self.stages} stage servers\n"
       )
       options = EngineOptions(stages=self.stages, weights=weights)
       async with open_engine(file, options) as engine:

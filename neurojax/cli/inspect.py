@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from neurojax.cli.options import model_path
+from neurojax.files.find import model_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,8 @@ class Inspect:
   Example: neurojax inspect model.gguf
   """
 
-  file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-  """A model file (GGUF, or llama2.c's .bin), "neurollm" for the one in this package, or "smollm2" for
-  the one in the installed extra."""
+  file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+  """A model, as for `neurojax generate`."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
   json: bool = False

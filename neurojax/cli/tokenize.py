@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from neurojax.cli.options import model_path
+from neurojax.files.find import model_path
 
 if TYPE_CHECKING:
   from neurojax.tokenizer.tokenizer import Tokenizer

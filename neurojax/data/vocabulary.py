@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from neurojax.data.shards import META, read_spec
+from neurojax.files.find import model_path
 from neurojax.files.source import open_model
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.tokenizer_json import spec_from_json
@@ -20,7 +21,7 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
   elif path.suffix == ".json":
     spec = spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
   else:
-    with open_model(path) as file:
+    with open_model(model_path(str(path))) as file:
       if file.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer")
       spec = file.tokenizer

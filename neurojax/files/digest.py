@@ -29,8 +29,7 @@ def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> s
   if opened_as is not None:
     check_unchanged(path, opened_as)
   path = path.resolve(strict=True)
-  key = _key(path)
-  entry = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+  key, entry = _key(path), _entry(path)
   known = _load(entry)
   if known is not None and {name: known.get(name) for name in key} == key:
     return str(known["sha256"])
@@ -43,12 +42,27 @@ def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> s
   return digest
 
 
+def is_known(path: Path) -> bool:
+  """Whether a digest of the file at this path was ever remembered, be it as it is now or not."""
+  return _load(_entry(path.resolve(strict=True))) is not None
+
+
+def remember(path: Path, sha256: str) -> None:
+  """Remember the digest of a file that was just hashed and that nobody writes any more."""
+  path = path.resolve(strict=True)
+  _store(_entry(path), {**_key(path), "sha256": sha256})
+
+
 def check_unchanged(path: Path, opened_as: os.stat_result) -> None:
   """Raises: ValueError: what lies at `path` now is not the file that was opened, as it was then."""
   if not path.exists() or _stamp(path.stat()) != _stamp(opened_as):
     raise ValueError(
       f"{path}: it was replaced, changed or removed since it was opened: start again"
     )
+
+
+def _entry(path: Path) -> Path:
+  return cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from neurojax.config import ModelConfig
+from neurojax.files.find import model_path
 from neurojax.files.source import open_model
 from neurojax.model import params
 from neurojax.train import parameters
@@ -21,7 +22,7 @@ def from_file(path: str | Path, config: ModelConfig) -> dict[str, Float32[np.nda
   Raises: ValueError: the file is of another architecture than `config`, or a weight is not finite;
     and whatever the file's reader raises.
   """
-  with open_model(Path(path)) as file:
+  with open_model(model_path(str(path))) as file:
     for field in dataclasses.fields(ModelConfig):
       ours, theirs = getattr(config, field.name), getattr(file.config, field.name)
       if ours != theirs and field.name not in _MAY_DIFFER:

@@ -38,7 +38,7 @@ def generated(capsys, model: str, *argv: str) -> dict:
 
 
 @pytest.mark.parametrize("verb", [
-  ["demo"], ["inspect"], ["convert"], ["tokenize"], ["generate"], ["chat"], ["stage"], ["eval", "golden"], ["eval", "ppl"], ["eval", "logits"],
+  ["demo"], ["inspect"], ["pull"], ["convert"], ["tokenize"], ["generate"], ["chat"], ["stage"], ["eval", "golden"], ["eval", "ppl"], ["eval", "logits"],
   ["bench", "decode"], ["bench", "gemm"], ["bench", "int8"], ["size"], ["plan"], ["simulate"], ["probe"], ["export"],
 ], ids=" ".join)  # fmt: skip
 def test_every_verb_has_help_with_an_example(capsys, verb: list[str]):

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from neurojax.cli import main, options
+from neurojax.cli import main
 from neurojax.cli.demo import DEFAULT_MODEL, PROMPT
 from neurojax.config import ModelConfig
+from neurojax.files import find
 from neurojax.files.export.gguf import Card, write_gguf
 from neurojax.files.load import ternary_matrices
 from neurojax.files.source import open_model
 from tests.files import trained
 from tests.tokenizer import vocab
+
+pytestmark = pytest.mark.optimized
 
 CONFIG = ModelConfig(
   vocab_size=263, model_dim=64, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=64, ffn_dim=64,
@@ -39,7 +42,7 @@ def demo(capsys, *argv: str) -> str:
 def test_a_model_without_a_template_continues_a_text_with_its_matrices_packed(
   capsys, base: Path, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(options, "PACKAGED", base)
+  monkeypatch.setattr(find, "PACKAGED", base)
   out = demo(capsys, "--model", "neurollm")
   assert PROMPT in out and "same tokens" in out and "assistant" not in out
   # Two bits a weight, and float32 embedding and norms.
@@ -54,7 +57,7 @@ def test_what_does_not_fit_the_model_is_refused(capsys, base: Path, tmp_path: Pa
     (["--model", str(base), "--question", "a", "--prompt", "b"], "give one of them"),
     (["--model", "neurollm"], "this copy of the package carries no model: name a file"),
   ):
-    monkeypatch.setattr(options, "PACKAGED", tmp_path / "none.gguf")
+    monkeypatch.setattr(find, "PACKAGED", tmp_path / "none.gguf")
     assert main(["demo", *argv]) == 2
     assert reason in capsys.readouterr().err
 
@@ -80,9 +83,9 @@ def test_make_demo_runs_the_packaged_model():
 
 
 def test_the_packaged_model_is_small_ternary_documented_and_runs(capsys):
-  assert options.PACKAGED.stat().st_size <= 20e6
-  assert options.PACKAGED.with_name("README.md").is_file()
-  with open_model(options.PACKAGED) as file:
+  assert find.PACKAGED.stat().st_size <= 20e6
+  assert find.PACKAGED.with_name("README.md").is_file()
+  with open_model(find.PACKAGED) as file:
     assert file.problems() == [] and file.metadata["general.license"]
     assert {"q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF", "down_FD"} <= set(
       ternary_matrices(file)
