@@ -15,6 +15,7 @@ from neurojax.files.load import load_span, ternary_matrices
 from neurojax.files.source import open_model
 from neurojax.scaling import count
 from neurojax.scaling.fleet import Fleet, Host
+from neurojax.scaling.load import Load, layer_bytes, stage_working
 from neurojax.stage.compile import CompiledStage
 from tests import tinymodel
 from tests.pipeline.servers import PROMPT, Cluster, cluster, collect, request, run
@@ -92,11 +93,15 @@ def test_a_stage_of_a_single_layer_gives_the_same_bits(tiny_path: Path, form: di
     return found
 
   with cluster(tiny_path, 3) as servers:
-    # Room for 10, 40 and 10 layers, beside the embedding and, at the other end, norm and head.
-    table = count.embedding_bytes(tinymodel.CONFIG, dtype="float32", weights=form["weights"])
-    layer = count.layer_bytes(tinymodel.CONFIG, dtype="float32", weights=form["weights"])
-    layer += 4 * count.cache_bytes(tinymodel.CONFIG, 1, capacity=256, dtype="float32")
-    room = {0: table + 10 * layer, 1: 40 * layer, 2: table + 32 * 4 + 10 * layer}
+    # Room for 10, 40 and 10 layers, beside what programs work in, the embedding and, at the other
+    # end, norm and head.
+    load = Load(dtype="float32", capacity=256, max_sequences=4, working=True, **form)
+    layer = layer_bytes(tinymodel.CONFIG, load)
+    working = stage_working(tinymodel.CONFIG, load)
+    table = count.embedding_bytes(tinymodel.CONFIG, **load.form)
+    end = table + 4 * tinymodel.CONFIG.model_dim + working.last
+    room = {0: table + 10 * layer, 1: 40 * layer, 2: end + 10 * layer}
+    room = {i: space + working.base for i, space in room.items()}
     servers.fleet = lambda *_: Fleet(
       hosts=tuple(
         Host(address=servers.addresses[i], memory_bytes=space, name=f"stage-{i}")
