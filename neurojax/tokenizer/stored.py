@@ -7,13 +7,17 @@ import typing
 from neurojax.tokenizer.spec import TokenizerSpec
 
 _FORMAT = "neurojax.tokenizer/1"
-# Data prepared before these fields were there have their defaults.
-_LATER = {"strip_before_ids", "source"}
+# Fields that came later: absent at their defaults, so that the same vocabulary is the same text as before,
+# whose digest runs and their results go by.
+_LATER = {"strip_before_ids": frozenset(), "source": None}
 
 
 def dump_spec(spec: TokenizerSpec) -> str:
   """JSON text that `parse_spec` reads back to an equal spec."""
   table = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+  table = {
+    name: value for name, value in table.items() if name not in _LATER or value != _LATER[name]
+  }
   sets = {name: sorted(value) for name, value in table.items() if isinstance(value, frozenset)}
   return json.dumps({"format": _FORMAT, **table, **sets}, ensure_ascii=True, indent=1) + "\n"
 
@@ -30,7 +34,7 @@ def parse_spec(text: str, *, where: str = "tokenizer") -> TokenizerSpec:
   if not isinstance(table, dict) or table.pop("format", None) != _FORMAT:
     raise ValueError(f"{where}: no tokenizer of format {_FORMAT!r}: prepare the data again")
   hints = typing.get_type_hints(TokenizerSpec)
-  if odd := sorted((set(table) ^ set(hints)) - _LATER):
+  if odd := sorted((set(table) ^ set(hints)) - set(_LATER)):
     raise ValueError(f"{where}: {odd[0]!r} is missing or unknown: prepare the data again")
   for name, value in table.items():
     if isinstance(value, list):
