@@ -21,13 +21,13 @@ def draw(rows: Sequence[Row], config: Plan, path: Path = FIGURE) -> None:
   except ImportError as error:
     raise ValueError("--plot needs matplotlib: pip install neurojax[plot]") from error
   fit.check(rows, config)
-  found, sd = fit.gaps(rows, config), fit.noise(rows, config)
+  found = fit.gaps(rows, config)
   # The same file for the same numbers.
   with matplotlib.rc_context({"svg.hashsalt": "ternary_gap", "svg.fonttype": "none"}):
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, gap = figure.subplots(1, 2)
     _losses(losses, rows, config)
-    _gap(gap, found, sd.gap)
+    _gap(gap, found)
     FigureCanvasSVG(figure).print_svg(str(path), metadata={"Date": None})
 
 
@@ -37,9 +37,9 @@ def _losses(axes, rows: Sequence[Row], config: Plan) -> None:
     axes.plot(
       [r.parameters for r in every], [r.valid_loss for r in every], ".", color=colour, alpha=0.3
     )
-    points = [b.row for size in config.sizes if (b := fit.best(rows, size.name, weights))]
-    n, y = [r.parameters for r in points], [r.valid_loss for r in points]
-    axes.plot(n, y, "o", color=colour, label=f"{weights}, best learning rate")
+    points = [b for size in config.sizes if (b := fit.best(rows, size.name, weights))]
+    n, y = [b.row.parameters for b in points], [b.loss for b in points]
+    axes.plot(n, y, "o", color=colour, label=f"{weights}, best learning rate, mean of seeds")
     along = np.geomspace(min(n) / 1.3, max(n) * 1.3)
     for alpha in fit.FIXED.values():
       style = "-" if alpha is None else ":"
@@ -54,11 +54,11 @@ def _losses(axes, rows: Sequence[Row], config: Plan) -> None:
   axes.legend(frameon=False)
 
 
-def _gap(axes, found: Sequence[dict[str, object]], sd: float) -> None:
+def _gap(axes, found: Sequence[dict[str, object]]) -> None:
   n = [g["parameters"] for g in found]
   axes.errorbar(
-    n, [float(g["gap"]) for g in found], yerr=2 * sd, fmt="o", color="black", capsize=3,
-    label="measured, ± 2 standard deviations",
+    n, [float(g["gap"]) for g in found], yerr=[2 * float(g["gap_sd"]) for g in found], fmt="o",
+    color="black", capsize=3, label="measured, ± 2 standard deviations",
   )  # fmt: skip
   axes.plot(
     n, [float(g["spectra1_gap_unverified"]) for g in found], "--", color="grey",

@@ -36,34 +36,51 @@ FIXED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Best:
-  """The row of the lowest held-out loss among learning rates, seed 0.
+  """The learning rate of the lowest held-out loss, by the mean over its seeds.
 
-  `at_edge`: no lower, or no higher, learning rate was tried: a better one may lie beyond.
+  Attributes:
+    row: One of its runs.
+    loss: The mean.
+    seeds: How many runs it is of.
+    at_edge: No lower, or no higher, learning rate was tried: a better one may lie beyond.
   """
 
   row: Row
+  loss: float
+  seeds: int
   at_edge: bool
 
 
 def best(rows: Sequence[Row], size: str, weights: str) -> Best | None:
-  found = [r for r in rows if (r.size, r.weights, r.seed) == (size, weights, 0)]
-  done = [row for row in found if row.valid_loss is not None]
-  if not done:
+  by_rate: dict[float, list[Row]] = {}
+  for row in rows:
+    if (row.size, row.weights) == (size, weights):
+      by_rate.setdefault(row.lr, []).append(row)
+  # A rate at which a run diverged is none to choose.
+  means = {
+    rate: statistics.fmean(row.valid_loss for row in group)
+    for rate, group in by_rate.items()
+    if all(row.valid_loss is not None for row in group)
+  }
+  if not means:
     return None
-  row = min(done, key=lambda r: r.valid_loss)
-  rates = [r.lr for r in found]
-  return Best(row=row, at_edge=row.lr in (min(rates), max(rates)))
+  rate = min(means, key=lambda each: means[each])
+  return Best(
+    row=by_rate[rate][0],
+    loss=means[rate],
+    seeds=len(by_rate[rate]),
+    at_edge=rate in (min(by_rate), max(by_rate)),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
-  """Standard deviations of a loss and of a gap between seeds.
+  """The standard deviation of one run's loss between seeds.
 
-  `degrees`: of freedom behind them; None if they are assumed.
+  `degrees`: of freedom behind it; None if it is assumed.
   """
 
   loss: float
-  gap: float
   degrees: int | None
 
   @property
@@ -72,27 +89,24 @@ class Noise:
       return "assumed, no run was repeated"
     return f"seeds, {self.degrees} degrees of freedom"
 
+  def of_mean(self, seeds: int) -> float:
+    return self.loss / math.sqrt(seeds)
+
+  def of_gap(self, a: Best, b: Best) -> float:
+    return math.hypot(self.of_mean(a.seeds), self.of_mean(b.seeds))
+
 
 def noise(rows: Sequence[Row], config: Plan) -> Noise:
   """Pooled over all runs that were repeated with other seeds."""
-  groups: dict[tuple, dict[int, float]] = {}
+  groups: dict[tuple, list[float]] = {}
   for row in rows:
     if row.valid_loss is not None:
-      groups.setdefault((row.size, row.weights, row.lr), {})[row.seed] = row.valid_loss
-  losses = [list(group.values()) for group in groups.values() if len(group) > 1]
-  gaps = []
-  for (size, weights, rate), group in groups.items():
-    if weights == "ternary":
-      twin = groups.get((size, "bf16", rate), {})
-      both = sorted(set(group) & set(twin))
-      gaps.append([group[seed] - twin[seed] for seed in both])
-  gaps = [each for each in gaps if len(each) > 1]
-  if not losses:
-    sd = config.assumed_sd
-    return Noise(loss=sd, gap=math.sqrt(2) * sd, degrees=None)
-  sd, degrees = _pooled(losses)
-  gap = _pooled(gaps)[0] if gaps else math.sqrt(2) * sd
-  return Noise(loss=sd, gap=gap, degrees=degrees)
+      groups.setdefault((row.size, row.weights, row.lr), []).append(row.valid_loss)
+  repeated = [group for group in groups.values() if len(group) > 1]
+  if not repeated:
+    return Noise(loss=config.assumed_sd, degrees=None)
+  sd, degrees = _pooled(repeated)
+  return Noise(loss=sd, degrees=degrees)
 
 
 def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -142,13 +156,13 @@ def fit(
 def bootstrap(
   parameters: Sequence[float],
   fitted: Coefficients,
-  sd: float,
+  sd: float | Sequence[float],
   alpha: float | None = None,
   *,
   degrees: int | None = None,
   seed: int = 0,
 ) -> np.ndarray:
-  """(SAMPLES, 3) of E, A and alpha from the fitted curve plus normal noise of `sd`.
+  """(SAMPLES, 3) of E, A and alpha from the fitted curve plus normal noise of `sd`, of each point or of all.
 
   A deviation of few `degrees` of freedom is itself uncertain: each sample draws the true one from
   its scaled inverse chi-squared distribution, which makes the noise Student's.
@@ -156,10 +170,11 @@ def bootstrap(
   """
   n = np.asarray(parameters, float)
   rng = np.random.default_rng(seed)
-  sd_S = np.full(SAMPLES, sd)
+  wider_S = np.ones(SAMPLES)
   if degrees is not None:
-    sd_S *= np.sqrt(degrees / rng.chisquare(degrees, SAMPLES))
-  y_SP = np.asarray(fitted.loss(n)) + sd_S[:, None] * rng.standard_normal((SAMPLES, len(n)))
+    wider_S = np.sqrt(degrees / rng.chisquare(degrees, SAMPLES))
+  noise_SP = wider_S[:, None] * np.asarray(sd) * rng.standard_normal((SAMPLES, len(n)))
+  y_SP = np.asarray(fitted.loss(n)) + noise_SP
   alphas = ALPHAS if alpha is None else np.array([alpha])
   parts = [_linear(n, y_SP, a) for a in alphas]
   squares_KS = np.stack([squares for _, _, squares in parts])
@@ -189,13 +204,14 @@ def fits(rows: Sequence[Row], config: Plan) -> list[dict[str, object]]:
   sd = noise(rows, config)
   found = []
   for weights in plan.WEIGHTS:
-    points = [b.row for size in config.sizes if (b := best(rows, size.name, weights))]
+    points = [b for size in config.sizes if (b := best(rows, size.name, weights))]
     for counted in COUNTS:
-      n = [counting(row, counted) for row in points]
-      y = [row.valid_loss for row in points]
+      n = [counting(point.row, counted) for point in points]
+      y = [point.loss for point in points]
       for form, alpha in FIXED.items():
         c = fit(n, y, alpha)
-        samples = bootstrap(n, c, sd.loss, alpha, degrees=sd.degrees)
+        sds = [sd.of_mean(point.seeds) for point in points]
+        samples = bootstrap(n, c, sds, alpha, degrees=sd.degrees)
         low, high = np.quantile(samples, _LEVELS, axis=0)
         rms = math.sqrt(statistics.fmean((np.asarray(c.loss(n)) - y) ** 2))
         row: dict[str, object] = {"weights": weights, "parameters": counted, "form": form}
@@ -234,13 +250,15 @@ def gaps(rows: Sequence[Row], config: Plan) -> list[dict[str, object]]:
       "parameters": n,
       "tokens": d,
       "bf16_lr": bf16.row.lr,
-      "bf16_loss": bf16.row.valid_loss,
+      "bf16_loss": bf16.loss,
+      "bf16_seeds": bf16.seeds,
       "bf16_lr_at_edge": bf16.at_edge,
       "ternary_lr": ternary.row.lr,
-      "ternary_loss": ternary.row.valid_loss,
+      "ternary_loss": ternary.loss,
+      "ternary_seeds": ternary.seeds,
       "ternary_lr_at_edge": ternary.at_edge,
-      "gap": ternary.row.valid_loss - bf16.row.valid_loss,
-      "gap_sd": sd.gap,
+      "gap": ternary.loss - bf16.loss,
+      "gap_sd": sd.of_gap(ternary, bf16),
       "besiroglu_loss": of["besiroglu"].value,
       "spectra1_gap_unverified": spectra1,
       "spectra11_ternary_loss_unverified": of["spectra-1.1-ternary"].value,
@@ -250,18 +268,20 @@ def gaps(rows: Sequence[Row], config: Plan) -> list[dict[str, object]]:
   return found
 
 
-def slope(found: Sequence[dict[str, object]], sd: float) -> tuple[float, float]:
+def slope(found: Sequence[dict[str, object]]) -> tuple[float, float]:
   """Of the gap per factor of ten in parameters, by least squares, and its standard error.
 
-  The error is the greater of what the noise and what the residuals give.
+  The error is the greater of what the noise of each gap and what the residuals give.
   """
   x = np.log10([float(g["parameters"]) for g in found])
   y = np.array([float(g["gap"]) for g in found])
+  sd = np.array([float(g["gap_sd"]) for g in found])
   centred = x - x.mean()
-  b = float(y @ centred / (centred @ centred))
+  squares = float(centred @ centred)
+  b = float(y @ centred / squares)
   rest = y - y.mean() - b * centred
   residual = math.sqrt(float(rest @ rest) / (len(y) - 2)) if len(y) > 2 else 0.0
-  return b, max(sd, residual) / math.sqrt(float(centred @ centred))
+  return b, max(float(np.linalg.norm(centred * sd)) / squares, residual / math.sqrt(squares))
 
 
 def _rounded(row: dict[str, object]) -> dict[str, object]:
@@ -296,25 +316,26 @@ def report(rows: Sequence[Row], config: Plan) -> str:
   """Markdown of what was found."""
   sd, found = noise(rows, config), gaps(rows, config)
   out = [
-    "| size | parameters | bf16 | its learning rate | ternary | its learning rate | gap | Spectra 1's gap, unverified |",
+    "| size | parameters | bf16 | at learning rate | ternary | at learning rate | gap | Spectra 1's gap, unverified |",
     "|---|---|---|---|---|---|---|---|",
   ]
   for g in found:
     rates = [
-      f"{g[f'{w}_lr']} of {tried(rows, g['size'], w)}{', edge' if g[f'{w}_lr_at_edge'] else ''}"
+      f"{g[f'{w}_lr']}, {g[f'{w}_seeds']} seed{'s' if g[f'{w}_seeds'] > 1 else ''},"
+      f" of {tried(rows, g['size'], w)} rates{', edge' if g[f'{w}_lr_at_edge'] else ''}"
       for w in ("bf16", "ternary")
     ]
     out.append(
       f"| {g['size']} | {g['parameters'] / 1e6:.1f} M | {float(g['bf16_loss']):.4f} | {rates[0]}"
-      f" | {float(g['ternary_loss']):.4f} | {rates[1]} | {float(g['gap']):+.4f}"
+      f" | {float(g['ternary_loss']):.4f} | {rates[1]} | {float(g['gap']):+.3f} ± {float(g['gap_sd']):.3f}"
       f" | {float(g['spectra1_gap_unverified']):+.3f} |"
     )
-  b, error = slope(found, sd.gap)
+  b, error = slope(found)
   out += [
     "",
-    f"Held-out losses in nats a token after {config.tokens:,} tokens, the best of so many learning rates;"
-    ' "edge": the best was the lowest or highest tried, a better one may lie beyond.'
-    f" Standard deviation between seeds: {sd.loss:.4f} of a loss, {sd.gap:.4f} of a gap ({sd.source})."
+    f"Held-out losses in nats a token after {config.tokens:,} tokens, the mean of the seeds, at the learning"
+    ' rate whose mean is lowest; "edge": it was the lowest or highest tried, a better one may lie beyond.'
+    f" A run's loss has a standard deviation of {sd.loss:.4f} ({sd.source}), from which that behind ± follows."
     f" The gap changes by {b:+.4f} ± {error:.4f} nats for ten times the parameters.",
     "",
     "| weights | parameters | form | E | A | alpha | rms of residuals |",

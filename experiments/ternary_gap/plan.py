@@ -14,11 +14,10 @@ from neurojax.scaling import count
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-WEIGHTS = ("ternary", "bf16")
+Weights = Literal["ternary", "bf16"]
+WEIGHTS: tuple[Weights, ...] = ("ternary", "bf16")
 _BASE = {"ternary": "embedded.toml", "bf16": "embedded-bf16.toml"}
 _LAST_STEPS = 50
-
-Weights = Literal["ternary", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,12 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Repeats:
+  """Runs again with the seeds given, in turn."""
+
   size: str
   learning_rate: float
   seeds: tuple[int, ...]
+  weights: tuple[Weights, ...] = WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Plan:
   workers: int
   start_s: float
   assumed_sd: float
-  repeats: Repeats
+  repeats: tuple[Repeats, ...]
   sizes: tuple[Size, ...]
 
   @classmethod
@@ -88,11 +90,11 @@ class Plan:
       if turn < len(size.learning_rates)
       for weights in WEIGHTS
     ]
-    again = self.repeats
     return found + [
       Run(again.size, weights, again.learning_rate, seed)
+      for again in self.repeats
       for seed in again.seeds
-      for weights in WEIGHTS
+      for weights in again.weights
     ]
 
 
