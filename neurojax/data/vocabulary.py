@@ -1,10 +1,12 @@
 """A given vocabulary, from whatever holds one."""
 
+import dataclasses
 from pathlib import Path
 
 from neurojax.data.shards import META, read_spec
 from neurojax.files.find import model_path
 from neurojax.files.source import open_model
+from neurojax.tokenizer.huggingface import spec_from_file
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.tokenizer_json import spec_from_json
 
@@ -13,13 +15,17 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
   """The tokenizer of a model file, a tokenizer.json or a folder of prepared data.
 
   Args:
-    eos: The token that ends a text, for a tokenizer.json, which does not say.
-  Raises: ValueError: it holds none, or names no end of text; FileNotFoundError: no such file.
+    eos: The token that ends a text, for a tokenizer.json without a tokenizer_config.json beside it that
+      says so.
+  Raises:
+    ValueError: it holds none, or names no end of text.
+    NotImplementedError: a tokenizer.json that the library reads and this implementation does not.
+    FileNotFoundError: no such file.
   """
   if path.is_dir() and (path / META).is_file():
     spec = read_spec(path)
   elif path.suffix == ".json":
-    spec = spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
+    spec = _from_json(path, eos)
   else:
     with open_model(model_path(str(path))) as file:
       if file.tokenizer is None:
@@ -29,4 +35,21 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
     raise ValueError(f"--eos {eos!r}: {path} has its own end of text, or none of that name")
   if spec.eos_id is None:
     raise ValueError(f"{path} names no end of text: give --eos TOKEN with a tokenizer.json")
+  return spec
+
+
+def _from_json(path: Path, eos: str | None) -> TokenizerSpec:
+  """In GGUF's terms if nothing is lost, else as the library has it."""
+  spec = spec_from_file(path)
+  if eos is None and spec.eos_id is not None:
+    eos = spec.tokens[spec.eos_id]
+  try:
+    return spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
+  except (ValueError, NotImplementedError):
+    pass
+  if spec.eos_id is None and eos is not None:
+    if eos not in spec.tokens:
+      raise ValueError(f"--eos {eos!r} is no token of {path}")
+    end = spec.tokens.index(eos)
+    spec = dataclasses.replace(spec, eos_id=end, stop_ids=spec.stop_ids | {end})
   return spec

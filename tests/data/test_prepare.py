@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from neurojax.cli import main
 from neurojax.data import text
@@ -176,6 +178,29 @@ def test_a_given_vocabulary_is_taken(data: Path, corpus: Path, tmp_path: Path):
   assert (other.tokens, other.merges, other.eos_id) == (again.tokens, again.merges, again.eos_id)
   with pytest.raises(ValueError, match="its own end of text"):
     read_vocabulary(model, eos="<x>")
+
+
+def test_a_tokenizer_json_of_another_kind_is_taken_as_the_library_has_it(tmp_path: Path):
+  made = Library(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("ab", -1.0), ("a", -3.0),
+                                 ("b", -3.0)], unk_id=0))  # fmt: skip
+  made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+  path = tmp_path / "tokenizer.json"
+  made.save(str(path))
+  with pytest.raises(ValueError, match="--eos"):
+    read_vocabulary(path)
+  with pytest.raises(ValueError, match="'</end>' is no token"):
+    read_vocabulary(path, eos="</end>")
+  spec = read_vocabulary(path, eos="</s>")
+  assert (spec.kind, spec.tokens[spec.eos_id]) == ("json", "</s>") and spec.eos_id in spec.stop_ids
+  text = "ab a b abab"
+  source = write(tmp_path / "t.jsonl", [text])
+  out = prepared(tmp_path / "out", inputs=(source,), tokenizer=spec, valid_fraction=0.0)
+  tokens = Tokens(out, "train")
+  assert list(tokens.read(0, len(tokens))) == [*made.encode(text).ids, spec.eos_id]
+  assert read_vocabulary(out) == spec
+  # What stands beside the file says what ends a text.
+  (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+  assert read_vocabulary(path).eos_id == spec.eos_id
 
 
 def test_held_out_documents_are_those_of_the_files_given(tmp_path: Path):
