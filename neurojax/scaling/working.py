@@ -53,7 +53,8 @@ def working(
     last    logits and what drawing a token makes of them
 
   XLA:CPU computes bfloat16 as float32, and widens dense layers, caches and the head before the loop over
-  layers: all of the stage's at once.
+  layers: all of the stage's at once. So it is up to jax 0.10; later it takes a third to a half of that, and
+  the count is on the safe side.
 
   Args:
     capacity: Positions of a cache.

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -53,7 +54,10 @@ def test_so_it_is_in_bfloat16_which_a_cpu_widens_and_at_the_ends(weights, layers
     ffn_dim=512,
   )
   span = Span(first_layer=3 - layers, last_layer=2, num_layers=3)
-  check(config, span, "bfloat16", weights, 1024, 1.7)
+  # From jax 0.11 on XLA widens a layer at a time; what is counted is not less than either needs.
+  check(
+    config, span, "bfloat16", weights, 1024, 1.7 if jax.version.__version_info__ < (0, 11) else 3.5
+  )
 
 
 def test_it_is_part_of_a_stage_that_asks_for_it():
