@@ -78,4 +78,6 @@ class Convert(ModelOptions):
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     types = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
     print(f"{self.out}: {made.architecture}, {types}, {megabytes:.2f} MB; {made.loss}")
+    if made.note:
+      stderr.print(f"note: {made.note}", soft_wrap=True, highlight=False, markup=False)
     return 0

@@ -61,6 +61,9 @@ def test_a_family_both_ways(tmp_path: Path, name: str):
   with open_model(tmp_path / "folder") as folder, open_model(tmp_path / "wanted.gguf") as wanted:
     made = to_gguf(folder, tmp_path / "made.gguf")
     assert (made.architecture, made.loss.tensors) == (family.arch, 0)
+    # llama.cpp would compute it without its window, which is said.
+    windowed = family.arch == "llama" and family.config.sliding_window is not None
+    assert ("no sliding window" in made.note) == windowed == (name == "mistral")
     with open_model(tmp_path / "made.gguf") as file:
       assert file.config == wanted.config
       same(file, wanted)

@@ -49,11 +49,13 @@ _DROPPED = ("general.alignment", "general.file_type", "general.quantization_vers
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-  """What a conversion made: the architecture or model_type, tensors by type, and what it changed."""
+  """What a conversion made: the architecture or model_type, tensors by type, what it changed, and what
+  other readers make of it."""
 
   architecture: str
   types: dict[str, int]
   loss: Loss
+  note: str = ""
 
 
 def to_gguf(
@@ -104,7 +106,18 @@ def to_gguf(
   types: dict[str, int] = {}
   for plan in plans:
     types[plan.kind] = types.get(plan.kind, 0) + 1
-  return Converted(architecture, types, loss)
+  return Converted(architecture, types, loss, _note(architecture, file.config))
+
+
+def _note(architecture: str, config: ModelConfig) -> str:
+  """Where llama.cpp, as of 2026, computes something else than the file says."""
+  windows = {kind.sliding_window for kind in config.kinds} - {None}
+  if architecture == "llama" and windows:
+    return (
+      f"llama.cpp gives 'llama' no sliding window: its logits are those of this model for the first"
+      f" {min(windows)} positions only"
+    )
+  return ""
 
 
 @dataclasses.dataclass(frozen=True)
