@@ -31,7 +31,9 @@ class Row:
 
   Attributes:
     read_s: Reading the file once with nothing in the system's cache and doing nothing with it.
-    load_s: Opening it and loading all layers, with nothing in the system's cache. Both: the least of
+    touch_s: A fresh process that writes a byte to every page of as much memory as the file has bytes. On a
+      virtual machine whose idle memory goes back to its host this can take longer than reading.
+    load_s: Opening it and loading all layers, with nothing in the system's cache. All three: the least of
       the turns, as the machine may be shared.
     cpu_s: Of which one core computed or waited for memory; what others on the machine do is left out.
     peak_mb: The most memory that the process had while loading, Python and JAX included.
@@ -44,6 +46,7 @@ class Row:
   weights: str
   file_mb: float
   read_s: float
+  touch_s: float
   load_s: float
   cpu_s: float
   before_mb: float
@@ -82,6 +85,16 @@ def read_s(path: Path) -> float:
   return time.perf_counter() - start
 
 
+def touch_s(nbytes: int) -> float:
+  """Take memory for the first time in a fresh process."""
+  code = (
+    "import sys, time; import numpy as np; start = time.perf_counter();"
+    " room = np.empty(int(sys.argv[1]), np.uint8); room[::4096] = 1; print(time.perf_counter() - start)"
+  )
+  command = [sys.executable, "-c", code, str(nbytes)]
+  return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def load(path: Path, weights: str) -> dict[str, float]:
   """Load once in a fresh process."""
   forget(path)
@@ -112,8 +125,9 @@ def main(folder: Path) -> None:
     path = folder / f"{case['architecture']}-{case['type']}.gguf".replace(" ", "_")
     if not path.exists():
       write_dummy(path, ModelConfig.named(case["architecture"]), case["type"])
-    loads, reads = [], []
+    loads, reads, touches = [], [], []
     for _ in range(config["turns"]):
+      touches.append(touch_s(path.stat().st_size))
       reads.append(read_s(path))
       loads.append(load(path, case["weights"]))
     file_mb = path.stat().st_size / 1e6
@@ -125,6 +139,7 @@ def main(folder: Path) -> None:
           **case,
           file_mb=round(file_mb, 1),
           read_s=round(min(reads), 2),
+          touch_s=round(min(touches), 2),
           load_s=round(min(found["load_s"] for found in loads), 2),
           cpu_s=round(min(found["cpu_s"] for found in loads), 2),
           before_mb=round(max(found["before_mb"] for found in loads), 1),

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from neurojax.scaling.count import Form, Grouped, Plain, Weights
 from neurojax.ternary.array import TernaryArray
 
 _ALIGNMENT = 64
+_AT_ONCE = 2
+"""Tensors of a layer that are read at once: one is copied while the other is unpacked; each takes room."""
 _ROWS_AT_ONCE = 64
 _PLAIN = {form.dtype: form for form in (Plain("float16"), Plain("bfloat16"))}
 _CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
@@ -67,20 +70,22 @@ def load_span(
     params.put(pure, path, jax.tree.map(jax.device_put, value))
   done = 0
   for stack in params.stacks(config, span):
-    inner = dict(params.stack_names(config, stack))
-    stacked: dict[str, Any] = {}
-    for place, layer in enumerate(stack.layers):
-      for name, path in inner.items():
-        value = read(name, layer, params.get(shapes, path).shape[1:])
-        if name not in stacked:
-          stacked[name] = jax.tree.map(functools.partial(_buffer, len(stack.layers)), value)
-        for whole, leaf in zip(*map(jax.tree.leaves, (stacked[name], value)), strict=True):
-          _copy(whole[place, ...], np.asarray(leaf))
-      done += 1
-      if progress:
-        progress(done)
-    for name, path in inner.items():
-      params.put(pure, path, jax.tree.map(jax.device_put, stacked.pop(name)))
+    paths = dict(params.stack_names(config, stack))
+    stacked = _Stacked(len(stack.layers))
+
+    def one(place: int, layer: int, name: str, stacked=stacked, paths=paths) -> None:
+      shape = params.get(shapes, paths[name]).shape[1:]
+      stacked.put(name, place, read(name, layer, shape))
+
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+      for place, layer in enumerate(stack.layers):
+        for _ in threads.map(functools.partial(one, place, layer), paths):
+          pass
+        done += 1
+        if progress:
+          progress(done)
+    for name, path in paths.items():
+      params.put(pure, path, stacked.pop(name))
   nnx.replace_by_pure_dict(state, pure)
   return nnx.merge(graph, state)
 
@@ -173,6 +178,24 @@ def _is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
   # A quarter of the time.
   return bool(((array.view(np.uint16) & np.uint16(exponent)) != exponent).all())
+
+
+class _Stacked:
+  """The parameters of a stack of layers, by name, filled layer by layer."""
+
+  def __init__(self, layers: int):
+    self._layers = layers
+    self._whole: dict[str, Any] = {}
+
+  def put(self, name: str, place: int, value: Any) -> None:
+    if name not in self._whole:
+      self._whole[name] = jax.tree.map(functools.partial(_buffer, self._layers), value)
+    for whole, leaf in zip(*map(jax.tree.leaves, (self._whole[name], value)), strict=True):
+      _copy(whole[place, ...], np.asarray(leaf))
+
+  def pop(self, name: str) -> Any:
+    """On the default device, out of this host's memory if that is another."""
+    return jax.tree.map(jax.device_put, self._whole.pop(name))
 
 
 def _copy(into: np.ndarray, leaf: np.ndarray) -> None:
