@@ -1,12 +1,16 @@
 """Every test: 8 fake CPU devices, no rank promotion, shapes checked, nothing but loopback."""
 
+import atexit
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 
 # Programs compiled by tests, and digests, are kept apart from the user's own; servers that tests start inherit it.
-os.environ.setdefault("NEUROJAX_CACHE_DIR", tempfile.mkdtemp(prefix="neurojax-tests-"))
+if "NEUROJAX_CACHE_DIR" not in os.environ:
+  os.environ["NEUROJAX_CACHE_DIR"] = tempfile.mkdtemp(prefix="neurojax-tests-")
+  atexit.register(shutil.rmtree, os.environ["NEUROJAX_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One store of programs for the workers of a session and what they start: many tests compile the same.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["NEUROJAX_CACHE_DIR"] + "/xla")
