@@ -15,6 +15,7 @@ from rich.table import Table
 from neurojax.config import ModelConfig, architectures, to_toml
 from neurojax.scaling import count
 from neurojax.scaling.count import Weights
+from neurojax.scaling.written import short
 
 if TYPE_CHECKING:
   from neurojax.scaling.fleet import Fleet
@@ -283,7 +284,7 @@ def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.
 
 def _speeds(plan: "Plan") -> str:
   each = f" in each of {plan.pipelines} pipelines" if plan.pipelines > 1 else ""
-  return f"{plan.latency_s * 1e3:.3g} ms a token, {plan.throughput:.3g} tokens/s with {plan.batches} in flight{each}"
+  return f"{short(plan.latency_s * 1e3)} ms a token, {short(plan.throughput)} tokens/s with {plan.batches} in flight{each}"
 
 
 def _change(before: "Plan", after: "Plan") -> str:
@@ -313,7 +314,7 @@ def _show(console: Console, plan: "Plan") -> None:
       f"{stage.first_layer}..{stage.last_layer} ({stage.layers})",
       _gigabytes(stage.memory_bytes),
       _gigabytes(stage.free_bytes),
-      f"{stage.step_s * 1e3:.3g} ms",
+      f"{short(stage.step_s * 1e3)} ms",
       *([part] if plan.is_replicated else []),
     )
   console.print(table)
@@ -353,8 +354,8 @@ def _comparison(plans: "dict[str, Plan | str]") -> Table:
     table.add_row(
       name,
       str(len(plan.stages)),
-      f"{plan.latency_s * 1e3:.3g} ms",
-      f"{plan.throughput:.3g}",
+      f"{short(plan.latency_s * 1e3)} ms",
+      short(plan.throughput),
       f"{fullest:.0%}",
       plan.method,
     )

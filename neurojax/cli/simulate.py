@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.plan import PlanningOptions
+from neurojax.scaling.written import short
 
 if TYPE_CHECKING:
   from neurojax.scaling.placements import Plan
@@ -109,7 +110,7 @@ def _failure(text: str) -> "Failure":
 def _show(console: Console, result: "Result") -> None:
   console.print(
     f"{result.tokens} tokens of {result.requests - result.failed} answers in {result.duration_s:.4g} s: "
-    f"{result.tokens_per_s:.4g} tokens/s, {result.steady_tokens_per_s:.4g} in the middle."
+    f"{short(result.tokens_per_s, 4)} tokens/s, {short(result.steady_tokens_per_s, 4)} in the middle."
   )
   table = Table("", "half", "95%", "99%", "longest", title="seconds", title_justify="left")
   for name, spread in (

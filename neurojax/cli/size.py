@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.options import check_out
+from neurojax.scaling.written import short
 
 if TYPE_CHECKING:
   from neurojax.config import ModelConfig
@@ -276,7 +277,7 @@ def _predictions(found: "Sized") -> list[tuple[str, str]]:
     ("training", found.speed.train_tokens_per_s),
   ):
     if rate is not None:
-      rows.append((what, f"{rate:,.4g} tokens/s"))
+      rows.append((what, f"{short(rate, 4)} tokens/s"))
   if found.train_days is not None:
     rows.append(("training days", f"{found.train_days:,.4g} for {found.losses.tokens:.4g} tokens"))
   losses = found.losses
@@ -370,4 +371,4 @@ def _seconds(seconds: float) -> str:
   for factor, unit in ((1e6, "us"), (1e3, "ms")):
     if seconds * factor < 1000:
       return f"{seconds * factor:.3g} {unit}"
-  return f"{seconds:.3g} s"
+  return f"{short(seconds)} s"

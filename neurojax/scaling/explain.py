@@ -8,6 +8,7 @@ import numpy as np
 from neurojax.scaling import predict
 from neurojax.scaling.placements import Plan, Reason, Stage
 from neurojax.scaling.problem import FIRST, LAST, MIDDLE, Problem
+from neurojax.scaling.written import short
 
 
 def explained(given: Problem, plan: Plan) -> Plan:
@@ -36,7 +37,7 @@ def explained(given: Problem, plan: Plan) -> Plan:
 
 
 def milliseconds(seconds: float) -> str:
-  return f"{seconds * 1e3:.3g} ms"
+  return f"{short(seconds * 1e3)} ms"
 
 
 def _layer_s(given: Problem) -> np.ndarray:
@@ -83,7 +84,7 @@ def _placed(
   elif _pin(given, number) is not None:
     why = "pinned"
   elif stage.layers == given.num_layers and plan.pipelines > 1:
-    why = f"holds all layers, a pipeline by itself: {plan.batch / pace_s:.3g} tokens/s"
+    why = f"holds all layers, a pipeline by itself: {short(plan.batch / pace_s)} tokens/s"
   elif stage.layers == given.num_layers:
     why = "holds all layers: none elsewhere is worth the hop"
   elif stage.memory_bytes + layer > stage.free_bytes:
@@ -162,7 +163,7 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
     if len(paces_s) > 1:
       rates = sorted(plan.batch / pace_s for pace_s in paces_s)
       found.append(
-        f"{len(rates)} pipelines side by side: {rates[0]:.3g} to {rates[-1]:.3g} tokens/s each; what "
+        f"{len(rates)} pipelines side by side: {short(rates[0])} to {short(rates[-1])} tokens/s each; what "
         "follows is of the slowest"
       )
     slowest = max(range(len(paces_s)), key=lambda pipeline: paces_s[pipeline])
@@ -174,7 +175,7 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
       found.append(
         f"the round trip sets the pace, with {plan.in_flight} in flight"
         f"{' in each' if len(paces_s) > 1 else ''}: with more, these stages would give up to "
-        f"{enough:.3g} tokens/s, and others perhaps more"
+        f"{short(enough)} tokens/s, and others perhaps more"
       )
     elif link.share * link.transfer_s > busy.share * busy.step_s:
       found.append(
@@ -193,7 +194,7 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
       rate = predict.pipeline_throughput(plan, micro_batches=fewer)
       found.append(
         f"it takes {sequences} sequences in flight{' in each' if len(paces_s) > 1 else ''}, and caches for {given.load.max_sequences} are planned: "
-        f"with so many {rate:.3g} tokens/s"
+        f"with so many {short(rate)} tokens/s"
       )
   return tuple(found)
 

@@ -11,6 +11,7 @@ from neurojax.scaling.fleet import Device, Fleet, Place
 from neurojax.scaling.plan import best
 from neurojax.scaling.problem import MOST_PLACES
 from neurojax.scaling.working import Kind
+from neurojax.scaling.written import short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,8 @@ def serve(
   lines = [
     Line(
       what="decode",
-      how=f"{number(batch, 'sequence')} of {purpose.context} / ({passes_s * 1e3:.4g} ms in {number(len(stages), 'stage')} + "
-      f"{(plan.latency_s - passes_s) * 1e3:.4g} ms on the way) = {decode:.4g} tokens/s; {plan.method}",
+      how=f"{number(batch, 'sequence')} of {purpose.context} / ({short(passes_s * 1e3, 4)} ms in {number(len(stages), 'stage')} + "
+      f"{short((plan.latency_s - passes_s) * 1e3, 4)} ms on the way) = {short(decode, 4)} tokens/s; {plan.method}",
     )
   ]
   used = {stage.label for stage in stages}
@@ -120,8 +121,8 @@ def serve(
     lines.append(
       Line(
         what="prefill",
-        how=f"{plan.prefill_tokens} tokens / ({seconds * 1e3:.4g} ms in stages + {hops_s * 1e3:.4g} ms "
-        f"on the way) = {prefill:.4g} tokens/s",
+        how=f"{plan.prefill_tokens} tokens / ({short(seconds * 1e3, 4)} ms in stages + {short(hops_s * 1e3, 4)} ms "
+        f"on the way) = {short(prefill, 4)} tokens/s",
       )
     )
   return stages, Speed(decode_tokens_per_s=decode, prefill_tokens_per_s=prefill), lines

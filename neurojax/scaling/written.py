@@ -1,0 +1,6 @@
+"""Numbers for readers."""
+
+
+def short(value: float, digits: int = 3) -> str:
+  """`value` in so many digits, or all those before the point, never with an exponent of ten for large ones."""
+  return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
