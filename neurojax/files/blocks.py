@@ -45,7 +45,9 @@ class Blocks:
     step = max(1, _CHUNK_ELEMENTS // self.block)
     wholes: list[np.ndarray] = []
     for first in range(0, len(blocks), step):
-      parts = self.split(blocks[first : first + step])
+      # A damaged scale may be infinite or none: `GroupedRows.check_finite` says so, not a warning.
+      with np.errstate(all="ignore"):
+        parts = self.split(blocks[first : first + step])
       if not wholes:
         wholes = [np.empty((len(blocks), part.shape[1]), part.dtype) for part in parts]
       for whole, part in zip(wholes, parts, strict=True):

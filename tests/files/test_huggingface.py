@@ -123,6 +123,23 @@ def test_awq_is_q_minus_z_times_the_scale_of_its_group(awq_folder) -> None:
     assert "model.layers.0.mlp.up_proj.qzeros" not in model.tensors
 
 
+@pytest.mark.parametrize("group", [8, 32, -1])
+def test_awq_of_other_groups(tmp_path: Path, group: int) -> None:
+  table, tensors = wide("llama")
+  weights = {}
+  for name in [name for name in tensors if is_linear(name)]:
+    n, k = tensors.pop(name).shape
+    parts, weights[name] = awq(n, k, k if group == -1 else group)
+    tensors |= {name.replace("weight", part): value for part, value in parts.items()}
+  table["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": group}
+  with open_model(families.write_folder(tmp_path / "m", table, tensors)) as model:
+    assert not model.interpretation.demands + model.interpretation.faults
+    for name, weight in weights.items():
+      np.testing.assert_array_equal(numbers(model, name), weight.astype(np.float32), err_msg=name)
+    rows = model.read_grouped("up_DF", 1)
+    np.testing.assert_array_equal(rows.values().T, model.read("up_DF", 1))
+
+
 def test_awq_stays_narrow_in_memory_and_computes_the_same(awq_folder) -> None:
   path, _ = awq_folder
   ids = jnp.asarray([[1, 5, 7, 2]])
@@ -203,6 +220,10 @@ def fp8(weight: np.ndarray, kind: str) -> tuple[dict[str, np.ndarray], np.ndarra
     scales = RNG.random((n, 1), np.float32)
     parts = {"weight": codes, "weight_scale": scales.astype(ml_dtypes.bfloat16)}
     return parts, values * parts["weight_scale"].astype(np.float64)
+  if kind == "fbgemm":
+    # transformers, integrations/fbgemm_fp8.py: a float32 for each output channel, [N, 1].
+    scales = RNG.random((n, 1), np.float32)
+    return {"weight": codes, "weight_scale": scales}, values * scales.astype(np.float64)
   # Blocks of 96 x 100, the last of them cut.
   scales = RNG.random((math.ceil(n / 96), math.ceil(k / 100)), np.float32)
   whole = np.kron(scales.astype(np.float64), np.ones((96, 100)))[:n, :k]
@@ -217,6 +238,9 @@ FP8: Mapping[str, dict[str, Any]] = {
       "group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
     },
     "kv_cache_scheme": None, "quantization_status": "compressed",
+  },
+  "fbgemm": {
+    "quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"],
   },
   "block": {
     "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [96, 100],

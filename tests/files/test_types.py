@@ -36,7 +36,9 @@ def single(path: Path, kind: GGMLQuantizationType, raw: np.ndarray) -> Path:
 @pytest.mark.parametrize("kind", sorted(BLOCKS.keys() - set(OURS)))
 def test_integers_and_scales_stand_for_the_very_numbers(kind: str):
   raw = blocks.anything(kind, 6, 512)
-  found = BLOCKS[kind].rows(raw.reshape(-1), 6, 512)
+  with np.errstate(all="raise"):
+    # Scales of these bytes may be infinite or none, of which `check_finite` tells.
+    found = BLOCKS[kind].rows(raw.reshape(-1), 6, 512)
   assert found.codes.max() < 1 << found.form.bits
   with np.errstate(all="ignore"):
     wanted = gguf.quants.dequantize(raw, GGMLQuantizationType[kind])
