@@ -31,6 +31,7 @@ from neurojax.files.source import open_model
 from neurojax.kernels import measure
 from neurojax.pipeline import link
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
+from neurojax.pipeline.handover import with_handover
 from neurojax.pipeline.spawn import LocalStages
 from neurojax.scaling import count, predict
 from neurojax.scaling.count import Weights
@@ -43,7 +44,7 @@ from neurojax.stage.runtime import StageRuntime
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
 FASTER = ("read_bytes_per_s", "flops_per_s", "upload_bytes_per_s")
-SHORTER = ("layer_overhead_s", "step_overhead_s", "sample_s_per_entry")
+SHORTER = ("layer_overhead_s", "step_overhead_s", "sample_s_per_entry", "handover_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,7 @@ def probed(config: ModelConfig, forms: Sequence[Weights]) -> Fleet:
   devices = probe_devices(layers_of=config, forms=forms)
   [cpu] = [device for device in devices if device.kind == "cpu"]
   local = asyncio.run(link.loopback())
+  [cpu] = asyncio.run(with_handover([cpu], local))
   return Fleet(
     hosts=(Host(name="here", devices=(cpu,)),),
     local_latency_s=local.latency_s,

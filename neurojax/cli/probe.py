@@ -79,6 +79,11 @@ class Probe:
       local, met = asyncio.run(measure_links())
     with stderr.status("measuring devices"):
       devices = probe_devices(quick=self.quick, layers_of=layers_of)
+    if not self.quick:
+      from neurojax.pipeline.handover import with_handover
+
+      with stderr.status("measuring stage servers"):
+        devices = asyncio.run(with_handover(devices, local))
     here = self._host(devices)
     fleet = merged([_fleet(here, local, met), *others])
     if self.out:
@@ -144,6 +149,7 @@ def _print(fleet: "Fleet") -> None:
     "upload, GB/s": lambda device: _show(device.upload_bytes_per_s, 1e9),
     "for each layer, us": lambda device: _show(device.layer_overhead_s, 1e-6),
     "for each stage, us": lambda device: _show(device.step_overhead_s, 1e-6),
+    "for each stage but the last, us": lambda device: _show(device.handover_s, 1e-6),
     "drawing of 100,000 entries, us": lambda device: _show(device.sample_s_per_entry, 1e-11),
   }
   for name, show in rows.items():

@@ -118,7 +118,7 @@ def _left_out(given: Problem, plan: Plan, number: int, layer_s: float, worst_s: 
     )
   others = np.delete(given.hop_PP[number], number)
   hop_s = float(others.min()) if len(others) else 0.0
-  more_s = hop_s + place.device.step_overhead_s
+  more_s = hop_s + place.device.step_overhead_s + place.device.handover_s
   if layer_s > worst_s * (1 + 1e-9):
     return (
       f"slower: {milliseconds(layer_s)} a layer, at most {milliseconds(worst_s)} where they lie now"

@@ -54,6 +54,8 @@ class Device:
     layer_overhead_s, step_overhead_s: What one decoded token costs beside reading, for each layer
       and for each stage.
     sample_s_per_entry: What drawing a token costs the last stage for each entry of the vocabulary.
+    handover_s: What a token costs every stage but the last beside its step and the hop: threads and
+      caches go cold, and the report to the coordinator is sent while the next stage works.
   """
 
   kind: Literal["cuda", "cpu"]
@@ -68,6 +70,7 @@ class Device:
   layer_overhead_s: float = 0.0
   step_overhead_s: float = 0.0
   sample_s_per_entry: float = 0.0
+  handover_s: float = 0.0
 
   def check(self, where: str) -> None:
     """Raises: ValueError: a value that no device has; `where` names the device."""
@@ -82,7 +85,7 @@ class Device:
     for field in dataclasses.fields(DecodeRates):
       rate = getattr(self.decode_bytes_per_s, field.name)
       _check_rate(f"{where}: decode_bytes_per_s.{field.name}", rate)
-    for name in ("layer_overhead_s", "step_overhead_s", "sample_s_per_entry"):
+    for name in ("layer_overhead_s", "step_overhead_s", "sample_s_per_entry", "handover_s"):
       _check_seconds(f"{where}: {name}", getattr(self, name))
 
   @property

@@ -70,6 +70,7 @@ class Work:
     flops_per_s = None if is_measured else device.flops_per_s
     compute_s = 0.0 * layers if flops_per_s is None else flops / flops_per_s
     overhead_s = layers * device.layer_overhead_s + device.step_overhead_s
+    overhead_s = overhead_s + (not last) * device.handover_s
     return (
       read_bytes / rate,
       compute_s,

@@ -44,6 +44,7 @@ def devices(draw: st.DrawFn) -> Device:
     layer_overhead_s=draw(SECONDS),
     step_overhead_s=draw(SECONDS),
     sample_s_per_entry=draw(SECONDS),
+    handover_s=draw(SECONDS),
   )
 
 
@@ -155,6 +156,7 @@ LINK = (
     (DEVICE + "upload_bytes_per_s = inf", "host a: upload_bytes_per_s = inf"),
     (DEVICE + "layer_overhead_s = -1e-6", "host a: layer_overhead_s"),
     (DEVICE + "step_overhead_s = nan", "host a: step_overhead_s = nan"),
+    (DEVICE + "handover_s = -1.0", "host a: handover_s = -1"),
     (DEVICE + "decode_bytes_per_s = {int8 = -1}", "host a: decode_bytes_per_s.int8 = -1"),
     (DEVICE + "decode_bytes_per_s = {int4 = 1}", "unknown key 'int4'"),
     (DEVICE + "speed = 1", "unknown key 'speed'"),

@@ -18,6 +18,7 @@ GPU = Device(
   layer_overhead_s=1e-5,
   step_overhead_s=1e-4,
   sample_s_per_entry=1e-7,
+  handover_s=3e-4,
 )
 
 
@@ -66,7 +67,7 @@ def test_a_cut_costs_each_part_its_overhead_and_nothing_else(layers, batch, cont
   assert sum(half.read_s for half in halves) == pytest.approx(whole.read_s)
   assert sum(half.compute_s for half in halves) == pytest.approx(whole.compute_s)
   assert sum(half.overhead_s for half in halves) == pytest.approx(
-    whole.overhead_s + GPU.step_overhead_s
+    whole.overhead_s + GPU.step_overhead_s + GPU.handover_s
   )
 
 
