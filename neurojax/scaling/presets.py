@@ -105,6 +105,24 @@ PRESETS: Mapping[str, tuple[str, ModelConfig]] = {
       qk_norm=True,
     ),
   ),
+  "qwen3-8b-yarn": (
+    "Qwen3-8B, arXiv:2505.09388, with its positions stretched four times (YaRN), as its model card has\n"
+    "it for long texts.",
+    ModelConfig(
+      vocab_size=151936,
+      model_dim=4096,
+      num_layers=36,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      ffn_dim=12288,
+      context_length=131072,
+      rope_base=1e6,
+      rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_context_length=32768),
+      tied_embedding=False,
+      qk_norm=True,
+    ),
+  ),
   "llama-8b": (
     "Llama-3.1-8B, arXiv:2407.21783: the shape of its ternary versions. The original stretches its\n"
     "positions past 8192, which this configuration does not; its rotary pairs are neighbours, as in the\n"
