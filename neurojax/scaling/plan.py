@@ -271,6 +271,19 @@ def _side_by_side(
   scored = []
   for number in numbers:
     deals = _dealt(given, rate_P, number)
+    # What a host holds together cannot be kept by pipelines that each have a part of its places.
+    torn = [
+      given.places[places[0]].host.label
+      for host, places in enumerate(given.hosts)
+      if given.host_pin(host) and sum(not set(places).isdisjoint(deal) for deal in deals) > 1
+    ]
+    if torn:
+      if replicas:
+        raise ValueError(
+          f"replicas = {number}: {', '.join(torn)} would be in several pipelines, and is pinned to a "
+          f"number of layers: pin its single places, or ask for at most {len(given.hosts)}"
+        )
+      continue
     parts = [given.restricted(deal) for deal in deals]
     if any(most_layers(part.step_PRL, np.inf) < given.num_layers for part in parts):
       if replicas:

@@ -131,6 +131,20 @@ def test_pins_are_kept(fleet, layers):
     assert host.layers is None or held == host.layers
 
 
+def test_the_pin_of_a_host_holds_over_all_its_places():
+  devices = (device(700_000, 1e8),) * 3
+  hosts = (
+    Host(name="h0", devices=devices, layers=1),
+    Host(name="h1", devices=(device(700_000, 1e9),)),
+  )
+  fleet = Fleet(hosts=hosts)
+  made = plan.best(config(2), fleet, LOAD, objective="throughput", replicas=None)
+  check(made, config(2), fleet)
+  assert sum(stage.layers for stage in made.stages if stage.host == "h0") == 1
+  with pytest.raises(ValueError, match="replicas = 4: h0 would be in several pipelines"):
+    plan.best(config(2), fleet, LOAD, objective="throughput", replicas=4)
+
+
 def row(*sizes: tuple[int, float], **changes) -> Fleet:
   hosts = tuple(
     Host(name=f"h{i}", devices=(device(size, rate),)) for i, (size, rate) in enumerate(sizes)
