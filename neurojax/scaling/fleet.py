@@ -358,13 +358,13 @@ def check_address(address: str) -> None:
 
 def parse_bytes(text: str) -> int:
   """Bytes of a size such as 6GB, 512MiB or 1000000. Raises: ValueError: none of these."""
-  match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+  match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]i?)?b?\s*", text.lower())
   if not match:
     raise ValueError(
-      f"size {text[:40]!r}: write a number with kB, MB, GB, TB or KiB, MiB, GiB, TiB"
+      f"size {text[:40]!r}: write a number with kB, MB, GB, TB, PB or KiB, MiB, GiB, TiB, PiB"
     )
   unit = match[2] or ""
-  power = "kmgt".index(unit[0]) + 1 if unit else 0
+  power = "kmgtp".index(unit[0]) + 1 if unit else 0
   number = float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power
   if not 1 <= number <= MOST_BYTES:
     raise ValueError(

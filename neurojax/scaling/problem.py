@@ -272,7 +272,7 @@ def _fix(
       raise ValueError(
         f"pin {label} = {pins[label]}: {pins[label]} layers take "
         f"{pins[label] * min(layers_of.values()):,} bytes or more, and its "
-        f"{len(inside)} places have {free:,} free; at most {most} fit"
+        f"{'place has' if len(inside) == 1 else f'{len(inside)} places have'} {free:,} free; at most {most} fit"
       )
   for index, place in enumerate(places):
     layers = pins.get(place.label)

@@ -128,13 +128,20 @@ def test_fleets_from_text_and_file(tmp_path):
 
 @pytest.mark.parametrize(
   ("text", "size"),
-  [("6GB", 6 * 10**9), ("512MiB", 512 << 20), ("1.5kB", 1500), ("42", 42), (" 1 TiB ", 1 << 40)],
+  [
+    ("6GB", 6 * 10**9),
+    ("512MiB", 512 << 20),
+    ("1.5kB", 1500),
+    ("42", 42),
+    (" 1 TiB ", 1 << 40),
+    ("1PB", 10**15),
+  ],
 )
 def test_sizes(text: str, size: int):
   assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1PB", "0", "1 2", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1EB", "2PB", "0", "1 2", "nan"])
 def test_bad_sizes(text: str):
   with pytest.raises(ValueError, match="size"):
     parse_bytes(text)
