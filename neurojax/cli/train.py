@@ -72,7 +72,13 @@ class Train:
     if self.coordinator is not None:
       jax.distributed.initialize(self.coordinator, self.processes, self.process)
     elif self.distributed or launched_in_parallel():
-      jax.distributed.initialize()
+      try:
+        jax.distributed.initialize()
+      except ValueError as error:
+        raise ValueError(
+          f"no launcher says which process this is ({error}): JAX knows Slurm, Open MPI and Kubernetes"
+          " (pip install jax[k8s]); elsewhere give --coordinator, --processes and --process"
+        ) from error
 
   def _train(self, config: "TrainConfig", workdir: Path) -> int:
     import contextlib
@@ -204,6 +210,11 @@ def _value(text: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
   try:
     return tomllib.loads(path.read_bytes().decode("utf-8"))
+  except (FileNotFoundError, IsADirectoryError) as error:
+    what = "a folder" if path.is_dir() else "no such file"
+    raise type(error)(
+      f"--config {path}: {what}: give a TOML file, such as configs/train/tiny.toml"
+    ) from error
   except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path}: not valid TOML: {error}") from error
 

@@ -214,6 +214,8 @@ def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
     ("train", "--config", str(bad), "--workdir", str(work)): "bad.toml: not valid TOML",
     ("train", "--config", str(flat), "--model.num-layers", "1"): "model = 3 in the configuration",
     ("train", "--config", str(TINY)): "--workdir is missing",
+    ("train", "--config", "tiny"): "--config tiny: no such file: give a TOML file",
+    ("train", "--config", str(mine)): "a folder: give a TOML file",
     (*command(data, work), "--coordinator", "localhost:1"): "go together",
   }.items():
     code, _, err = run(capsys, *arguments)
@@ -243,6 +245,15 @@ def test_processes_that_were_started_together_join(monkeypatch, variables, optio
   monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
   Train(config=TINY, **options)._join()
   assert calls == ([] if given is None else [given])
+
+
+def test_alone_where_a_launcher_is_meant_the_way_without_one_is_named(monkeypatch):
+  def alone():
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", alone)
+  with pytest.raises(ValueError, match=r"no launcher says which process.*give --coordinator"):
+    Train(config=TINY, distributed=True)._join()
 
 
 def test_the_resolved_configuration_is_shown(capsys):
