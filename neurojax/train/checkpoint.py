@@ -1,6 +1,9 @@
 """Checkpoints of a run: the sharded state and, beside it, everything else that decides what comes next."""
 
+import contextlib
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +22,8 @@ class Checkpoints:
 
   def __init__(self, folder: Path, *, keep: int):
     self._folder = folder.absolute()
+    # Orbax writes the trace of what it then raises.
+    logging.getLogger("absl").addFilter(_is_not_raised_again)
     self._manager = ocp.CheckpointManager(
       self._folder,
       item_names=(_STATE, _REST),
@@ -36,13 +41,15 @@ class Checkpoints:
     Args:
       state: A pytree of arrays.
       rest: Plain values that JSON can hold.
+    Raises: OSError: this checkpoint, or the one before, cannot be written.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{_STATE: ocp.args.StandardSave(state), _REST: ocp.args.JsonSave(rest)}
-      ),
-    )
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          **{_STATE: ocp.args.StandardSave(state), _REST: ocp.args.JsonSave(rest)}
+        ),
+      )
 
   def restore(self, step: int, abstract: T) -> tuple[T, dict[str, Any]]:
     """The state and the rest of a step.
@@ -84,13 +91,36 @@ class Checkpoints:
       ) from error
 
   def wait(self) -> None:
-    """Until everything is on disk."""
-    self._manager.wait_until_finished()
+    """Until everything is on disk. Raises: OSError: it cannot be written."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.wait_until_finished()
+    """Raises: OSError: something cannot be written."""
+    self.wait()
     self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      kept = self._manager.latest_step()
+      last = "none is there" if kept is None else f"the run goes on from step {kept}"
+      full = "no room is left on the disk: make some" if _NO_ROOM in str(error) else "see to that"
+      raise OSError(
+        f"{self._folder}: a checkpoint cannot be written: {full}, and give the same command; {last}"
+        f" ({str(error)[:300]})"
+      ) from error
 
 
 def remove(folder: Path) -> None:
   shutil.rmtree(folder, ignore_errors=True)
+
+
+_NO_ROOM = "os_error_code='28'"
+"""How TensorStore spells ENOSPC."""
+
+
+def _is_not_raised_again(record: logging.LogRecord) -> bool:
+  return not (record.exc_info and "orbax" in record.pathname)
