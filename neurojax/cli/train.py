@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 FAILED, TERMINATED, INTERRUPTED = 1, 143, 130
 
 
+_LOST_S = 30
+"""Without a sign of life for so long a process of a run is taken for dead, and the others end."""
+
+_LOST = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE")
+"""Words of the errors of whoever waits for a process that is gone."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
   """Train a model as a TOML file says, or go on with a run.
@@ -63,17 +70,29 @@ class Train:
     if self.workdir is None:
       raise ValueError("--workdir is missing: name the folder of the run")
     self._join()
-    return self._train(config, self.workdir)
+    import jax
+
+    try:
+      return self._train(config, self.workdir)
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
+        raise
+      raise RuntimeError(
+        "another process of this run was lost: start all of them again, and the run goes on from its"
+        f" last checkpoint ({error})"
+      ) from error
 
   def _join(self) -> None:
     """Become one of several processes, if there are several."""
     import jax
 
     if self.coordinator is not None:
-      jax.distributed.initialize(self.coordinator, self.processes, self.process)
+      jax.distributed.initialize(
+        self.coordinator, self.processes, self.process, heartbeat_timeout_seconds=_LOST_S
+      )
     elif self.distributed or launched_in_parallel():
       try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_LOST_S)
       except ValueError as error:
         raise ValueError(
           f"no launcher says which process this is ({error}): JAX knows Slurm, Open MPI and Kubernetes"

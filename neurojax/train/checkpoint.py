@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 
 T = TypeVar("T")
@@ -104,6 +105,9 @@ class Checkpoints:
   def _writing(self) -> Iterator[None]:
     try:
       yield
+    except jax.errors.JaxRuntimeError:
+      # Another process was lost, say: nothing about this one's disk.
+      raise
     except Exception as error:
       kept = self._manager.latest_step()
       last = "none is there" if kept is None else f"the run goes on from step {kept}"

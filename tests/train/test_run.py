@@ -242,18 +242,38 @@ def test_processes_that_were_started_together_join(monkeypatch, variables, optio
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
   calls: list[tuple] = []
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments)
+  )
   Train(config=TINY, **options)._join()
   assert calls == ([] if given is None else [given])
 
 
 def test_alone_where_a_launcher_is_meant_the_way_without_one_is_named(monkeypatch):
-  def alone():
+  def alone(**_):
     raise ValueError("coordinator_address should be defined.")
 
   monkeypatch.setattr(jax.distributed, "initialize", alone)
   with pytest.raises(ValueError, match=r"no launcher says which process.*give --coordinator"):
     Train(config=TINY, distributed=True)._join()
+
+
+@pytest.mark.parametrize(
+  ("processes", "words", "named"),
+  [
+    (2, "Gloo all-reduce failed", "another process.*Gloo"),
+    (1, "Gloo", "^Gloo"),
+    (2, "a NaN", "^a NaN"),
+  ],
+)
+def test_a_lost_process_is_named(tmp_path: Path, monkeypatch, processes, words: str, named: str):
+  def lost(*_):
+    raise jax.errors.JaxRuntimeError(words)
+
+  monkeypatch.setattr(Train, "_train", lost)
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  with pytest.raises(RuntimeError, match=named):
+    Train(config=TINY, workdir=tmp_path).run()
 
 
 def test_the_resolved_configuration_is_shown(capsys):
