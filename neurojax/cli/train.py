@@ -72,12 +72,14 @@ class Train:
     self._join()
     import jax
 
+    from neurojax.engine.api import EngineError
+
     try:
       return self._train(config, self.workdir)
     except jax.errors.JaxRuntimeError as error:
       if jax.process_count() == 1 or not any(word in str(error) for word in _LOST):
         raise
-      raise RuntimeError(
+      raise EngineError(
         "another process of this run was lost: start all of them again, and the run goes on from its"
         f" last checkpoint ({error})"
       ) from error

@@ -4,12 +4,13 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
-import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from neurojax.files.put import put, stored
 
 ALIGNMENT = 32
 
@@ -57,7 +58,7 @@ def write(path: Path, fields: Sequence[bytes], tensors: Sequence[Tensor]) -> Non
       general.alignment.
   Raises: ValueError: a tensor's data are not of the size that was said.
   """
-  with path.open("wb") as file:
+  with stored(path) as file:
     file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)))
     for raw in fields:
       file.write(raw)
@@ -72,10 +73,8 @@ def write(path: Path, fields: Sequence[bytes], tensors: Sequence[Tensor]) -> Non
       data = tensor.data()
       if data.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name}: {data.nbytes} bytes, {tensor.nbytes} were announced")
-      np.ascontiguousarray(data).tofile(file)
+      put(file, data)
       file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _padded(nbytes: int) -> int:

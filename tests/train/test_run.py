@@ -16,6 +16,7 @@ import pytest
 from neurojax.cli import main
 from neurojax.cli.train import Train
 from neurojax.config import from_toml
+from neurojax.engine.api import EngineError
 from neurojax.train.config import TrainConfig
 from neurojax.train.metrics import WandB, read_metrics
 from tests.train.chain import BLIND, LEAST, TINY, write_chain
@@ -272,8 +273,9 @@ def test_a_lost_process_is_named(tmp_path: Path, monkeypatch, processes, words: 
 
   monkeypatch.setattr(Train, "_train", lost)
   monkeypatch.setattr(jax, "process_count", lambda: processes)
-  with pytest.raises(RuntimeError, match=named):
+  with pytest.raises(Exception, match=named) as raised:
     Train(config=TINY, workdir=tmp_path).run()
+  assert isinstance(raised.value, EngineError) == named.startswith("another")
 
 
 def test_the_resolved_configuration_is_shown(capsys):

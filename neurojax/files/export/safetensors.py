@@ -6,13 +6,14 @@ endian; the header, JSON; the tensors in the order of the header, without gaps.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
+
+from neurojax.files.put import put, stored
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -49,7 +50,7 @@ def write_safetensors(
   text = json.dumps(header, separators=(",", ":")).encode()
   # The tensors then begin at a multiple of this in the file.
   text += b" " * (-len(text) % _ALIGNMENT)
-  with path.open("wb") as file:
+  with stored(path) as file:
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for (name, shape), values in zip(shapes.items(), tensors, strict=True):
@@ -57,6 +58,4 @@ def write_safetensors(
         raise ValueError(
           f"{name} is {values.dtype} {values.shape}: {own[name]} {shape} was announced"
         )
-      np.ascontiguousarray(values).tofile(file)
-    file.flush()
-    os.fsync(file.fileno())
+      put(file, values)
