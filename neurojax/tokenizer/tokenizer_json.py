@@ -86,30 +86,27 @@ def spec_from_json(
 
 
 def json_from_spec(spec: TokenizerSpec) -> str:
-  """A tokenizer.json with the same ids: the inverse of `spec_from_json`; a "json" spec's own source.
+  """A tokenizer.json with the same ids: the inverse of `spec_from_json`, or of `portable` for Gemma 4's;
+  a "json" spec's own source.
 
-  Raises: NotImplementedError: a tokenizer other than byte-level BPE.
+  Raises: NotImplementedError: a tokenizer other than byte-level BPE and Gemma 4's, or one of the latter
+    whose ids no tokenizer.json would give.
   """
   if spec.kind == "json":
     return spec.source
+  if spec.kind == "bpe" and spec.pre == "gemma4":
+    return json.dumps(_spaced_table(spec), ensure_ascii=False, indent=1)
   rules = pre_tokenizer(spec.pre) if spec.kind == "bpe" else None
   if rules is None or not rules.byte_level:
     raise NotImplementedError(
-      f"a tokenizer of kind {spec.kind!r} (pre {spec.pre!r}): only byte-level BPE is written as"
+      f"a tokenizer of kind {spec.kind!r} (pre {spec.pre!r}): only byte-level BPE and Gemma 4's are written as"
       " tokenizer.json; a GGUF file holds this one"
     )
-  special = {"control": True, "unknown": True, "user": False}
-  added = [
-    {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-     "normalized": False, "special": special[kind]}
-    for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True))
-    if kind in special
-  ]  # fmt: skip
   table = {
     "version": "1.0",
     "truncation": None,
     "padding": None,
-    "added_tokens": added,
+    "added_tokens": _added_tokens(spec),
     "normalizer": None,
     "pre_tokenizer": {
       "type": "Sequence",
@@ -131,6 +128,57 @@ def json_from_spec(spec: TokenizerSpec) -> str:
     },
   }
   return json.dumps(table, ensure_ascii=False, indent=1)
+
+
+def _added_tokens(spec: TokenizerSpec) -> list[dict[str, Any]]:
+  special = {"control": True, "unknown": True, "user": False}
+  return [
+    {"id": i, "content": token, "single_word": False, "lstrip": i in spec.strip_before_ids,
+     "rstrip": i in spec.strip_after_ids, "normalized": False, "special": special[kind]}
+    for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True))
+    if kind in special
+  ]  # fmt: skip
+
+
+def _spaced_table(spec: TokenizerSpec) -> dict[str, Any]:
+  """BPE on text with U+2581 for a space, as Gemma's files have it."""
+  vocab = {token: i for i, token in enumerate(spec.tokens)}
+  if missing := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocab]:
+    raise NotImplementedError(
+      f"the vocabulary has no token {missing[0]}: tokenizer.json would make it unknown, GGUF leaves"
+      " the byte out"
+    )
+  merges = [_halves(line) for line in spec.merges]
+  for left, right in merges:
+    # GGUF's rule cuts between lines and line ends; a tokenizer.json of this kind cuts nowhere.
+    if (left[-1] == "\n") != (right[0] == "\n"):
+      raise NotImplementedError(f"the merge {left!r} {right!r} joins a line and its end: not here")
+  post = _post_processor(spec)
+  return {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": _added_tokens(spec),
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    "pre_tokenizer": {
+      "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+    },
+    "post_processor": None if post["type"] == "ByteLevel" else post,
+    "decoder": {
+      "type": "Sequence",
+      "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+      ],
+    },
+    "model": {
+      "type": "BPE", "dropout": None,
+      "unk_token": None if spec.unknown_id is None else spec.tokens[spec.unknown_id],
+      "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+      "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": merges,
+    },
+  }  # fmt: skip
 
 
 def check_model(model: Mapping[str, Any]) -> None:
