@@ -97,10 +97,18 @@ def init_state(config: TrainConfig, mesh: Mesh) -> State:
 
 
 def attention_kind(config: TrainConfig, mesh: Mesh) -> Kind:
-  """What `config.attention` means on this mesh."""
+  """What `config.attention` means on this mesh.
+
+  Raises: ValueError: "cudnn" on another device than a CUDA GPU.
+  """
+  platform = mesh.devices.flat[0].platform
+  on_gpu = platform in ("gpu", "cuda")
+  if config.attention == "cudnn" and not on_gpu:
+    raise ValueError(
+      f"attention = 'cudnn': the devices are of kind {platform!r}: choose 'auto' or 'einsum'"
+    )
   if config.attention != "auto":
     return config.attention
-  on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
   return "cudnn" if on_gpu and config.compute_dtype == "bfloat16" else "einsum"
 
 

@@ -206,6 +206,13 @@ def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
     (*command(data, work), "stray"): "'stray': not an option",
     (*command(data, work), "--model.vocab-size", "300"): "model.vocab_size = 300 is less than the",
     (*command(data, work), "--data.seq-len", "512"): "exceeds model.context_length",
+    (
+      *command(data, work, *EIGHT),
+      "--attention",
+      "cudnn",
+      "--compute-dtype",
+      "bfloat16",
+    ): "attention = 'cudnn': the devices are of kind 'cpu'",
     (*command(data, mine), *EIGHT, "--overwrite"): "a folder of other things",
     tuple(command(tmp_path / "none", work)): "no such file",
     tuple(command(damaged, work, *EIGHT)): "train-00000.bin: missing or not the bytes",
