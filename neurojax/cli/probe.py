@@ -6,7 +6,6 @@ import json
 import shlex
 import socket
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.options import check_out, stderr
-from neurojax.scaling.count import Weights
+from neurojax.scaling.fleet import DecodeRates
 
 if TYPE_CHECKING:
   from neurojax.pipeline.link import Measured, Peer
@@ -139,10 +138,10 @@ def _print(fleet: "Fleet") -> None:
     "of it in use, GB": lambda device: f"{device.used_bytes / 1e9:.1f}",
     "reads, GB/s": lambda device: _show(device.read_bytes_per_s, 1e9),
     **{
-      f"decode {form}, GB/s": lambda device, form=form: _show(
-        getattr(device.decode_bytes_per_s, form), 1e9
+      f"decode {form.name}, GB/s": lambda device, form=form: _show(
+        getattr(device.decode_bytes_per_s, form.name), 1e9
       )
-      for form in typing.get_args(Weights)
+      for form in dataclasses.fields(DecodeRates)
     },
     "products, GFLOP/s": lambda device: _show(device.flops_per_s, 1e9),
     "in": lambda device: device.flops_dtype if device.flops_per_s else "-",

@@ -38,6 +38,10 @@ class DecodeRates:
   w2a16: float | None = None
   w2a8: float | None = None
 
+  def of(self, weights: Weights) -> float | None:
+    """None: not measured, as "stored" never is, whose matrices are of as many forms as the file has."""
+    return None if weights == "stored" else getattr(self, weights)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
@@ -94,11 +98,11 @@ class Device:
 
   def is_measured(self, weights: Weights) -> bool:
     """Whether decoding with weights of this form was measured."""
-    return getattr(self.decode_bytes_per_s, weights) is not None
+    return self.decode_bytes_per_s.of(weights) is not None
 
   def decode_rate(self, weights: Weights) -> float | None:
     """Bytes per second of decoding with weights of this form; the best read rate where unmeasured."""
-    return getattr(self.decode_bytes_per_s, weights) or self.read_bytes_per_s
+    return self.decode_bytes_per_s.of(weights) or self.read_bytes_per_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

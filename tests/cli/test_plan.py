@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from neurojax.cli import main
-from neurojax.config import from_toml
+from neurojax.config import from_toml, to_toml
 from neurojax.scaling import predict
+from neurojax.scaling.fleet import DecodeRates, Device, Fleet, Host
 from neurojax.scaling.plan import Plan
 
 FLEET = """
@@ -149,6 +150,23 @@ def test_a_fleet_without_speeds_names_the_remedy(capsys, tmp_path: Path):
   path.write_text('[[hosts]]\nname = "a"\nmemory_bytes = 100_000_000_000\n')
   code, _, err = run(capsys, "plan", "--model", "llama-8b", "--fleet", str(path))
   assert code == 2 and "neurojax probe" in err and "a:" in err
+
+
+def test_stored_weights_are_planned_at_the_rate_of_reading(capsys, tmp_path: Path):
+  device = Device(
+    kind="cpu", memory_bytes=1 << 34, read_bytes_per_s=1e9,
+    decode_bytes_per_s=DecodeRates(dense=5e8, int8=5e8, w2a16=5e8, w2a8=5e8),
+  )  # fmt: skip
+  path = tmp_path / "fleet.toml"
+  path.write_text(to_toml(Fleet(hosts=(Host(name="a", devices=(device,)),))))
+  steps = {}
+  for weights in ("stored", "dense"):
+    arguments = ["--model", "neurollm", "--fleet", str(path), "--weights", weights, "--json"]
+    assert main(["plan", *arguments]) == 0
+    [stage] = json.loads(capsys.readouterr().out)["stages"]
+    steps[weights] = stage["step_s"]
+  # No form of its own was measured; of two bits it reads far less than of float32.
+  assert 0 < steps["stored"] < steps["dense"] / 4
 
 
 def test_planning_by_configuration_imports_no_jax(fleet: str):

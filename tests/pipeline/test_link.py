@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import dataclasses
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -9,6 +10,7 @@ import grpc
 import pytest
 
 from neurojax.cli import main
+from neurojax.cli.probe import _print
 from neurojax.config import to_toml
 from neurojax.files.source import open_model
 from neurojax.pipeline import link, wire
@@ -16,7 +18,7 @@ from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline.errors import StageLost
 from neurojax.pipeline.worker import StageServer
-from neurojax.scaling.fleet import Device, Fleet, Host, read_fleet
+from neurojax.scaling.fleet import DecodeRates, Device, Fleet, Host, read_fleet
 from tests.pipeline.servers import run
 
 
@@ -127,6 +129,16 @@ def test_probe_writes_a_fleet_that_reads_back(capsys, tmp_path: Path, peer: str)
   assert between.hosts == ("here", "peer") and between.latency_s > 0
   assert fleet.local_latency_s > 0
   assert [place.label for place in fleet.places()] == ["here", "peer"]
+
+
+def test_probe_shows_every_form_that_it_measures(capsys):
+  rates = DecodeRates(dense=1e9, int8=2e9, w2a16=3e9, w2a8=4e9)
+  device = Device(kind="cpu", memory_bytes=1 << 33, used_bytes=0, decode_bytes_per_s=rates)
+  _print(Fleet(hosts=(Host(name="here", devices=(device,)),)))
+  printed = capsys.readouterr().out
+  for field in dataclasses.fields(DecodeRates):
+    line = next(line for line in printed.splitlines() if f"decode {field.name}, GB/s" in line)
+    assert f"{getattr(rates, field.name) / 1e9:.1f}" in line
 
 
 def test_probe_refuses_before_it_measures(capsys, tmp_path: Path):
