@@ -64,22 +64,10 @@ Exit codes: 0 done; 1 a check failed; 2 wrong use or a bad file; 3 a stage or en
 def main(argv: Sequence[str] | None = None) -> int:
   """Run a command line; returns the exit code."""
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-  arguments = list(sys.argv[1:] if argv is None else argv)
-  parse = functools.partial(
-    tyro.cli,
-    Verbs,  # pyrefly: ignore
-    prog="neurojax",
-    description=DESCRIPTION,
-    args=arguments,
-    config=(OmitArgPrefixes, OmitSubcommandPrefixes),
-  )
-  verb: Verb
-  if arguments[:1] == ["train"]:
-    # The keys of its configuration are options too; to list them here would import JAX.
-    verb, rest = parse(return_unknown_args=True)
-    verb = dataclasses.replace(verb, overrides=tuple(rest))
-  else:
-    verb = parse()
+  try:
+    verb = _parsed(list(sys.argv[1:] if argv is None else argv))
+  except BrokenPipeError:
+    return _read_enough()
   from neurojax.engine.api import EngineError
 
   try:
@@ -87,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     return INTERRUPTED
   except BrokenPipeError:
-    # Whoever read our output (head, say) has seen enough.
-    sys.stderr.close()
-    return 0
+    return _read_enough()
   except EngineError as error:
     print(f"neurojax: {error}", file=sys.stderr)
     return ENGINE
@@ -102,3 +88,26 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     print(f"neurojax: {type(error).__name__}: {error}", file=sys.stderr)
     return ENGINE
+
+
+def _parsed(arguments: list[str]) -> Verb:
+  """Raises: SystemExit: help was asked for, or the arguments are none."""
+  parse = functools.partial(
+    tyro.cli,
+    Verbs,  # pyrefly: ignore
+    prog="neurojax",
+    description=DESCRIPTION,
+    args=arguments,
+    config=(OmitArgPrefixes, OmitSubcommandPrefixes),
+  )
+  if arguments[:1] == ["train"]:
+    # The keys of its configuration are options too; to list them here would import JAX.
+    verb, rest = parse(return_unknown_args=True)
+    return dataclasses.replace(verb, overrides=tuple(rest))
+  return parse()
+
+
+def _read_enough() -> int:
+  """Whoever read our output (head, say) has seen enough."""
+  sys.stderr.close()
+  return 0

@@ -37,6 +37,13 @@ def generated(capsys, model: str, *argv: str) -> dict:
   return json.loads(out)
 
 
+def test_a_reader_of_help_who_has_seen_enough_sees_no_trace():
+  command = [sys.executable, "-m", "neurojax", "--help"]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
 @pytest.mark.parametrize("verb", [
   ["demo"], ["inspect"], ["pull"], ["convert"], ["tokenize"], ["generate"], ["chat"], ["stage"], ["eval", "golden"], ["eval", "ppl"], ["eval", "logits"],
   ["bench", "decode"], ["bench", "gemm"], ["bench", "int8"], ["size"], ["plan"], ["simulate"], ["probe"], ["export"],
