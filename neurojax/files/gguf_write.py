@@ -13,6 +13,11 @@ import numpy as np
 from neurojax.files.put import put, stored
 
 ALIGNMENT = 32
+# llama.h, llama_ftype: what most matrices are.
+FILE_TYPES = {
+  "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "TQ1_0": 36,
+  "TQ2_0": 37, "Q2_0": 41, "Q2_0_g128": 41,
+}  # fmt: skip
 
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
@@ -74,6 +79,7 @@ def write(path: Path, fields: Sequence[bytes], tensors: Sequence[Tensor]) -> Non
       if data.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name}: {data.nbytes} bytes, {tensor.nbytes} were announced")
       put(file, data)
+      del data  # before the next is made
       file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
 
 

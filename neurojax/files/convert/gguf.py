@@ -26,7 +26,7 @@ from neurojax.files.convert.tensors import (
 )
 from neurojax.files.export.ternary import TYPES, check, pack
 from neurojax.files.gguf import GgufFile
-from neurojax.files.gguf_write import Tensor, field, write
+from neurojax.files.gguf_write import FILE_TYPES, Tensor, field, write
 from neurojax.files.source import ModelFile, TensorInfo, open_model
 from neurojax.model import params
 from neurojax.ternary import codecs
@@ -38,11 +38,6 @@ _ROUNDED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 KINDS = (*TYPES, *DTYPES, *_ROUNDED)
 """Types that are written. Ternary ones hold ternary weights exactly, or the nearest ternary ones."""
 
-# llama.h, llama_ftype: what most matrices are.
-_FILE_TYPES = {
-  "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "TQ1_0": 36,
-  "TQ2_0": 37, "Q2_0": 41, "Q2_0_g128": 41,
-}  # fmt: skip
 _DROPPED = ("general.alignment", "general.file_type", "general.quantization_version")
 """Keys of a GGUF file that are written anew."""
 
@@ -96,7 +91,7 @@ def to_gguf(
     fields = [field(key, value) for key, value in _metadata(file, architecture, said).items()]
   fields += [field(key, value) for key, value in said.items()]
   fields.append(field("general.quantization_version", gguf.GGML_QUANT_VERSION))
-  if (file_type := _FILE_TYPES.get(_most(plans))) is not None:
+  if (file_type := FILE_TYPES.get(_most(plans))) is not None:
     fields.append(field("general.file_type", file_type))
   elif kind is None and isinstance(file, GgufFile) and "general.file_type" in file.metadata:
     fields.append(file.field_bytes("general.file_type"))

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gguf
 import ml_dtypes
@@ -17,6 +18,7 @@ from neurojax.files import names
 from neurojax.files.export import ternary
 from neurojax.files.export.weights import Weights, stored
 from neurojax.files.gguf import GgufFile
+from neurojax.files.gguf_write import FILE_TYPES, Tensor, field, write
 from neurojax.model import params
 from neurojax.ternary.array import TernaryArray
 from neurojax.ternary.codecs import dequantize
@@ -32,16 +34,6 @@ _DTYPES: dict[str, np.dtype] = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _DENSE = {dtype.name: kind for kind, dtype in _DTYPES.items()}
-# llama.h, llama_ftype: what most matrices are.
-_FILE_TYPES = {
-  "F32": 0,
-  "F16": 1,
-  "BF16": 32,
-  "TQ1_0": 36,
-  "TQ2_0": 37,
-  "Q2_0": 41,
-  "Q2_0_g128": 41,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,45 +128,30 @@ def _write(
   places = [
     (n, layer, names.locate(rules.tensors, n, layer, config)) for n, layer in weights.places()
   ]
-  writer = gguf.GGUFWriter(path, arch)
-  try:
-    for field in dataclasses.fields(card):
-      if (value := getattr(card, field.name)) is not None:
-        writer.add_string(f"general.{field.name}", value)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_file_type(_FILE_TYPES[kind])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in rules.metadata(arch, config).items():
-      add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-      add(key, value)
-    writer.add_vocab_size(config.vocab_size)
-    for key, value in gguf_from_spec(tokenizer, config.vocab_size).items():
-      writer.add_key_value(key, value, _value_type(value))
-    for name, _, place in places:
-      shape = names.file_shape(place.axes, config)
-      type_id, nbytes = _storage(weights, name, kind, dense, shape)
-      # A dtype other than uint8, as that would make the package translate the shape.
-      writer.add_tensor_info(place.name, shape, np.dtype(np.int8), nbytes, raw_dtype=type_id)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for done, (name, layer, place) in enumerate(places):
-      writer.write_tensor_data(_bytes(weights, name, layer, place.axes, rules, kind, dense))
-      if progress:
-        progress(done + 1, len(places))
-    writer.flush()
-    assert writer.fout is not None
-    for file in writer.fout:
-      os.fsync(file.fileno())
-  finally:
-    writer.close()
+  said: dict[str, object] = {"general.architecture": arch}
+  said |= {f"general.{key}": value for key, value in dataclasses.asdict(card).items()}
+  said |= {
+    "general.type": "model",
+    "general.file_type": FILE_TYPES[kind],
+    "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    **rules.metadata(arch, config),
+    f"{arch}.vocab_size": config.vocab_size,
+    **gguf_from_spec(tokenizer, config.vocab_size),
+  }
+  fields = [field(key, value) for key, value in said.items() if value is not None]
 
+  def data(done: int, name: str, layer: int | None, place: Any) -> np.ndarray:
+    if progress:
+      progress(done, len(places))
+    return _bytes(weights, name, layer, place.axes, rules, kind, dense)
 
-def _value_type(value: object) -> gguf.GGUFValueType:
-  # The package would take an integer for a signed one; ids and counts are unsigned.
-  if isinstance(value, int) and not isinstance(value, bool):
-    return gguf.GGUFValueType.UINT32
-  return gguf.GGUFValueType.get_type(value)
+  tensors = []
+  for number, (name, layer, place) in enumerate(places, 1):
+    shape = names.file_shape(place.axes, config)
+    type_id, nbytes = _storage(weights, name, kind, dense, shape)
+    make = functools.partial(data, number, name, layer, place)
+    tensors.append(Tensor(place.name, shape, type_id, nbytes, make))
+  write(path, fields, tensors)
 
 
 def _dense_kind(weights: Weights, name: str, kind: str, dense: Dense | None) -> str:
