@@ -23,6 +23,7 @@ import numpy as np
 
 from neurojax.config import from_dict
 from neurojax.files.digest import sha256_of
+from neurojax.files.put import stored
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.stored import parse_spec
 
@@ -247,7 +248,5 @@ class ShardWriter:
 
 
 def write_synced(path: Path, text: str) -> None:
-  with path.open("w", encoding="utf-8", newline="\n") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+  with stored(path) as file:
+    file.write(text.encode())

@@ -10,7 +10,8 @@ from neurojax.scaling.fit import Need, Purpose, Serving, Training
 from neurojax.scaling.fleet import Place
 from neurojax.scaling.ladder import ladder
 from neurojax.scaling.law import TERNARY_GAPS, TERNARY_SPECTRA11, Law, Loss, ternary_gap
-from neurojax.scaling.staging import Line, needs_of, number
+from neurojax.scaling.staging import Line, needs_of
+from neurojax.scaling.written import number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

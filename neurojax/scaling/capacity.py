@@ -7,6 +7,7 @@ import numpy as np
 from neurojax.scaling import count
 from neurojax.scaling.load import Load
 from neurojax.scaling.problem import FIRST, LAST, MIDDLE, WHOLE, Problem, role_bytes
+from neurojax.scaling.written import number
 
 
 def most_layers(step_PRL: np.ndarray, interval_s: float) -> int:
@@ -63,13 +64,9 @@ def check(given: Problem) -> None:
     low, high = (low, middle) if enough else (middle, high)
   working = int(extra_R[MIDDLE])
   each = f", {working:,} for the working memory of each stage" if working else ""
-  pinned = (
-    f", {sum(pins.values())} of them pinned to {len(pins)} place{'' if len(pins) == 1 else 's'}"
-    if pins
-    else ""
-  )
+  pinned = f", {sum(pins.values())} of them pinned to {number(len(pins), 'place')}" if pins else ""
   raise ValueError(
-    f"the fleet is too small: {_places(len(free))} {int(free.sum()):,} bytes free for "
+    f"the fleet is too small: {int(free.sum()):,} bytes are free on {number(len(free), 'place')} for "
     f"{given.num_layers} layers of {layer:,} bytes each ({load.max_sequences} caches of {load.capacity} "
     f"positions included){pinned}, {int(extra_R[FIRST] - working):,} for the embedding and "
     f"{int(extra_R[LAST] - working):,} for norm and head{each}; {fits}. {high:,} bytes more on {given.places[largest].label} would do; "
@@ -134,7 +131,3 @@ def _best_ends(first_P: np.ndarray, last_P: np.ndarray) -> int:
   if a != b:
     return int(first_P[a] + last_P[b])
   return int(max(np.delete(first_P, a).max() + last_P[b], first_P[a] + np.delete(last_P, b).max()))
-
-
-def _places(number: int) -> str:
-  return "1 place has" if number == 1 else f"{number} places have"

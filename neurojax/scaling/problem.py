@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from neurojax.config import ModelConfig, Span
-from neurojax.scaling import count, predict
+from neurojax.scaling import count, predict, written
 from neurojax.scaling.fleet import MOST_BYTES, Fleet, Place
 from neurojax.scaling.load import Load, layer_bytes, stage_bytes, stage_working
 from neurojax.scaling.working import Kind
@@ -271,8 +271,8 @@ def _fix(
       free = sum(places[index].free_bytes for index in inside)
       raise ValueError(
         f"pin {label} = {pins[label]}: {pins[label]} layers take "
-        f"{pins[label] * min(layers_of.values()):,} bytes or more, and its "
-        f"{'place has' if len(inside) == 1 else f'{len(inside)} places have'} {free:,} free; at most {most} fit"
+        f"{pins[label] * min(layers_of.values()):,} bytes or more, and "
+        f"{free:,} are free on its {written.number(len(inside), 'place')}; at most {most} fit"
       )
   for index, place in enumerate(places):
     layers = pins.get(place.label)

@@ -11,7 +11,7 @@ from neurojax.scaling.fleet import Device, Fleet, Place
 from neurojax.scaling.plan import best
 from neurojax.scaling.problem import MOST_PLACES
 from neurojax.scaling.working import Kind
-from neurojax.scaling.written import short
+from neurojax.scaling.written import number, short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,10 +249,6 @@ def _span(config: ModelConfig, stage: Stage) -> Span:
 
 def allowed_bytes(free_bytes: int, headroom: float) -> int:
   return int(free_bytes * (1 - headroom))
-
-
-def number(count: int, what: str) -> str:
-  return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ class Checkpoints:
     return found[_STATE]
 
   def _restore(self, step: int, **items: Any) -> Any:
-    self._manager.wait_until_finished()
+    self.wait()
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:
