@@ -22,7 +22,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["neurojax.model", "neurojax.quant", "neurojax.ternary"], "beartype.beartype")
+install_import_hook(["neurojax.model", "neurojax.weights"], "beartype.beartype")
 # No deadlines: on a busy machine they say nothing.
 hypothesis.settings.register_profile("neurojax", deadline=None)
 hypothesis.settings.load_profile("neurojax")

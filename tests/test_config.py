@@ -15,7 +15,7 @@ from neurojax.config import (
   from_toml,
   to_toml,
 )
-from neurojax.scaling.fleet import Fleet, Host
+from neurojax.plan.fleet import Fleet, Host
 
 CONFIG = ModelConfig(
   vocab_size=97, model_dim=32, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48

@@ -1,4 +1,5 @@
-"""The house: a room imports only itself and rooms before it; rooms marked * import no JAX."""
+"""The house: a room imports only itself and rooms before it, files of a room import each other in no
+circle, and rooms marked * import no JAX."""
 
 import ast
 from pathlib import Path
@@ -8,13 +9,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "neurojax"
 
 ROOMS = (
+  "forms*",
   "config*",
   "folders*",
+  "count*",
+  "plan*",
   "scaling*",
   "tokenizer*",
   "layout",
-  "quant",
-  "ternary",
+  "weights",
   "kernels",
   "model",
   "files",
@@ -23,6 +26,7 @@ ROOMS = (
   "stage",
   "engine",
   "pipeline",
+  "measure",
   "cli",
 )
 """A new room chooses its place here."""
@@ -80,6 +84,53 @@ def test_marked_rooms_come_first():
   assert stars == sorted(stars, reverse=True), (
     "a room without JAX can only import rooms without JAX"
   )
+
+
+def module_of(path: Path) -> str:
+  parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+  """Modules by the modules they import, wherever in the file; `from package import module` is the module."""
+  graph: dict[str, set[str]] = {}
+  for module, path in files.items():
+    used = graph[module] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        used |= {alias.name for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+          inner = f"{node.module}.{alias.name}"
+          used.add(inner if inner in files else str(node.module))
+    used &= set(files)
+    used.discard(module)
+  return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+  """Modules of a circle, or an empty list."""
+  left = {module: set(used) for module, used in graph.items()}
+  while free := [module for module, used in left.items() if not used & set(left)]:
+    for module in free:
+      del left[module]
+  if not left:
+    return []
+  path = [min(left)]
+  while True:
+    path.append(min(left[path[-1]] & set(left)))
+    if path[-1] in path[:-1]:
+      return path[path.index(path[-1]) :]
+
+
+def test_files_import_each_other_in_no_circle():
+  found = circle(import_graph({module_of(path): path for path in FILES}))
+  assert not found, " -> ".join(found)
+
+
+def test_a_circle_is_found():
+  assert circle({"a": {"b"}, "b": set()}) == []
+  assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
 def test_the_checks_can_fail(tmp_path: Path):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from neurojax.kernels import measure
+from neurojax.kernels import timing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -58,7 +58,7 @@ def perplexities(text: Path) -> Iterator[dict[str, object]]:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     answer = json.loads(done.stdout)
     row = {"weights": weights, "stages": stages, "perplexity": f"{answer['perplexity']:.5f}"}
-    yield row | {"text": text.name} | measure.origin()
+    yield row | {"text": text.name} | timing.origin()
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.gpu import on_gpu
 from neurojax.config import ModelConfig
 from neurojax.files.dummy import write_dummy
-from neurojax.kernels import measure
+from neurojax.kernels import timing
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -65,9 +65,9 @@ def main(path: Path) -> None:
     times = {name: run(path, config["weights"], cache) for name in ("cold", "warm")}
   RESULTS.unlink(missing_ok=True)
   # Only now: a process that has the GPU leaves no memory for another.
-  origin = measure.origin()
+  origin = timing.origin()
   size = path.stat().st_size / 2**30
-  measure.append_csv(
+  timing.append_csv(
     RESULTS,
     [
       Row(**config, file_gib=size, programs=name, command_s=whole, request_s=part, **origin)

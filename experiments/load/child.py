@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 
 
 def megabytes(field: str) -> float:

@@ -14,10 +14,10 @@ import tomllib
 from pathlib import Path
 
 from neurojax.config import ModelConfig
-from neurojax.files.blocks import BLOCKS
 from neurojax.files.dummy import write_dummy
-from neurojax.kernels import measure
-from neurojax.ternary.codecs import CODECS
+from neurojax.files.gguf.blocks import BLOCKS
+from neurojax.kernels import timing
+from neurojax.weights.codecs import CODECS
 
 HERE = Path(__file__).parent
 RESULTS, TYPES = HERE / "results.csv", HERE / "types.csv"
@@ -120,7 +120,7 @@ def widths() -> list[Width]:
 def main(folder: Path) -> None:
   config = tomllib.loads((HERE / "config.toml").read_text())
   RESULTS.unlink(missing_ok=True)
-  origin = measure.origin()
+  origin = timing.origin()
   for case in config["cases"]:
     path = folder / f"{case['architecture']}-{case['type']}.gguf".replace(" ", "_")
     if not path.exists():
@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
       loads.append(load(path, case["weights"]))
     file_mb = path.stat().st_size / 1e6
     peak_mb = max(found["peak_mb"] for found in loads)
-    measure.append_csv(
+    timing.append_csv(
       RESULTS,
       [
         Row(
@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
       ],
     )
   TYPES.unlink(missing_ok=True)
-  measure.append_csv(TYPES, widths())
+  timing.append_csv(TYPES, widths())
   print(RESULTS.read_text(encoding="utf-8"))
 
 

@@ -23,22 +23,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from neurojax import forms
 from neurojax.config import ModelConfig, Sampling, Span, from_dict, to_toml
+from neurojax.count.serving import Load, stage_bytes
 from neurojax.engine.api import Request
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, ternary_matrices
-from neurojax.files.source import open_model
-from neurojax.kernels import measure
-from neurojax.pipeline import link
+from neurojax.files.open import open_model
+from neurojax.forms import Weights
+from neurojax.kernels import timing
+from neurojax.measure.machine import links
+from neurojax.measure.machine.devices import probe_devices
+from neurojax.measure.machine.handover import with_handover
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
-from neurojax.pipeline.handover import with_handover
 from neurojax.pipeline.spawn import LocalStages
-from neurojax.scaling import count, predict
-from neurojax.scaling.count import Weights
-from neurojax.scaling.fleet import DecodeRates, Device, Fleet, Host
-from neurojax.scaling.plan import Load, Placement, proportional, stage_bytes
+from neurojax.plan import predict
+from neurojax.plan.fleet import DecodeRates, Device, Fleet, Host
+from neurojax.plan.proportional import Placement, proportional
 from neurojax.stage.compile import CompiledStage
-from neurojax.stage.probe import probe_devices
 from neurojax.stage.runtime import StageRuntime
 
 HERE = Path(__file__).parent
@@ -76,7 +78,7 @@ class Row:
 def row(
   what: str, weights: str, stages: int, part: str, *, predicted: float, measured: float, **more: Any
 ) -> Row:
-  origin = {key: value for key, value in measure.origin().items() if key != "jaxlib"}
+  origin = {key: value for key, value in timing.origin().items() if key != "jaxlib"}
   return Row(
     what=what,
     weights=weights,
@@ -220,7 +222,7 @@ def probed(config: ModelConfig, forms: Sequence[Weights]) -> Fleet:
   """As `neurojax probe --arch` says of this host."""
   devices = probe_devices(layers_of=config, forms=forms)
   [cpu] = [device for device in devices if device.kind == "cpu"]
-  local = asyncio.run(link.loopback())
+  local = asyncio.run(links.loopback())
   [cpu] = asyncio.run(with_handover([cpu], local))
   return Fleet(
     hosts=(Host(name="here", devices=(cpu,)),),
@@ -292,7 +294,7 @@ def main(results: Path) -> None:
       loads[weights] = load = Load(
         dtype="float32",
         weights=weights,
-        capacity=count.capacity_for(settings["context"]),
+        capacity=forms.capacity_for(settings["context"]),
         max_sequences=1,
         ternary=ternary,
       )
@@ -301,11 +303,11 @@ def main(results: Path) -> None:
     (HERE / "fleet.toml").write_text(to_toml(fleet), encoding="utf-8")
     for load, measured in zip(loads.values(), rows, strict=True):
       for found in compared(config, load, fleet, measured, settings):
-        measure.append_csv(part, [found])
+        timing.append_csv(part, [found])
     for load in loads.values():
       for stages in settings["stages"]:
         for found in memory(path, load, stages):
-          measure.append_csv(part, [found])
+          timing.append_csv(part, [found])
   part.replace(results)
 
 

@@ -22,11 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from neurojax import forms
 from neurojax.cli.plan import Planning
 from neurojax.config import ModelConfig, to_toml
-from neurojax.scaling import count, plan
-from neurojax.scaling.fleet import Device, Fleet, Host, Link
-from neurojax.scaling.simulate import simulate
+from neurojax.count.serving import Load
+from neurojax.plan import best
+from neurojax.plan.fleet import Device, Fleet, Host, Link
+from neurojax.plan.plan import Plan
+from neurojax.plan.simulate import simulate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -94,17 +97,17 @@ def measure() -> list[Row]:
   config = dataclasses.replace(
     ModelConfig.named(setup["architecture"]), num_layers=setup["num_layers"]
   )
-  load = plan.Load(
+  load = Load(
     dtype=setup["dtype"],
     weights="dense",
-    capacity=count.capacity_for(setup["context"]),
+    capacity=forms.capacity_for(setup["context"]),
     max_sequences=setup["sequences"],
   )
   where = {"device": platform.processor() or platform.machine(), "date": str(datetime.date.today())}
   rows = []
   kinds = (("latency", 1), ("throughput", 1), ("throughput", None))
   # What is imported when it is needed is no part of a plan's time.
-  plan.best(
+  best.best(
     dataclasses.replace(config, num_layers=2),
     fleet(3, 0, 0),
     load,
@@ -114,7 +117,7 @@ def measure() -> list[Row]:
   for (hosts, links), (objective, replicas) in itertools.product(setup["fleets"], kinds):
     machines = fleet(hosts, links, setup["seed"])
     started = time.process_time()
-    made = plan.best(
+    made = best.best(
       config,
       machines,
       load,
@@ -123,15 +126,15 @@ def measure() -> list[Row]:
       time_limit_s=setup["seconds"],
     )
     seconds = time.process_time() - started
-    simple = plan.compared(config, machines, load, objective=objective).values()
-    others = [other for other in simple if isinstance(other, plan.Plan)]
-    best = min(others, key=plan.Plan.value, default=None)
+    simple = best.compared(config, machines, load, objective=objective).values()
+    others = [other for other in simple if isinstance(other, Plan)]
+    nearest = min(others, key=Plan.value, default=None)
     better = None
-    if best is not None:
+    if nearest is not None:
       better = (
-        best.latency_s / made.latency_s
+        nearest.latency_s / made.latency_s
         if objective == "latency"
-        else made.throughput / best.throughput
+        else made.throughput / nearest.throughput
       )
     rows.append(
       Row(
@@ -152,7 +155,7 @@ def measure() -> list[Row]:
   rows += commands(setup, config, where)
   for hosts, pipelines, requests, answer in setup["simulations"]:
     machines = fleet(hosts, 0, setup["seed"])
-    made = plan.best(config, machines, load, objective="throughput", replicas=pipelines)
+    made = best.best(config, machines, load, objective="throughput", replicas=pipelines)
     started = time.process_time()
     result = simulate(
       made,

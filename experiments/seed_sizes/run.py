@@ -16,12 +16,13 @@ from typing import Any
 from rich.console import Console
 
 from experiments.readme import block
+from neurojax import count
 from neurojax.cli.size import Size, purpose_of, render
 from neurojax.config import ModelConfig
-from neurojax.scaling import count, fit, seed
-from neurojax.scaling.count import TERNARY_FORMATS
+from neurojax.forms import TERNARY_FORMATS
+from neurojax.plan.fleet import Fleet, read_fleet
+from neurojax.scaling import fit, seed
 from neurojax.scaling.fit import Purpose, Serving, Training
-from neurojax.scaling.fleet import Fleet, read_fleet
 from neurojax.scaling.size import HEADROOM, size
 
 HERE = Path(__file__).parent

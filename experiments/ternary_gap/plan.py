@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from neurojax import count
 from neurojax.config import ModelConfig, from_toml
-from neurojax.scaling import count
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

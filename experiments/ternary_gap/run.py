@@ -25,7 +25,7 @@ from pathlib import Path
 
 from experiments.ternary_gap import figure, fit, plan
 from experiments.ternary_gap.plan import Plan, Row, Run
-from neurojax.data.shards import read_meta
+from neurojax.data.token_shards import read_meta
 
 RESULTS = plan.HERE / "results.csv"
 NEUROJAX = (sys.executable, "-m", "neurojax")

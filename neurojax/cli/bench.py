@@ -15,7 +15,7 @@ from tyro.conf import subcommand
 
 from neurojax.cli.bench_train import Train
 from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, stderr
-from neurojax.scaling.count import Weights
+from neurojax.forms import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class Decode(EngineOptions):
 
   def _bench_random(self) -> int:
     from neurojax.config import ModelConfig
-    from neurojax.kernels import measure
-    from neurojax.stage import bench
+    from neurojax.kernels import timing
+    from neurojax.measure.speed import stage
 
     weights = self.weights or "w2a8"
     if not self.random:
@@ -84,10 +84,10 @@ class Decode(EngineOptions):
     if not (self.batch or self.prefill):
       raise ValueError("nothing to measure: give a --batch or a --prefill")
     if self.out:
-      measure.check_csv(self.out, bench.Row)
+      timing.check_csv(self.out, stage.Row)
     rows = []
     with stderr.status("measuring"):
-      for row in bench.run(
+      for row in stage.run(
         ModelConfig.named(self.arch),
         arch=Path(self.arch).stem if self.arch.endswith(".toml") else self.arch,
         mode=weights,
@@ -98,11 +98,11 @@ class Decode(EngineOptions):
       ):
         rows.append(row)
         if self.out:
-          measure.append_csv(self.out, [row])
+          timing.append_csv(self.out, [row])
     if self.json:
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
     else:
-      print(bench.describe(rows))
+      print(stage.describe(rows))
     return 0
 
   def _refuse(self, source: str, names: tuple[str, ...]) -> None:
@@ -113,12 +113,12 @@ class Decode(EngineOptions):
         raise ValueError(f"--{name.replace('_', '-')} means nothing for {source}: leave it out")
 
   async def _bench_file(self) -> int:
-    from neurojax.engine import bench
-    from neurojax.kernels import measure
+    from neurojax.kernels import timing
+    from neurojax.measure.speed import engine as engine_speed
 
     self._refuse("--model", ("random",))
     if self.out:
-      measure.check_csv(self.out, bench.Row)
+      timing.check_csv(self.out, engine_speed.Row)
     if len(self.prefill) != 1 or len(self.context) > 1 or self.batch != (1,):
       raise ValueError("--model takes one --prefill, at most one --context and no --batch")
     [prefill] = self.prefill
@@ -135,7 +135,7 @@ class Decode(EngineOptions):
     options = EngineOptions(**values)
     with ModelOptions(model=self.model, tokenizer=self.tokenizer).open() as file:
       async with open_engine(file, options) as engine:
-        work = bench.decode_and_prefill(
+        work = engine_speed.decode_and_prefill(
           engine,
           model=file.path,
           weights=f"dense {self.dtype}" if options.weights == "dense" else options.weights,
@@ -148,7 +148,7 @@ class Decode(EngineOptions):
         with stderr.status("measuring"):
           rows = await work
     if self.out:
-      measure.append_csv(self.out, rows)
+      timing.append_csv(self.out, rows)
     if self.json:
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
       return 0
@@ -196,7 +196,7 @@ class Gemm:
   def run(self) -> int:
     import jax
 
-    from neurojax.kernels import measure
+    from neurojax.kernels import timing
     from neurojax.kernels.gemm import bench, tuned
 
     if self.repetitions < 1:
@@ -204,7 +204,7 @@ class Gemm:
     if not (self.rows and self.weights):
       raise ValueError("nothing to measure: give --rows and --weights")
     if self.out:
-      measure.check_csv(self.out, bench.Row)
+      timing.check_csv(self.out, bench.Row)
     device = jax.devices()[0].device_kind
     if self.tune and jax.default_backend() != "gpu":
       raise ValueError(f"--tune: tables are of GPUs, and this device is {device}")
@@ -216,7 +216,7 @@ class Gemm:
       ):
         rows.append(row)
         if self.out:
-          measure.append_csv(self.out, [row])
+          timing.append_csv(self.out, [row])
     if rows:
       print(bench.describe(rows))
     if rows and self.tune:
@@ -246,13 +246,13 @@ class Int8:
   turns: Annotated[int, tyro.conf.arg(metavar="N")] = 20
 
   def run(self) -> int:
-    from neurojax.quant import bench
+    from neurojax.measure.speed import int8
 
     if not self.rows or min(self.rows) < 1 or self.turns < 1:
       raise ValueError(
         f"--rows {self.rows}, --turns {self.turns}: positive numbers, at least one row count"
       )
-    bench.run(self.rows, self.turns)
+    int8.run(self.rows, self.turns)
     return 0
 
 

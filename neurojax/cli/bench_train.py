@@ -59,9 +59,9 @@ class Train:
         raise ValueError(f"--{name} {min(values)}: at least 1")
 
     from neurojax.config import ModelConfig
-    from neurojax.kernels import measure
+    from neurojax.kernels import timing
     from neurojax.layout import Layout
-    from neurojax.train import bench
+    from neurojax.measure.speed import train
     from neurojax.train.config import Quantization
 
     recipes = [Quantization()] + [
@@ -69,10 +69,10 @@ class Train:
       for size, activations in itertools.product(self.group_size, self.activations)
     ]
     if self.out:
-      measure.check_csv(self.out, bench.Row)
+      timing.check_csv(self.out, train.Row)
     rows = []
     with stderr.status("measuring"):
-      for row in bench.run(
+      for row in train.run(
         ModelConfig.named(self.arch),
         arch=Path(self.arch).stem if self.arch.endswith(".toml") else self.arch,
         batches=self.batch,
@@ -90,11 +90,11 @@ class Train:
       ):
         rows.append(row)
         if self.out:
-          measure.append_csv(self.out, [row])
+          timing.append_csv(self.out, [row])
     if not rows:
       raise ValueError("no setting fits the device: give a smaller --batch, or --remat full")
     if self.json:
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
     else:
-      print(bench.describe(rows))
+      print(train.describe(rows))
     return 0

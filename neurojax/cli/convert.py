@@ -54,8 +54,8 @@ class Convert(ModelOptions):
       raise ValueError("--outer-type is of GGUF: let --out end in .gguf, or leave it away")
     if self.out.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".onnx"):
       raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
-    from neurojax.files.convert.gguf import to_gguf as write_gguf
-    from neurojax.files.convert.huggingface import to_huggingface
+    from neurojax.files.write.folder import to_huggingface
+    from neurojax.files.write.gguf import to_gguf as write_gguf
 
     general = {
       f"general.{key}": value

@@ -12,7 +12,7 @@ from tyro.conf import Positional, subcommand
 from neurojax.cli.options import stderr
 
 if TYPE_CHECKING:
-  from neurojax.data.shards import Meta
+  from neurojax.data.token_shards import Meta
   from neurojax.tokenizer.spec import TokenizerSpec
 
 
@@ -127,7 +127,7 @@ class Check:
   """A folder that `neurojax data prepare` made."""
 
   def run(self) -> int:
-    from neurojax.data.shards import check_digests, read_meta
+    from neurojax.data.token_shards import check_digests, read_meta
 
     check_digests(self.folder)
     _print(self.folder, read_meta(self.folder))

@@ -23,12 +23,12 @@ from neurojax.cli.options import (
   stderr,
 )
 from neurojax.files import find
-from neurojax.scaling.count import Weights
+from neurojax.forms import Weights
 
 if TYPE_CHECKING:
   from neurojax.engine.api import Request, StageReport, Token
   from neurojax.engine.drive import DrivenEngine
-  from neurojax.files.source import ModelFile
+  from neurojax.files.model_file import ModelFile
   from neurojax.tokenizer.tokenizer import Tokenizer
 
 

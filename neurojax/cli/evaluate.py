@@ -22,7 +22,7 @@ from neurojax.cli.options import (
   stderr,
 )
 from neurojax.cli.text import read_text
-from neurojax.scaling.count import Weights
+from neurojax.forms import Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Golden(ModelOptions, EngineOptions):
     return asyncio.run(self._evaluate())
 
   async def _evaluate(self) -> int:
-    from neurojax.engine.golden import judge, read_golden
+    from neurojax.measure.quality.golden import judge, read_golden
 
     golden = read_golden(self.golden)
     with self.open() as file:
@@ -121,7 +121,7 @@ class Perplexity(ModelOptions, EngineOptions):
     return asyncio.run(self._evaluate())
 
   async def _evaluate(self) -> int:
-    from neurojax.engine.perplexity import perplexity
+    from neurojax.measure.quality.perplexity import perplexity
 
     text = read_text(self.text)
     with self.open() as file:
@@ -187,9 +187,9 @@ class Logits(ModelOptions):
     import numpy as np
 
     from neurojax.config import Span
-    from neurojax.engine.logits import logits, read_tokens
     from neurojax.files.load import load_span
     from neurojax.folders import cache_dir
+    from neurojax.measure.quality.logits import logits, read_tokens
     from neurojax.stage.compile import CompiledStage, use_compilation_cache
 
     with self.open() as file:

@@ -13,8 +13,8 @@ from neurojax.cli.options import EngineOptions, open_engine, stderr
 from neurojax.cli.text import read_text
 
 if TYPE_CHECKING:
-  from neurojax.engine.perplexity import PerplexityResult
-  from neurojax.files.export.weights import Weights
+  from neurojax.files.write.trained_weights import Weights
+  from neurojax.measure.quality.perplexity import PerplexityResult
   from neurojax.tokenizer.spec import TokenizerSpec
 
 _FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
@@ -95,7 +95,7 @@ class Export:
       raise ValueError(f"--out {self.out} exists: name another file, or give --overwrite")
 
   def _spec(self, data: str) -> "TokenizerSpec":
-    from neurojax.data.shards import read_spec
+    from neurojax.data.token_shards import read_spec
     from neurojax.data.vocabulary import read_vocabulary
 
     if self.tokenizer is not None:
@@ -108,7 +108,7 @@ class Export:
       ) from error
 
   def _write_gguf(self, weights: "Weights", spec: "TokenizerSpec") -> str:
-    from neurojax.files.export.gguf import Card, architecture, write_gguf
+    from neurojax.files.write.trained_gguf import Card, architecture, write_gguf
 
     card = Card(
       name=self.name or self.workdir.resolve().name,
@@ -128,7 +128,7 @@ class Export:
     return f"{architecture(weights.config)}, {kind}"
 
   def _folder(self, weights: "Weights", spec: "TokenizerSpec") -> str:
-    from neurojax.files.export.huggingface import FILES, architecture, write_huggingface
+    from neurojax.files.write.trained_folder import FILES, architecture, write_huggingface
 
     if self.overwrite and self.out.is_dir():
       if more := sorted(path.name for path in self.out.iterdir() if path.name not in FILES):
@@ -147,8 +147,8 @@ class Export:
   ) -> int:
     """The perplexity of a text before and after the export."""
     from neurojax.engine.local import LocalEngine
-    from neurojax.engine.perplexity import perplexity
-    from neurojax.files.source import open_model
+    from neurojax.files.open import open_model
+    from neurojax.measure.quality.perplexity import perplexity
     from neurojax.stage.compile import CompiledStage
     from neurojax.tokenizer.tokenizer import Tokenizer
 

@@ -31,7 +31,7 @@ class Inspect:
 
   def run(self) -> int:
     from neurojax.files.inspect import describe, describe_tokenizer, render
-    from neurojax.files.source import open_model
+    from neurojax.files.open import open_model
 
     path = model_path(self.file)
     try:

@@ -12,13 +12,16 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from neurojax import forms
 from neurojax.config import Sampling
+from neurojax.count.serving import Load
 from neurojax.files.find import model_path
-from neurojax.scaling.count import Weights
+from neurojax.forms import Weights
+from neurojax.plan.proportional import proportional
 
 if TYPE_CHECKING:
   from neurojax.engine.drive import DrivenEngine
-  from neurojax.files.source import ModelFile
+  from neurojax.files.model_file import ModelFile
   from neurojax.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 2048
@@ -35,7 +38,7 @@ class ModelOptions:
   """The tokenizer, for formats that keep it apart (llama2.c)."""
 
   def open(self) -> "ModelFile":
-    from neurojax.files.source import open_model
+    from neurojax.files.open import open_model
 
     return open_model(model_path(self.model), self.tokenizer)
 
@@ -146,8 +149,8 @@ async def open_engine(
   from neurojax.files.load import stored_forms
   from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
   from neurojax.pipeline.spawn import LocalStages
-  from neurojax.scaling.fleet import read_fleet
-  from neurojax.scaling.running import read_plan, servers
+  from neurojax.plan.fleet import read_fleet
+  from neurojax.plan.saved import read_plan, servers
 
   setup = PipelineOptions(
     dtype=options.dtype,
@@ -180,19 +183,18 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
   from neurojax.engine.local import LocalEngine
   from neurojax.files.load import load_span, stored_forms
   from neurojax.folders import cache_dir
-  from neurojax.scaling import count, plan
   from neurojax.stage.compile import CompiledStage, use_compilation_cache
   from neurojax.stage.memory import free_memory_bytes
 
   use_compilation_cache(cache_dir() / "xla")
-  load = plan.Load(
+  load = Load(
     dtype=options.dtype,
     weights=options.weights,
-    capacity=count.capacity_for(context),
+    capacity=forms.capacity_for(context),
     max_sequences=options.sequences,
     ternary=stored_forms(file),
   )
-  plan.proportional(file.config, [("this process", free_memory_bytes())], load)
+  proportional(file.config, [("this process", free_memory_bytes())], load)
   with Progress(console=stderr, transient=True) as progress:
     bar = progress.add_task("reading layers", total=file.config.num_layers)
     model = load_span(

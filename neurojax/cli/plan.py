@@ -12,14 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from neurojax import count, forms
 from neurojax.config import ModelConfig, architectures, to_toml
-from neurojax.scaling import count
-from neurojax.scaling.count import Weights
-from neurojax.scaling.written import short
+from neurojax.count.rounded import short
+from neurojax.forms import Weights
 
 if TYPE_CHECKING:
-  from neurojax.scaling.fleet import Fleet
-  from neurojax.scaling.plan import Load, Plan
+  from neurojax.count.serving import Load
+  from neurojax.plan.fleet import Fleet
+  from neurojax.plan.plan import Plan
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_SEQUENCES, MOST_SEQUENCES = 4, 4096
@@ -73,8 +74,8 @@ class PlanningOptions:
 
   def read(self) -> "tuple[ModelConfig, Fleet, Load]":
     """Raises: ValueError: what is missing or does not go together."""
-    from neurojax.scaling.fleet import read_fleet
-    from neurojax.scaling.plan import Load
+    from neurojax.count.serving import Load
+    from neurojax.plan.fleet import read_fleet
 
     self._check()
     if not self.model or not self.fleet:
@@ -88,7 +89,7 @@ class PlanningOptions:
     load = Load(
       dtype=self.dtype,
       weights=self.weights,
-      capacity=count.capacity_for(context),
+      capacity=forms.capacity_for(context),
       max_sequences=self.sequences or DEFAULT_SEQUENCES,
       ternary=ternary,
       working=True,
@@ -122,7 +123,7 @@ class PlanningOptions:
 
   def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
     """Of `Plan.sequences`, which may be more than the load's."""
-    from neurojax.scaling.load import layer_bytes
+    from neurojax.count.serving import layer_bytes
 
     if self.sequences is not None or self.objective == "latency":
       return self._plan(config, fleet, load, self.in_flight(load))
@@ -163,9 +164,9 @@ class PlanningOptions:
   def _plan(
     self, config: ModelConfig, fleet: "Fleet", load: "Load", in_flight: int | None
   ) -> "Plan":
-    from neurojax.scaling import plan
+    from neurojax.plan import best
 
-    return plan.best(
+    return best.best(
       config,
       fleet,
       load,
@@ -197,7 +198,7 @@ class Planning(PlanningOptions):
   """Print the plan as TOML, which `neurojax simulate --plan` reads."""
 
   def run(self) -> int:
-    from neurojax.scaling import plan
+    from neurojax.plan import best
 
     if self.json and self.toml:
       raise ValueError("--json and --toml: give one of them")
@@ -208,7 +209,7 @@ class Planning(PlanningOptions):
       return 0
     load = dataclasses.replace(load, max_sequences=made.sequences or load.max_sequences)
     try:
-      added, larger = plan.one_more(
+      added, larger = best.one_more(
         config,
         fleet,
         load,
@@ -222,7 +223,7 @@ class Planning(PlanningOptions):
       added, larger = str(error), None
     simple: dict[str, Plan | str] = {}
     if self.compare:
-      simple = plan.compared(
+      simple = best.compared(
         config,
         fleet,
         load,
@@ -258,18 +259,18 @@ class Planning(PlanningOptions):
     return 0
 
 
-def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, count.Ternary | None]:
+def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, forms.Forms | None]:
   """A configuration's, without JAX, or a file's."""
   if model in architectures() or Path(model).suffix == ".toml":
     config = ModelConfig.named(model)
     if weights not in ("w2a16", "w2a8"):
       return config, None
-    if form not in count.TERNARY_FORMATS:
-      raise ValueError(f"--ternary {form}: choose one of {', '.join(count.TERNARY_FORMATS)}")
-    return config, count.uniform_ternary(config, count.TERNARY_FORMATS[form])
+    if form not in forms.TERNARY_FORMATS:
+      raise ValueError(f"--ternary {form}: choose one of {', '.join(forms.TERNARY_FORMATS)}")
+    return config, count.uniform_ternary(config, forms.TERNARY_FORMATS[form])
   from neurojax.files.find import model_path
   from neurojax.files.load import stored_forms
-  from neurojax.files.source import open_model
+  from neurojax.files.open import open_model
 
   try:
     path = model_path(model)

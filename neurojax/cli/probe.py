@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.options import check_out, stderr
-from neurojax.scaling.fleet import DecodeRates
+from neurojax.plan.fleet import DecodeRates
 
 if TYPE_CHECKING:
-  from neurojax.pipeline.link import Measured, Peer
-  from neurojax.scaling.fleet import Device, Fleet, Host
+  from neurojax.measure.machine.links import Measured, Peer
+  from neurojax.plan.fleet import Device, Fleet, Host
 
 _SECONDS, _QUICK_SECONDS = 1.0, 0.2
 
@@ -53,7 +53,7 @@ class Probe:
 
   def run(self) -> int:
     from neurojax.config import ModelConfig, to_toml
-    from neurojax.scaling.fleet import check_address, merged, read_fleet
+    from neurojax.plan.fleet import check_address, merged, read_fleet
 
     addresses = [part.strip() for part in (self.peers or "").split(",") if part.strip()]
     for address in (*addresses, *([self.listen_address] if self.listen_address else [])):
@@ -64,22 +64,22 @@ class Probe:
     layers_of = ModelConfig.named(self.arch) if self.arch else None
     others = [read_fleet(str(path)) for path in self.add]
     # JAX and gRPC take seconds to import: only after everything that can be wrong was looked at.
-    from neurojax.pipeline import link
-    from neurojax.stage.probe import probe_devices
+    from neurojax.measure.machine import links
+    from neurojax.measure.machine.devices import probe_devices
 
     seconds = _QUICK_SECONDS if self.quick else _SECONDS
 
     async def measure_links() -> "tuple[Measured, list[Peer]]":
       # One after the other: they would share this host's connection.
-      met = [await link.meet(address, seconds=seconds) for address in addresses]
-      return await link.loopback(seconds=seconds), met
+      met = [await links.meet(address, seconds=seconds) for address in addresses]
+      return await links.loopback(seconds=seconds), met
 
     with stderr.status("measuring links"):
       local, met = asyncio.run(measure_links())
     with stderr.status("measuring devices"):
       devices = probe_devices(quick=self.quick, layers_of=layers_of)
     if not self.quick:
-      from neurojax.pipeline.handover import with_handover
+      from neurojax.measure.machine.handover import with_handover
 
       with stderr.status("measuring stage servers"):
         devices = asyncio.run(with_handover(devices, local))
@@ -97,7 +97,7 @@ class Probe:
     return 0
 
   def _host(self, devices: "tuple[Device, ...]") -> "Host":
-    from neurojax.scaling.fleet import Host
+    from neurojax.plan.fleet import Host
 
     name = self.name or socket.gethostname()
     return Host(name=name, address=self.listen_address, devices=devices)
@@ -105,7 +105,7 @@ class Probe:
 
 def _fleet(here: "Host", local: "Measured", met: "list[Peer]") -> "Fleet":
   """Raises: ValueError: a peer has the name of another host."""
-  from neurojax.scaling.fleet import Fleet, Host, Link
+  from neurojax.plan.fleet import Fleet, Host, Link
 
   hosts, links = [here], []
   for peer in met:
@@ -157,7 +157,7 @@ def _print(fleet: "Fleet") -> None:
   links.add_column("between")
   links.add_column("one way, ms", justify="right")
   links.add_column("MB/s", justify="right")
-  ways = [(" and ".join(link.hosts), link.latency_s, link.bytes_per_s) for link in fleet.links]
+  ways = [(" and ".join(links.hosts), links.latency_s, links.bytes_per_s) for link in fleet.links]
   ways.append(("two stages on one host", fleet.local_latency_s, fleet.local_bytes_per_s))
   for ends, latency_s, bytes_per_s in ways:
     links.add_row(ends, f"{latency_s * 1e3:.3f}", f"{bytes_per_s / 1e6:.0f}")

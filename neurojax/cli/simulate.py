@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.plan import PlanningOptions
-from neurojax.scaling.written import short
+from neurojax.count.rounded import short
 
 if TYPE_CHECKING:
-  from neurojax.scaling.placements import Plan
-  from neurojax.scaling.simulate import Failure, Result, Spread, Use
+  from neurojax.plan.plan import Plan
+  from neurojax.plan.simulate import Failure, Result, Spread, Use
 
 MOST_ROWS = 24
 
@@ -49,8 +49,8 @@ class Simulate(PlanningOptions):
   """Print one JSON object."""
 
   def run(self) -> int:
-    from neurojax.scaling.running import read_plan
-    from neurojax.scaling.simulate import simulate
+    from neurojax.plan.saved import read_plan
+    from neurojax.plan.simulate import simulate
 
     if self.plan_file is not None:
       if self.model is not None or self.fleet is not None:
@@ -98,7 +98,7 @@ class Simulate(PlanningOptions):
 
 
 def _failure(text: str) -> "Failure":
-  from neurojax.scaling.simulate import Failure
+  from neurojax.plan.simulate import Failure
 
   host, _, at_s = text.rpartition("@")
   try:

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.options import check_out
-from neurojax.scaling.written import short
+from neurojax.count.rounded import short
 
 if TYPE_CHECKING:
   from neurojax.config import ModelConfig
+  from neurojax.plan.fleet import Fleet
   from neurojax.scaling.curve import Point
   from neurojax.scaling.fit import Purpose
-  from neurojax.scaling.fleet import Fleet
   from neurojax.scaling.seed import SeedArchitecture
   from neurojax.scaling.size import Sized
 
@@ -139,7 +139,7 @@ class Size:
     return 0
 
   def _fleet(self) -> "Fleet":
-    from neurojax.scaling.fleet import parse_bytes, read_fleet
+    from neurojax.plan.fleet import parse_bytes, read_fleet
     from neurojax.scaling.size import one_host
 
     if self.fleet is not None:
@@ -199,7 +199,7 @@ class Size:
 
 def purpose_of(options: Size) -> "Purpose":
   """Raises: ValueError: an unknown format."""
-  from neurojax.scaling.count import TERNARY_FORMATS
+  from neurojax.forms import TERNARY_FORMATS
   from neurojax.scaling.fit import Serving, Training
 
   form: dict[str, Any]

@@ -40,7 +40,7 @@ class Stage(ModelOptions):
   """End when standard input closes, so that the server never outlives the process that started it."""
 
   def run(self) -> int:
-    from neurojax.scaling.fleet import check_address, parse_bytes
+    from neurojax.plan.fleet import check_address, parse_bytes
 
     check_address(self.listen)
     if self.share < 1:
@@ -53,7 +53,7 @@ class Stage(ModelOptions):
       name = self.name or f"{socket.gethostname()}-{os.getpid()}"
       # JAX takes seconds to import: only after everything that can be wrong was looked at.
       from neurojax.folders import cache_dir
-      from neurojax.pipeline.worker import StageServer
+      from neurojax.pipeline.server import StageServer
       from neurojax.stage.compile import use_compilation_cache
 
       use_compilation_cache(cache_dir() / "xla")

@@ -62,7 +62,7 @@ def _open(model: str, apart: Path | None) -> "Tokenizer":
   elif path.suffix in (".json", ".model"):
     spec = spec_from_file(path)
   else:
-    from neurojax.files.source import open_model
+    from neurojax.files.open import open_model
 
     with open_model(path, apart) as file:
       spec = file.tokenizer

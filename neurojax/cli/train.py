@@ -106,7 +106,7 @@ class Train:
 
     import jax
 
-    from neurojax.data.shards import check_digests, read_meta
+    from neurojax.data.token_shards import check_digests, read_meta
     from neurojax.folders import cache_dir
     from neurojax.stage.compile import use_compilation_cache
     from neurojax.train.folder import RunFolder
@@ -260,7 +260,7 @@ def _trackers(config: "TrainConfig", workdir: Path) -> "tuple[Log, ...]":
 
 
 def _introduce(config: "TrainConfig", latest: int | None) -> None:
-  from neurojax.scaling import count
+  from neurojax import count
 
   step = "begins" if latest is None else f"goes on from step {latest}"
   _say(

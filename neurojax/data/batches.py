@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from neurojax.data.shards import SplitName, Tokens
+from neurojax.data.token_shards import SplitName, Tokens
 
 # More batches than any run takes.
 _ENDLESS = 1 << 40

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from neurojax.data.shards import (
+from neurojax.data.text import Corpus, Format, Part, Tally
+from neurojax.data.token_shards import (
   FORMAT,
   META,
   SHARD_TOKENS,
@@ -26,7 +27,6 @@ from neurojax.data.shards import (
   dtype_for,
   write_synced,
 )
-from neurojax.data.text import Corpus, Format, Part, Tally
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.stored import dump_spec
 from neurojax.tokenizer.tokenizer import Tokenizer

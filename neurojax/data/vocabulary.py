@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from neurojax.data.shards import META, read_spec
+from neurojax.data.token_shards import META, read_spec
 from neurojax.files.find import model_path
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.tokenizer.huggingface import spec_from_file
 from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.tokenizer_json import spec_from_json

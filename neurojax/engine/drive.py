@@ -10,10 +10,8 @@ import numpy as np
 
 from neurojax.config import Sampling
 from neurojax.engine.api import Request, StageReport, Token, check_request
+from neurojax.forms import PREFILL
 from neurojax.stage.step import StepInput, StepOutput
-
-PREFILL_CHUNK = 256
-"""Positions of one step at most; bounds what one message between stages can hold."""
 
 # Holds the tasks, which the event loop itself does not.
 _CLOSING: set[asyncio.Future[None]] = set()
@@ -63,7 +61,7 @@ class DrivenEngine(abc.ABC):
     check_request(request, vocab_size=self.vocab_size, context_length=self.context_length)
     sequence = uuid.uuid4().hex
     prompt = np.asarray(request.prompt, np.int32)
-    chunk = min(request.prefill_chunk or PREFILL_CHUNK, PREFILL_CHUNK)
+    chunk = min(request.prefill_chunk or PREFILL, PREFILL)
     try:
       await self._open(sequence, request.sampling)
       for start in range(0, len(prompt), chunk):
@@ -102,8 +100,8 @@ class DrivenEngine(abc.ABC):
     scores = []
     try:
       await self._open(sequence, Sampling())
-      for start in range(0, len(ids) - 1, PREFILL_CHUNK):
-        part = ids[start : min(start + PREFILL_CHUNK, len(ids) - 1)]
+      for start in range(0, len(ids) - 1, PREFILL):
+        part = ids[start : min(start + PREFILL, len(ids) - 1)]
         wanted = start + len(part) >= first
         targets = ids[start + 1 : start + 1 + len(part)] if wanted else None
         output = await self._step(sequence, StepInput(start=start, tokens=part, targets=targets))

@@ -13,7 +13,7 @@ import numpy as np
 from neurojax.config import ModelConfig
 from neurojax.files import names
 from neurojax.model import params
-from neurojax.ternary.codecs import CODECS, Codec
+from neurojax.weights.codecs import CODECS, Codec
 
 # All bytes that hold four codes, none of them 3.
 _TERNARY_BYTES = np.array(
@@ -31,7 +31,7 @@ def write_dummy(
   has room for it.
 
   Args:
-    kind: A name in `ternary.codecs.CODECS`, for all matrices.
+    kind: A name in `weights.codecs.CODECS`, for all matrices.
     outer: Another type that the gguf package can encode ("F16", "Q8_0"), for embedding and head.
   Raises: ValueError: an unknown type, rows that are no whole blocks, or a configuration that no
     known architecture has.

@@ -12,11 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from neurojax import count
 from neurojax.config import ModelConfig, Span
-from neurojax.files.forms import stored_forms
-from neurojax.files.source import ModelFile
-from neurojax.scaling import count
-from neurojax.scaling.count import Scales, Weights
+from neurojax.files.kept import stored_forms
+from neurojax.files.model_file import ModelFile
+from neurojax.forms import Scales, Weights, capacity_for
 from neurojax.tokenizer.spec import TokenizerSpec
 
 
@@ -107,7 +107,7 @@ def _memory(model: ModelFile, config: ModelConfig) -> list[dict[str, Any]]:
         for span in spans
       ]
       for context in contexts:
-        capacity = count.capacity_for(context)
+        capacity = capacity_for(context)
         caches = [
           count.span_cache_bytes(config, span, capacity=capacity, dtype=dtype) for span in spans
         ]

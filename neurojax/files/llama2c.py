@@ -20,9 +20,9 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.files import digest, names
-from neurojax.files.source import TensorInfo
-from neurojax.quant.rows import GroupedRows
+from neurojax.files.tensor_info import TensorInfo
 from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.weights.rows import GroupedRows
 
 _HEADER = struct.Struct("<7i")
 _PIECE = struct.Struct("<fi")

@@ -12,14 +12,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from neurojax.config import Span
-from neurojax.files.forms import stored_forms, ternary_matrices
-from neurojax.files.source import ModelFile
+from neurojax.files.kept import stored_forms, ternary_matrices
+from neurojax.files.model_file import ModelFile
+from neurojax.forms import Form, Grouped, Plain, Weights
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.quant.array import Int8Array
-from neurojax.quant.grouped import GroupedArray
-from neurojax.scaling.count import Form, Grouped, Plain, Weights
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.grouped import GroupedArray
+from neurojax.weights.int8 import Int8Array
+from neurojax.weights.ternary import TernaryArray
 
 _ALIGNMENT = 64
 _AT_ONCE = 2

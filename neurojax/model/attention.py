@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from neurojax.forms import KEY_BLOCK, PREFILL
 from neurojax.model.cache import KVCache
-from neurojax.scaling.count import KEY_BLOCK, MOST_INPUTS
 
 _MASKED = -1e30
 """Below any score, yet finite: a row of masked keys gives no NaN."""
@@ -99,7 +99,7 @@ def attend_cache(
   if cache.is_ring and (window is None or window + q_BTNH.shape[1] > cache.capacity):
     raise ValueError(
       f"{q_BTNH.shape[1]} inputs at once and a window of {window}: the cache keeps {cache.capacity}"
-      f" positions: give at most {MOST_INPUTS} inputs at a time"
+      f" positions: give at most {PREFILL} inputs at a time"
     )
   if q_BTNH.shape[1] == 1:
     return _attend_one(q_BTNH, cache, layer, start_B, scores, window)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from neurojax.scaling.count import KEY_BLOCK, kept_positions
+from neurojax.forms import KEY_BLOCK, kept_positions
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.model.initial import normal
 from neurojax.model.norm import RMSNorm
 from neurojax.model.project import StackedLayer, project, project_all
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 
 def activate(x: jax.Array, activation: Activation) -> jax.Array:

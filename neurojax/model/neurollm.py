@@ -23,7 +23,7 @@ from neurojax.model.initial import normal
 from neurojax.model.norm import RMSNorm
 from neurojax.model.order import Rounds, rounds
 from neurojax.model.project import Matrix, StackedLayer, project
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 
 class NeuroLLM(nnx.Module):

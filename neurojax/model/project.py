@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from neurojax.kernels.gemm import api as gemm
 from neurojax.kernels.gemm.layer import TernaryLayer
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 
 class Matrix(Protocol):

@@ -10,14 +10,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from neurojax.config import ModelConfig, Span
-from neurojax.engine.drive import PREFILL_CHUNK
+from neurojax.forms import PREFILL, Forms, Weights
+from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
-from neurojax.pipeline import wire
 from neurojax.pipeline.errors import HandshakeError, PipelineError, StageLost, StageTimeout
 from neurojax.pipeline.onward import Outlet
-from neurojax.scaling.count import Ternary, Weights
-from neurojax.scaling.fleet import Host
+from neurojax.plan.fleet import Host
 
 NAME = "coordinator"
 
@@ -36,7 +35,7 @@ class PipelineOptions:
 
   dtype: str = "float32"
   weights: Weights = "dense"
-  ternary: Ternary | None = None
+  ternary: Forms | None = None
   programs: str = "auto"
   context_length: int = 2048
   max_sequences: int = 4
@@ -87,9 +86,9 @@ class Contact:
 
     Raises: StageLost, StageTimeout: no answer. HandshakeError: another protocol, package or model.
     """
-    limit = wire.message_limit(config, PREFILL_CHUNK)
+    limit = messages.message_limit(config, PREFILL)
     address = host.reach()
-    channel = grpc.aio.insecure_channel(address, options=wire.channel_options(limit))
+    channel = grpc.aio.insecure_channel(address, options=messages.channel_options(limit))
     stub = rpc.StageStub(channel)
     label = f"{host.name} at {address}" if host.name else address
     best_s, ahead_s = float("inf"), 0.0
@@ -106,7 +105,9 @@ class Contact:
           best_s, ahead_s = trip_s, description.clock_s - (sent_s + trip_s / 2)
       # Within half a trip it cannot be told from no offset at all, which hosts in step have.
       ahead_s = 0.0 if abs(ahead_s) <= best_s / 2 else ahead_s
-      if difference := wire.disagreement(identity, description.identity, fields=wire.SAME_MODEL):
+      if difference := messages.disagreement(
+        identity, description.identity, fields=messages.SAME_MODEL
+      ):
         raise HandshakeError(
           label,
           f"{NAME} and {description.name} do not agree: {difference} "
@@ -182,7 +183,7 @@ class Contact:
     try:
       await self._outlet.send(frame)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-      raise StageLost(self.label, f"connection lost ({wire.brief(error)})") from error
+      raise StageLost(self.label, f"connection lost ({messages.brief(error)})") from error
     except TimeoutError as error:
       raise StageTimeout(self.label, f"took no frame within {self.options.step_s:g} s") from error
 
@@ -213,7 +214,7 @@ class Contact:
         on_frame(self, frame)
       reason = f"it ended the link: {await call.details() or (await call.code()).name}"
     except grpc.aio.AioRpcError as error:
-      reason = wire.brief(error)
+      reason = messages.brief(error)
     except asyncio.CancelledError:
       if self.lost:
         return

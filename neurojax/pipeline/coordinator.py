@@ -10,11 +10,14 @@ from typing import Self
 
 import numpy as np
 
+from neurojax import forms
 from neurojax.config import ModelConfig, Sampling, Span
+from neurojax.count.serving import Load
+from neurojax.count.working import Kind
 from neurojax.engine.api import EngineError, StageReport
 from neurojax.engine.drive import DrivenEngine
+from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
-from neurojax.pipeline import wire
 from neurojax.pipeline.contact import Contact, PipelineOptions, Timing
 from neurojax.pipeline.errors import (
   PipelineError,
@@ -22,8 +25,8 @@ from neurojax.pipeline.errors import (
   StageLost,
   StageTimeout,
 )
-from neurojax.scaling import count, plan
-from neurojax.scaling.fleet import Fleet
+from neurojax.plan.fleet import Fleet
+from neurojax.plan.proportional import Placement, as_planned, proportional
 from neurojax.stage.step import StepInput, StepOutput
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,7 @@ class PipelineEngine(DrivenEngine):
     self._flights: dict[str, _Flight] = {}
     self._attaching = asyncio.Lock()
     self._return = Timing()
-    self.placements: tuple[plan.Placement, ...] = ()
+    self.placements: tuple[Placement, ...] = ()
 
   @classmethod
   async def connect(
@@ -79,7 +82,7 @@ class PipelineEngine(DrivenEngine):
 
     Args:
       sha256: Of the model file; every host must have the same.
-      spans: Layers by address, one for each host in the order of the fleet, as `scaling.running` has
+      spans: Layers by address, one for each host in the order of the fleet, as `plan.saved` has
         them of a plan; in proportion to free memory if None.
     Raises: HandshakeError, StageLost, StageTimeout: naming the host. ValueError: the fleet is too
       small, or the context is longer than the model's.
@@ -88,7 +91,7 @@ class PipelineEngine(DrivenEngine):
       raise ValueError(
         f"context_length = {options.context_length}: the model was made for {config.context_length} positions"
       )
-    identity = wire.identity(
+    identity = messages.identity(
       config,
       sha256=sha256,
       dtype=options.dtype,
@@ -161,24 +164,22 @@ class PipelineEngine(DrivenEngine):
       stage.host.address: min(stage.host.memory_bytes or 1 << 62, stage.description.memory_bytes)
       for stage in met
     }
-    load = plan.Load(
+    load = Load(
       dtype=self._options.dtype,
       weights=self._options.weights,
-      capacity=count.capacity_for(self._options.context_length),
+      capacity=forms.capacity_for(self._options.context_length),
       max_sequences=self._options.max_sequences,
       ternary=self._options.ternary,
       working=True,
     )
-    kinds: dict[str, plan.Kind] = {
+    kinds: dict[str, Kind] = {
       stage.host.address: "cpu" if stage.description.device == "cpu" else "cuda" for stage in met
     }
     try:
       if planned is None:
-        self.placements = plan.proportional(
-          self._config, list(free.items()), load, list(kinds.values())
-        )
+        self.placements = proportional(self._config, list(free.items()), load, list(kinds.values()))
       else:
-        self.placements = plan.as_planned(self._config, planned, free, load, kinds)
+        self.placements = as_planned(self._config, planned, free, load, kinds)
     except ValueError:
       for stage in met:
         await stage.close()
@@ -231,7 +232,7 @@ class PipelineEngine(DrivenEngine):
     flight.outcome = asyncio.get_running_loop().create_future()
     self._flights[sequence] = flight
     for index, stage in enumerate(self._stages):
-      message = pb.Open(sequence=sequence, sampling=wire.sampling(sampling))
+      message = pb.Open(sequence=sequence, sampling=messages.sampling(sampling))
       if index + 1 < len(self._stages):
         after = self._stages[index + 1]
         message.next_address = after.host.address
@@ -253,7 +254,7 @@ class PipelineEngine(DrivenEngine):
     wants = given.sample or given.targets is not None
     if wants:
       flight.waiting_for, flight.outcome = index, asyncio.get_running_loop().create_future()
-    await self._stages[0].send(pb.Frame(step=wire.step(sequence, index, given)))
+    await self._stages[0].send(pb.Frame(step=messages.step(sequence, index, given)))
     if not wants:
       return None
     outcome = await self._wait(flight)
@@ -267,7 +268,7 @@ class PipelineEngine(DrivenEngine):
       )
     try:
       scores = (
-        wire.array(outcome.scores, what="scores", max_dims=1)
+        messages.array(outcome.scores, what="scores", max_dims=1)
         if outcome.HasField("scores")
         else None
       )

@@ -81,7 +81,7 @@ class StageServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Echo(self, request, context):
-        """The payload comes back: what measures the way here. At most neurojax.pipeline.link.PAYLOAD bytes.
+        """The payload comes back: what measures the way here. At most neurojax.pipeline.echo.PAYLOAD bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from neurojax.engine.api import EngineError
-from neurojax.scaling.fleet import Fleet, Host
+from neurojax.plan.fleet import Fleet, Host
 
 _START_S = 60.0
 _END_S = 5.0

@@ -4,14 +4,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
-from neurojax.scaling import count, fit
+from neurojax.count.rounded import number
+from neurojax.plan.fleet import Place
+from neurojax.scaling import fit
 from neurojax.scaling.fit import Need, Purpose, Serving, Training
-from neurojax.scaling.fleet import Place
 from neurojax.scaling.ladder import ladder
 from neurojax.scaling.law import TERNARY_GAPS, TERNARY_SPECTRA11, Law, Loss, ternary_gap
 from neurojax.scaling.staging import Line, needs_of
-from neurojax.scaling.written import number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def memory_lines(
       Line(
         what="caches",
         how=f"{number(purpose.sequences, 'sequence')} x 2 x {config.num_layers} layers x {config.num_kv_heads} heads "
-        f"x {load.capacity} positions x {config.head_dim} x {count.DTYPE_BYTES[load.dtype]} bytes = "
+        f"x {load.capacity} positions x {config.head_dim} x {forms.DTYPE_BYTES[load.dtype]} bytes = "
         f"{purpose.sequences * cache:,}",
       ),
     ]
@@ -186,7 +187,7 @@ def too_small(
       less = dataclasses.replace(purpose, context=context, sequences=1)
       tries.append((f"one sequence of {context}", less))
   if isinstance(purpose, Serving) and purpose.scales is None:
-    scales = count.TERNARY_FORMATS["ternary-g128"]
+    scales = forms.TERNARY_FORMATS["ternary-g128"]
     tries.append(("ternary weights", dataclasses.replace(purpose, weights="w2a8", scales=scales)))
   instead = next(
     (what for what, other in tries if fit.fits(needs_of(smallest, other, kinds), allowed)), None

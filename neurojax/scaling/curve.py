@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
+from neurojax.plan.fleet import Device, Fleet
 from neurojax.scaling.fit import Purpose
-from neurojax.scaling.fleet import Device, Fleet
 from neurojax.scaling.size import size
 
 FACTORS = tuple(2 ** (step / 2) for step in range(-8, 9))

@@ -12,13 +12,13 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
-from neurojax.scaling import count
-from neurojax.scaling.count import Scales
+from neurojax.count.serving import Load, stage_bytes
+from neurojax.count.training import Optimizer, TrainBytes, train_bytes
+from neurojax.count.working import Kind
+from neurojax.forms import Scales
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
-from neurojax.scaling.load import Load, stage_bytes
-from neurojax.scaling.training import Optimizer, TrainBytes, train_bytes
-from neurojax.scaling.working import Kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Serving:
     dtype: Of activations and caches, and of dense weights.
   """
 
-  weights: count.Weights = "dense"
+  weights: forms.Weights = "dense"
   scales: Scales | None = None
   dtype: str = "bfloat16"
   context: int = 2048
@@ -41,7 +41,7 @@ class Serving:
     return Load(
       dtype=self.dtype,
       weights=self.weights,
-      capacity=count.capacity_for(self.context),
+      capacity=forms.capacity_for(self.context),
       max_sequences=self.sequences,
       ternary=None if self.scales is None else count.uniform_ternary(config, self.scales),
       working=True,

@@ -2,8 +2,8 @@
 
 import functools
 
+from neurojax import count
 from neurojax.config import ModelConfig
-from neurojax.scaling import count
 
 VOCAB_SIZE = 50304
 """GPT-2's 50257 padded to a multiple of 128."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from neurojax.config import from_toml
-from neurojax.scaling.fleet import read_text
+from neurojax.plan.fleet import read_text
 
 FLOPS_PER_PARAMETER_TOKEN = 6
 """Of training, as the laws count it: 2 forward, 4 backward, attention left out."""

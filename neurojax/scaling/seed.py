@@ -6,9 +6,9 @@ Source: NeuroLLM's architecture page, "Architecture Scaling" and "Memory Estimat
 import dataclasses
 import math
 
+from neurojax import count
 from neurojax.config import ModelConfig, Span
-from neurojax.scaling import count
-from neurojax.scaling.training import train_bytes
+from neurojax.count.training import train_bytes
 
 VOCAB_SIZE = 50257
 GIB = 1024**3

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from neurojax import count
 from neurojax.config import ModelConfig
-from neurojax.scaling import count, fit
+from neurojax.count.working import Kind
+from neurojax.plan.fleet import Device, Fleet, Host, Place
+from neurojax.scaling import fit
 from neurojax.scaling.account import (
   Losses,
   caveats,
@@ -17,11 +20,9 @@ from neurojax.scaling.account import (
   training_flops,
 )
 from neurojax.scaling.fit import Purpose, Serving
-from neurojax.scaling.fleet import Device, Fleet, Host, Place
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
 from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, needs_of, serve, train
-from neurojax.scaling.working import Kind
 
 HEADROOM = 0.1
 """Left free on each place: what a process takes beside weights, caches and its programs' working memory."""

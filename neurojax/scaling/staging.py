@@ -4,14 +4,15 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from neurojax import count
 from neurojax.config import ModelConfig, Span
-from neurojax.scaling import count, fit
+from neurojax.count.rounded import number, short
+from neurojax.count.working import Kind
+from neurojax.plan.best import best
+from neurojax.plan.fleet import Device, Fleet, Place
+from neurojax.plan.problem import MOST_PLACES
+from neurojax.scaling import fit
 from neurojax.scaling.fit import Need, Purpose, Serving, Training
-from neurojax.scaling.fleet import Device, Fleet, Place
-from neurojax.scaling.plan import best
-from neurojax.scaling.problem import MOST_PLACES
-from neurojax.scaling.working import Kind
-from neurojax.scaling.written import number, short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

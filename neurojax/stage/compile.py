@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from neurojax.config import Sampling
+from neurojax.forms import PREFILL, capacity_for
 from neurojax.model import sample as sampling
 from neurojax.model.cache import Cache, check_room
 from neurojax.model.neurollm import NeuroLLM, empty_cache
 from neurojax.model.sample import SamplerState
-from neurojax.scaling.count import capacity_for
 from neurojax.stage.fused import Kernels
 from neurojax.stage.programs import Wanted, choose
 
 log = logging.getLogger(__name__)
 
-BUCKETS = (1, 64, 256)
+BUCKETS = (1, 64, PREFILL)
 """Input lengths that are compiled; a shorter input is padded to the next, a longer one is split."""
 
 

@@ -28,7 +28,7 @@ from neurojax.kernels.decode.weights import LayerWeights, Shape, fuse_rows
 from neurojax.kernels.gemm import mosaic, reference, tuned
 from neurojax.model.cache import KVCache
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 Product = Literal["reference", "mosaic", "dense"]
 Cache = tuple[Array, Array]

@@ -16,7 +16,7 @@ from neurojax.model.cache import Cache, KVCache
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import fused
 from neurojax.stage.fused import Fused, Kernels, fuse
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from neurojax.model import params
-from neurojax.quant.contraction import Contraction
-from neurojax.ternary.array import TernaryArray, row_bytes
-from neurojax.ternary.quantize import pack_rows
 from neurojax.train import parameters
 from neurojax.train.config import TrainConfig
 from neurojax.train.parameters import CONTRACTED, Params
+from neurojax.weights.contraction import Contraction
+from neurojax.weights.quantize import pack_rows
+from neurojax.weights.ternary import TernaryArray, row_bytes
 
 
 def deploy(weights: Params, config: TrainConfig) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from neurojax.config import ModelConfig, Span
 from neurojax.model import params
 from neurojax.model.attention import Kind
 from neurojax.model.block import Block
-from neurojax.ternary import aware
-from neurojax.ternary.aware import AwareMatrix
 from neurojax.train.config import Quantization, TrainConfig
+from neurojax.weights import aware
+from neurojax.weights.aware import AwareMatrix
 
 Params = dict[str, Float32[Array, "..."]]
 """Master weights: "embedding_VD" [V, D], "q_DNH" [L, D, N, H] and so on."""

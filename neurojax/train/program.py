@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from neurojax import count
 from neurojax.data.batches import Rows
 from neurojax.layout import sharding
-from neurojax.scaling import count
 from neurojax.train.config import TrainConfig
 from neurojax.train.step import (
   State,

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from neurojax.config import ModelConfig
 from neurojax.files.find import model_path
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.model import params
 from neurojax.train import parameters
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from neurojax.files.export.weights import Weights
+from neurojax.files.write.trained_weights import Weights
 from neurojax.layout import Layout
 from neurojax.train.checkpoint import Checkpoints
 from neurojax.train.config import TrainConfig

@@ -9,9 +9,9 @@ from neurojax.cli import main
 from neurojax.cli.demo import DEFAULT_MODEL, PROMPT
 from neurojax.config import ModelConfig
 from neurojax.files import find
-from neurojax.files.export.gguf import Card, write_gguf
 from neurojax.files.load import ternary_matrices
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.files.write.trained_gguf import Card, write_gguf
 from tests.files import trained
 from tests.tokenizer import vocab
 

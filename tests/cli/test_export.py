@@ -14,7 +14,7 @@ from flax import nnx
 from neurojax.cli import main
 from neurojax.data.batches import open_dataset
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.model.sample import score
 from neurojax.train.step import make_eval_step
 from neurojax.train.trained import read_run

@@ -169,7 +169,7 @@ def test_a_model_of_one_layer_has_a_plan(here: Path, capsys, objective: str):
 
 
 def test_a_plan_stands_where_one_more_host_has_none(here: Path, capsys, monkeypatch):
-  monkeypatch.setattr("neurojax.scaling.problem.MOST_PLACES", 3)
+  monkeypatch.setattr("neurojax.plan.problem.MOST_PLACES", 3)
   assert main(PLAN.split(" ")) == 0
   out = " ".join(capsys.readouterr().out.split())
   assert "With one more host there is no plan: 4 places: at most 3 are planned together" in out

@@ -9,9 +9,9 @@ import pytest
 
 from neurojax.cli import main
 from neurojax.config import from_toml, to_toml
-from neurojax.scaling import predict
-from neurojax.scaling.fleet import DecodeRates, Device, Fleet, Host
-from neurojax.scaling.plan import Plan
+from neurojax.plan import predict
+from neurojax.plan.fleet import DecodeRates, Device, Fleet, Host
+from neurojax.plan.plan import Plan
 
 FLEET = """
 [[hosts]]

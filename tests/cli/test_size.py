@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from neurojax import count
 from neurojax.cli import main
 from neurojax.config import ModelConfig
-from neurojax.scaling import count
-from neurojax.scaling.fleet import fleets
+from neurojax.plan.fleet import fleets
 
 FLEET = """
 [[hosts]]

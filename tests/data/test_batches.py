@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from neurojax.data.batches import Rows, open_dataset
-from neurojax.data.shards import META, ShardWriter, Tokens, check_digests, dtype_for, read_spec
+from neurojax.data.token_shards import (
+  META,
+  ShardWriter,
+  Tokens,
+  check_digests,
+  dtype_for,
+  read_spec,
+)
 from tests.train.standin import Data, write_data
 
 

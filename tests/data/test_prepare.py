@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from neurojax.cli import main
 from neurojax.data import text
 from neurojax.data.prepare import Preparation, partial_folder, prepare
-from neurojax.data.shards import META, SPEC, Tokens, check_digests, read_meta, read_spec
+from neurojax.data.token_shards import META, SPEC, Tokens, check_digests, read_meta, read_spec
 from neurojax.data.vocabulary import read_vocabulary
 from neurojax.tokenizer import Tokenizer
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS

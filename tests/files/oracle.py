@@ -4,7 +4,7 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.files import names
-from neurojax.files.source import ModelFile
+from neurojax.files.model_file import ModelFile
 
 
 class Oracle:

@@ -12,15 +12,16 @@ import pytest
 
 from neurojax.config import ModelConfig
 from neurojax.files import names
-from neurojax.files.convert.gguf import to_gguf
-from neurojax.files.convert.huggingface import to_huggingface
-from neurojax.files.convert.ternarize import nearest
-from neurojax.files.convert.transformers_config import config_json
-from neurojax.files.export.gguf import Card, write_gguf
-from neurojax.files.source import ModelFile, open_model
-from neurojax.ternary import codecs
+from neurojax.files.model_file import ModelFile
+from neurojax.files.open import open_model
+from neurojax.files.write.folder import to_huggingface
+from neurojax.files.write.gguf import to_gguf
+from neurojax.files.write.ternarize import nearest
+from neurojax.files.write.trained_gguf import Card, write_gguf
+from neurojax.files.write.transformers_config import config_json
 from neurojax.tokenizer.sentencepiece import spec_from_sentencepiece
 from neurojax.tokenizer.to_sentencepiece import sentencepiece_from_spec
+from neurojax.weights import codecs
 from tests.files import families, tiny, trained
 from tests.tokenizer import vocab
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from neurojax.files.load import load_span, ternary_matrices
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "converted"
 FILES = sorted(GOLDEN.glob("*.gguf"))

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurojax.config import ModelConfig, Span
-from neurojax.files.export import ternary
-from neurojax.files.export.gguf import Card, write_gguf
-from neurojax.files.export.weights import Weights
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
-from neurojax.stage.random import random_model
-from neurojax.ternary.array import TernaryArray
+from neurojax.files.open import open_model
+from neurojax.files.write import packing
+from neurojax.files.write.trained_gguf import Card, write_gguf
+from neurojax.files.write.trained_weights import Weights
+from neurojax.measure.random_model import random_model
+from neurojax.weights.ternary import TernaryArray
 from tests.files import tiny, trained
 from tests.tokenizer import vocab
 
@@ -61,7 +61,7 @@ def check_read_back(path: Path, weights: Weights, kind: str) -> None:
       codes, scales, group_size = file.read_ternary(name, layer)
       one = array if layer is None else jax_layer(array, layer)
       np.testing.assert_array_equal(codes, one.codes)
-      block = ternary.TYPES[kind].block
+      block = packing.TYPES[kind].block
       assert group_size == block and scales.dtype == np.float16
       # Every element has the very bits of its scale.
       k = one.contraction.k
@@ -111,7 +111,7 @@ def test_any_shape_comes_back(
   tmp_path_factory, kind, heads, group, head_dim, rows, layers, vocab_size, style, norm, tied,
   packed, seed,
 ):  # fmt: skip
-  codec = ternary.TYPES[kind]
+  codec = packing.TYPES[kind]
   heads *= codec.block // np.gcd(codec.block, head_dim * heads * group)
   config = ModelConfig(
     vocab_size=vocab_size, model_dim=rows[0] * codec.block, num_layers=layers,

@@ -11,9 +11,9 @@ import safetensors
 import tokenizers
 
 from neurojax.config import ModelConfig
-from neurojax.files.export.huggingface import write_huggingface
-from neurojax.files.export.weights import Weights
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.files.write.trained_folder import write_huggingface
+from neurojax.files.write.trained_weights import Weights
 from neurojax.tokenizer import Tokenizer
 from tests.files import tiny, trained
 from tests.tokenizer import vocab

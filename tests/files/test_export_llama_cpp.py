@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from neurojax.config import ModelConfig
-from neurojax.files.export.gguf import Card, write_gguf
-from neurojax.files.source import ModelFile, open_model
+from neurojax.files.model_file import ModelFile
+from neurojax.files.open import open_model
+from neurojax.files.write.trained_gguf import Card, write_gguf
 from neurojax.tokenizer import Tokenizer
 from tests.files import tiny, trained
 from tests.files.oracle import Oracle

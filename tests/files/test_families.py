@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from neurojax.config import RopeScaling
-from neurojax.files import compressed, names
+from neurojax.files import names
 from neurojax.files.dummy import write_dummy
+from neurojax.files.folder import compressed
 from neurojax.files.load import load_span
-from neurojax.files.source import TensorInfo, open_model
+from neurojax.files.open import open_model
+from neurojax.files.tensor_info import TensorInfo
 from tests.files import families
 from tests.files.families import FAMILIES
 

@@ -12,9 +12,9 @@ import pytest
 
 from neurojax.config import ModelConfig
 from neurojax.files import inspect, names
-from neurojax.files.export.gguf import Card, write_gguf
-from neurojax.files.export.huggingface import write_huggingface
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.files.write.trained_folder import write_huggingface
+from neurojax.files.write.trained_gguf import Card, write_gguf
 from neurojax.tokenizer import Tokenizer
 from tests.files import trained
 from tests.tokenizer import vocab
@@ -233,7 +233,7 @@ WORST = """
 import resource, struct, sys, time
 from pathlib import Path
 from neurojax.files import inspect
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from tests.files import tiny
 from tests.files.test_fuzz import use
 

@@ -15,9 +15,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from neurojax.config import ModelConfig
 from neurojax.files import inspect, names
-from neurojax.files.gguf import GgufFile
-from neurojax.files.source import open_model
-from neurojax.ternary.codecs import CODECS
+from neurojax.files.gguf.file import GgufFile
+from neurojax.files.open import open_model
+from neurojax.weights.codecs import CODECS
 from tests.files import tiny
 from tests.files.oracle import Oracle
 from tests.shared import shared
@@ -106,7 +106,7 @@ def test_every_decoder_is_used_exactly(
   tmp_path: Path, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   # Chunks smaller than the tensor, the last one ragged.
-  monkeypatch.setattr("neurojax.files.gguf._CHUNK_ELEMENTS", 256 * 100)
+  monkeypatch.setattr("neurojax.files.gguf.file._CHUNK_ELEMENTS", 256 * 100)
   block, block_bytes = GGML_QUANT_SIZES[kind]
   rng = np.random.default_rng(1)
   raw = rng.integers(0, 256, (256, 256 // block * block_bytes), np.uint8)

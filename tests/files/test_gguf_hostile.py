@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurojax.files import inspect, names
-from neurojax.files.gguf import GgufFile
-from neurojax.files.source import open_model
+from neurojax.files.gguf.file import GgufFile
+from neurojax.files.open import open_model
 from tests.files import tiny
 
 EVERY_KIND = [

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from tests.files import tiny
 
 NAME = "tiny-00001-of-00003.gguf"

@@ -19,14 +19,14 @@ from safetensors.numpy import save_file
 
 from neurojax.config import Span
 from neurojax.files import inspect
-from neurojax.files.huggingface import HuggingFaceFile
+from neurojax.files.folder.file import HuggingFaceFile
+from neurojax.files.folder.safetensors import SafetensorsFile
 from neurojax.files.load import load_span, stored_forms, ternary_matrices
-from neurojax.files.safetensors import SafetensorsFile
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.forms import Grouped, Scales
 from neurojax.model import params
-from neurojax.quant.grouped import GroupedArray
-from neurojax.scaling.count import Grouped, Scales
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.grouped import GroupedArray
+from neurojax.weights.ternary import TernaryArray
 from tests.files import families
 from tests.files.families import FAMILIES
 

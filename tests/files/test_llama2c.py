@@ -8,7 +8,7 @@ import pytest
 
 from neurojax.files import names
 from neurojax.files.llama2c import Llama2cFile, read_tokenizer
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from tests.files.oracle import Oracle
 from tests.shared import shared
 

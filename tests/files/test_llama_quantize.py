@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 from neurojax.files.load import load_span, ternary_matrices
-from neurojax.files.source import ModelFile, open_model
-from neurojax.ternary.array import TernaryArray
+from neurojax.files.model_file import ModelFile
+from neurojax.files.open import open_model
+from neurojax.weights.ternary import TernaryArray
 from tests.golden.llama_quantize import make
 
 QUANTIZE = os.environ.get("NEUROJAX_LLAMA_QUANTIZE")

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from neurojax import count
 from neurojax.config import Span
 from neurojax.files import load
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, parameter_bytes, ternary_matrices
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.forms import Scales
 from neurojax.model import params
-from neurojax.quant.grouped import GroupedArray
-from neurojax.scaling import count
-from neurojax.scaling.count import Scales
 from neurojax.stage.cut import cut
-from neurojax.ternary.array import TernaryArray
-from neurojax.ternary.codecs import CODECS
+from neurojax.weights.codecs import CODECS
+from neurojax.weights.grouped import GroupedArray
+from neurojax.weights.ternary import TernaryArray
 from tests import tinymodel
 from tests.files import tiny
 

@@ -7,7 +7,7 @@ import pytest
 
 from neurojax.config import ModelConfig
 from neurojax.files import names
-from neurojax.files.source import TensorInfo
+from neurojax.files.tensor_info import TensorInfo
 from tests.files import tiny
 
 METADATA: dict[str, object] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neurojax.files.gguf import GgufFile
-from neurojax.files.source import open_model
+from neurojax.files.gguf.file import GgufFile
+from neurojax.files.open import open_model
 from tests.files import tiny
 
 

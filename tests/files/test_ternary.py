@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from neurojax.config import ModelConfig
 from neurojax.files import inspect, names
 from neurojax.files.dummy import write_dummy
-from neurojax.files.gguf import GgufFile
+from neurojax.files.gguf.file import GgufFile
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
-from neurojax.ternary.codecs import CODECS
-from neurojax.ternary.quantize import unpack_rows
+from neurojax.files.open import open_model
+from neurojax.weights.codecs import CODECS
+from neurojax.weights.quantize import unpack_rows
 from tests.files import tiny
 from tests.files.oracle import Oracle
 from tests.files.test_gguf_hostile import use
-from tests.ternary.literal import read_literally
+from tests.weights.literal import read_literally
 
 LLAMA = dataclasses.replace(tiny.WIDE, num_layers=2, num_kv_heads=2, ffn_dim=512)
 QWEN = dataclasses.replace(LLAMA, rope_style="half", qk_norm=True, tied_embedding=False)

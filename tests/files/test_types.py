@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 from gguf import GGMLQuantizationType
 
+from neurojax import count
 from neurojax.config import Span
-from neurojax.files.blocks import BLOCKS
+from neurojax.files.gguf.blocks import BLOCKS
 from neurojax.files.load import load_span, parameter_bytes, stored_forms
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.forms import Grouped, Plain
 from neurojax.model import params
-from neurojax.quant.grouped import GroupedArray
-from neurojax.scaling import count
-from neurojax.scaling.count import Grouped, Plain
+from neurojax.weights.grouped import GroupedArray
 from tests.files import blocks, tiny
 from tests.files.oracle import Oracle
 

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from neurojax.config import ModelConfig
-from neurojax.files.export.weights import Weights
-from neurojax.ternary.array import TernaryArray
-from neurojax.ternary.quantize import absmean
+from neurojax.files.write.trained_weights import Weights
+from neurojax.weights.quantize import absmean
+from neurojax.weights.ternary import TernaryArray
 from tests.files import tiny
 
 CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}

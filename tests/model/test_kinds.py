@@ -20,9 +20,9 @@ from neurojax.model.ffn import Experts
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.order import rounds
 from neurojax.model.rope import frequencies
-from neurojax.quant.array import Int8Array
 from neurojax.stage.cut import cut
-from neurojax.ternary.quantize import absmean
+from neurojax.weights.int8 import Int8Array
+from neurojax.weights.quantize import absmean
 
 pytestmark = pytest.mark.optimized
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from neurojax.config import Sampling
 from neurojax.engine.api import Request, Token
 from neurojax.engine.drive import DrivenEngine
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
-from neurojax.scaling.fleet import Fleet, Host
+from neurojax.plan.fleet import Fleet, Host
 
 
 class Server:

@@ -18,14 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from neurojax.config import Sampling, Span
 from neurojax.engine.api import EngineError
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
-from neurojax.pipeline import wire
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.pipeline.errors import HandshakeError, StageFailed, StageLost, StageTimeout
-from neurojax.pipeline.worker import SERVICE
-from neurojax.scaling.fleet import Fleet, Host
+from neurojax.pipeline.server import SERVICE
+from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.step import StepInput
 from tests import tinymodel
 from tests.pipeline.servers import PROMPT, Cluster, Server, cluster, collect, request, run
@@ -222,8 +222,8 @@ async def _link(
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
-    ({"protocol": 99}, f"protocol is {wire.PROTOCOL} here and 99 there"),
-    ({"package": "0.0.0"}, f"package is {wire.PACKAGE} here and 0.0.0 there"),
+    ({"protocol": 99}, f"protocol is {messages.PROTOCOL} here and 99 there"),
+    ({"package": "0.0.0"}, f"package is {messages.PACKAGE} here and 0.0.0 there"),
     ({"model_sha256": "f" * 64}, "model sha256 is .* here and ffffffffffff there"),
     ({"dtype": "bfloat16"}, "dtype is float32 here and bfloat16 there"),
     ({"context_length": 7}, "context length is 256 here and 7 there"),
@@ -255,7 +255,7 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
   class Old(rpc.StageServicer):
     async def Describe(self, request, context):
       identity = pb.Identity(
-        protocol=wire.PROTOCOL, package="0.0.9", model_sha256="a" * 64, num_layers=6
+        protocol=messages.PROTOCOL, package="0.0.9", model_sha256="a" * 64, num_layers=6
       )
       return pb.Description(
         name="old", identity=identity, memory_bytes=1 << 30, clock_s=time.time()
@@ -268,7 +268,7 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
     await server.start()
     fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
     with pytest.raises(
-      HandshakeError, match=rf"old.*package is {wire.PACKAGE} here and 0\.0\.9 there"
+      HandshakeError, match=rf"old.*package is {messages.PACKAGE} here and 0\.0\.9 there"
     ):
       await PipelineEngine.connect(
         tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(context_length=64)
@@ -293,7 +293,7 @@ def test_stages_with_another_model_file_are_refused(three: Cluster, tmp_path: Pa
 
 
 def _step(sequence: str, given: StepInput, index: int = 0, **changes: object) -> pb.Frame:
-  message = wire.step(sequence, index, given)
+  message = messages.step(sequence, index, given)
   for name, value in changes.items():
     if "__" in name:
       outer, inner = name.split("__")
@@ -337,7 +337,7 @@ def test_a_bad_step_fails_its_sequence_and_nothing_else(three: Cluster, case: st
     engine = await three.connect()
     owner_channel, owner = await _link(three.addresses[2], _hello(engine, 2))
     assert (await owner.read()).WhichOneof("body") == "hello"
-    await owner.write(pb.Frame(open=pb.Open(sequence="s", sampling=wire.sampling(Sampling()))))
+    await owner.write(pb.Frame(open=pb.Open(sequence="s", sampling=messages.sampling(Sampling()))))
     assert (await owner.read()).opened.sequence == "s"
     liar_hello = _hello(engine, 2, has_layers=True, first_layer=2, last_layer=3)
     liar_channel, liar = await _link(three.addresses[2], liar_hello)
@@ -526,7 +526,7 @@ def test_loads_that_cannot_be_are_refused(
 ):
   async def work():
     with open_model(tiny_path) as file:
-      identity = wire.identity(
+      identity = messages.identity(
         file.config, sha256=file.sha256(), dtype="float32", context_length=64
       )
     load = pb.LoadRequest(

@@ -10,7 +10,7 @@ from neurojax.config import Sampling
 from neurojax.engine.api import Request, Token
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.stage.compile import CompiledStage
 from tests.golden.families import recipe
 from tests.pipeline.servers import cluster, collect, run

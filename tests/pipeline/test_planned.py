@@ -9,13 +9,12 @@ import pytest
 from neurojax.cli import main
 from neurojax.cli.options import EngineOptions, open_engine
 from neurojax.config import Span
+from neurojax.count.serving import Load, stage_bytes, stage_working
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
-from neurojax.scaling import plan
-from neurojax.scaling.load import stage_working
-from neurojax.scaling.proportional import as_planned
-from neurojax.scaling.running import read_plan, servers
+from neurojax.files.open import open_model
+from neurojax.plan.proportional import as_planned
+from neurojax.plan.saved import read_plan, servers
 from neurojax.stage.compile import CompiledStage
 from tests import tinymodel
 from tests.pipeline.servers import Cluster, collect, request, run
@@ -108,7 +107,10 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
       options = EngineOptions(plan=path, context=256, sequences=4096)
       few = {address: 10**6 for address in three.addresses}
       with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "as_planned", lambda c, s, free, *rest: as_planned(c, s, few, *rest))
+        patch.setattr(
+          "neurojax.pipeline.coordinator.as_planned",
+          lambda c, s, free, *rest: as_planned(c, s, few, *rest),
+        )
         async with open_engine(file, options):
           pass
 
@@ -119,9 +121,9 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
 def test_hosts_without_a_plan_have_room_for_what_programs_work_in(
   three: Cluster, tiny_path: Path, tmp_path: Path
 ):
-  load = plan.Load(dtype="float32", weights="dense", capacity=256, max_sequences=4)
+  load = Load(dtype="float32", weights="dense", capacity=256, max_sequences=4)
   thirds = [Span(first_layer=2 * i, last_layer=2 * i + 1, num_layers=6) for i in range(3)]
-  most = max(plan.stage_bytes(tinymodel.CONFIG, span, load) for span in thirds)
+  most = max(stage_bytes(tinymodel.CONFIG, span, load) for span in thirds)
   needs = stage_working(tinymodel.CONFIG, dataclasses.replace(load, working=True), "cpu").base
 
   def connect(memory_bytes: int) -> list[int]:

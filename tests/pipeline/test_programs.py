@@ -13,13 +13,13 @@ from neurojax.engine.api import Token
 from neurojax.engine.local import LocalEngine
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, ternary_matrices
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.pipeline.errors import HandshakeError
-from neurojax.pipeline.worker import StageServer
-from neurojax.scaling.fleet import Fleet, Host
+from neurojax.pipeline.server import StageServer
+from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.fused import REFERENCE
 from tests.pipeline.servers import collect, request, run

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neurojax import count
 from neurojax.config import ModelConfig, Sampling
+from neurojax.count.serving import Load, layer_bytes, stage_working
 from neurojax.engine.api import Request, Token
 from neurojax.engine.local import LocalEngine
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, ternary_matrices
-from neurojax.files.source import open_model
-from neurojax.scaling import count
-from neurojax.scaling.fleet import Fleet, Host
-from neurojax.scaling.load import Load, layer_bytes, stage_working
+from neurojax.files.open import open_model
+from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.compile import CompiledStage
 from tests import tinymodel
 from tests.pipeline.servers import PROMPT, Cluster, cluster, collect, request, run

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neurojax.config import Sampling
+from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
-from neurojax.pipeline import wire
 from neurojax.stage.step import StepInput
 from tests import tinymodel
 
@@ -25,17 +25,17 @@ def test_tensors_travel_bit_by_bit(dtype, rows: int, width: int, seed: int):
   rng = np.random.default_rng(seed)
   values = rng.integers(0, 256, (rows, width * 4), np.uint8).view(np.uint8)
   values = np.ascontiguousarray(values[:, : width * np.dtype(dtype).itemsize]).view(dtype)
-  sent = pb.Tensor.FromString(wire.tensor(values).SerializeToString())
-  back = wire.array(sent, what="x", max_dims=2)
+  sent = pb.Tensor.FromString(messages.tensor(values).SerializeToString())
+  back = messages.array(sent, what="x", max_dims=2)
   assert back.dtype == values.dtype and back.shape == values.shape
   assert back.tobytes() == values.tobytes()
 
 
 def test_a_view_that_is_not_contiguous_travels_as_its_values():
   values = np.arange(12, dtype=np.float32).reshape(3, 4).T
-  assert (wire.array(wire.tensor(values), what="x", max_dims=2) == values).all()
+  assert (messages.array(messages.tensor(values), what="x", max_dims=2) == values).all()
   with pytest.raises(ValueError, match="float64 does not travel"):
-    wire.tensor(np.zeros(3))
+    messages.tensor(np.zeros(3))
 
 
 @given(
@@ -47,7 +47,7 @@ def test_a_view_that_is_not_contiguous_travels_as_its_values():
 def test_hostile_tensors_are_refused_or_are_exactly_what_they_say(dtype, shape, data, crc):
   message = pb.Tensor(dtype=dtype, shape=shape, data=data, crc32=crc)
   try:
-    found = wire.array(message, what="activations", max_dims=2)
+    found = messages.array(message, what="activations", max_dims=2)
   except ValueError as error:
     assert str(error).startswith("activations: ")
     return
@@ -60,8 +60,8 @@ def test_hostile_tensors_are_refused_or_are_exactly_what_they_say(dtype, shape, 
   presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), seed=st.integers(0, 2**64 - 1),
 ))  # fmt: skip
 def test_sampling_travels_exactly(sampling: Sampling):
-  message = pb.Sampling.FromString(wire.sampling(sampling).SerializeToString())
-  assert wire.sampling_request(message) == sampling
+  message = pb.Sampling.FromString(messages.sampling(sampling).SerializeToString())
+  assert messages.sampling_request(message) == sampling
 
 
 def test_steps_travel_whole():
@@ -73,12 +73,14 @@ def test_steps_travel_whole():
     sample=True,
     targets=np.array([3, 4], np.int32),
   )
-  message = pb.Step.FromString(wire.step("s", 5, given_step).SerializeToString())
+  message = pb.Step.FromString(messages.step("s", 5, given_step).SerializeToString())
   assert (message.sequence, message.index) == ("s", 5)
-  back = wire.step_input(message)
+  back = messages.step_input(message)
   for field in dataclasses.fields(StepInput):
     np.testing.assert_array_equal(getattr(back, field.name), getattr(given_step, field.name))
-  bare = wire.step_input(wire.step("s", 0, StepInput(start=0, tokens=np.array([1], np.int32))))
+  bare = messages.step_input(
+    messages.step("s", 0, StepInput(start=0, tokens=np.array([1], np.int32)))
+  )
   assert bare.hidden is None and bare.targets is None
 
 
@@ -90,15 +92,15 @@ def test_the_message_limit_holds_the_largest_step():
     hidden=np.ones((256, config.model_dim), np.float32),
     targets=np.full(256, 2**31 - 1, np.int32),
   )
-  frame = pb.Frame(step=wire.step("s" * 64, 2**32 - 1, largest))
-  assert frame.ByteSize() <= wire.message_limit(config, 256)
+  frame = pb.Frame(step=messages.step("s" * 64, 2**32 - 1, largest))
+  assert frame.ByteSize() <= messages.message_limit(config, 256)
 
 
 def test_disagreements_name_both_sides():
-  here = wire.identity(tinymodel.CONFIG, sha256="a" * 64, dtype="float32", context_length=5)
+  here = messages.identity(tinymodel.CONFIG, sha256="a" * 64, dtype="float32", context_length=5)
   there = pb.Identity()
   there.CopyFrom(here)
-  assert wire.disagreement(here, there, fields=wire.SAME_MODEL) is None
+  assert messages.disagreement(here, there, fields=messages.SAME_MODEL) is None
   there.model_sha256 = ""
-  found = wire.disagreement(here, there, fields=wire.SAME_MODEL)
+  found = messages.disagreement(here, there, fields=messages.SAME_MODEL)
   assert found == "model sha256 is aaaaaaaaaaaa here and none there"

@@ -2,8 +2,9 @@
 
 import pytest
 
+from neurojax import count
 from neurojax.config import ModelConfig
-from neurojax.scaling import count, seed
+from neurojax.scaling import seed
 
 # memory, width, layers, ffn, heads, key-value heads; billions tied and untied, GiB by its estimate.
 FORMULA = [

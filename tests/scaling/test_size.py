@@ -8,18 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
-from neurojax.scaling import count, fit, plan
+from neurojax.count.serving import stage_bytes
+from neurojax.count.working import Kind, working
+from neurojax.plan.fleet import Device, Fleet, Host, Link
+from neurojax.scaling import fit
 from neurojax.scaling.fit import Need, Serving, Training
-from neurojax.scaling.fleet import Device, Fleet, Host, Link
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, CHINCHILLA_HOFFMANN, TERNARY_SPECTRA1
 from neurojax.scaling.size import HYSTERESIS, one_host, size
 from neurojax.scaling.staging import reserved
-from neurojax.scaling.working import Kind, working
 from tests.scaling.shapes import configs
 
-PACKED = Serving(weights="w2a8", scales=count.TERNARY_FORMATS["ternary-g128"])
+PACKED = Serving(weights="w2a8", scales=forms.TERNARY_FORMATS["ternary-g128"])
 PURPOSES = [
   PACKED,
   Serving(context=8192, sequences=16),
@@ -139,7 +141,7 @@ def test_a_stage_has_room_for_what_its_programs_work_in():
     found = size(Fleet(hosts=hosts), purpose, headroom=0.0)
     [stage] = found.stages
     whole = Span.whole(found.config)
-    held = plan.stage_bytes(
+    held = stage_bytes(
       found.config, whole, dataclasses.replace(purpose.load(found.config), working=False)
     )
     needs = working(found.config, dtype=dtype, weights="dense", capacity=2048, kind=kind)

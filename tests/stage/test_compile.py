@@ -16,14 +16,14 @@ import pytest
 from neurojax.config import LayerKind, ModelConfig, RopeScaling, Sampling, Span
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.kernels.decode import triton
+from neurojax.measure.random_model import random_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import programs
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.cut import cut
 from neurojax.stage.fused import REFERENCE, Kernels, fuse
-from neurojax.stage.random import random_model
 from neurojax.stage.runtime import StageRuntime
 from neurojax.stage.step import StepInput
 

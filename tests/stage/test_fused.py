@@ -11,7 +11,7 @@ import pytest
 from neurojax.config import ModelConfig, Span
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import fused
 from neurojax.stage.fused import REFERENCE, Fused, Kernels, fuse

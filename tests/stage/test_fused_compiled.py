@@ -12,9 +12,9 @@ import pytest
 
 from neurojax.config import ModelConfig
 from neurojax.kernels.gemm import tuned
+from neurojax.measure.speed.stage import abstract_model
 from neurojax.model.cache import KVCache
 from neurojax.stage import fused
-from neurojax.stage.bench import abstract_model
 from neurojax.stage.fused import Kernels
 from neurojax.stage.programs import FusedPrograms
 from tests.kernels import aot

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from neurojax.config import ModelConfig
-from neurojax.stage import bench, fused
+from neurojax.measure.speed import stage
+from neurojax.stage import fused
 from neurojax.stage.fused import REFERENCE, Fused, Kernels
 from tests.kernels import hopper
 
@@ -23,11 +24,11 @@ STEPS, CAPACITY = 48, 128
 
 @functools.cache
 def model(mode: str) -> Fused:
-  return bench.random_model(CONFIG, mode, seed=7)
+  return stage.random_model(CONFIG, mode, seed=7)
 
 
 def kernels(mode: str, batch: int, **how) -> Kernels:
-  return dataclasses.replace(bench.kernels_for(mode, batch), **how)
+  return dataclasses.replace(stage.kernels_for(mode, batch), **how)
 
 
 def generate(model: Fused, tokens_B, kernels: Kernels) -> tuple[np.ndarray, ...]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from neurojax import count
 from neurojax.config import RopeScaling, from_toml, to_toml
-from neurojax.scaling import count
 from neurojax.train.config import DataConfig, TrainConfig
 from tests.train import tiny
 

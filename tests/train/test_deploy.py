@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from neurojax.layout import Layout
-from neurojax.ternary import quantize
-from neurojax.ternary.array import TernaryArray
 from neurojax.train import parameters
 from neurojax.train.config import Quantization
 from neurojax.train.deploy import deploy
+from neurojax.weights import quantize
+from neurojax.weights.ternary import TernaryArray
 from tests.train import tiny
 from tests.train.test_step import dense, plain_loss, values_of
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from neurojax.config import LayerKind, ModelConfig
-from neurojax.files.source import TensorInfo
+from neurojax.files.tensor_info import TensorInfo
 from neurojax.model import params
 
 WHOLE_MODEL = ("embedding_VD", "final_norm_D", "head_DV")

@@ -24,7 +24,7 @@ from neurojax.files.names.architecture import (
 )
 from neurojax.files.names.gguf_architectures import ARCHITECTURES, Architecture
 from neurojax.files.names.layers import Facts
-from neurojax.files.source import TensorInfo
+from neurojax.files.tensor_info import TensorInfo
 
 Floats = Callable[[str], np.ndarray]
 """Reads a small tensor of a file by the file's name. Raises ValueError or NotImplementedError."""

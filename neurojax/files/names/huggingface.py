@@ -21,7 +21,7 @@ from neurojax.files.names.architecture import (
 )
 from neurojax.files.names.families import FAMILIES, TEXT_OF, Family
 from neurojax.files.names.words import Words
-from neurojax.files.source import TensorInfo
+from neurojax.files.tensor_info import TensorInfo
 
 # Where the text model's tensors are: in a causal model, and in one with other towers beside it.
 _PREFIXES = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from neurojax.config import LayerKind, ModelConfig, RopeScaling
 from neurojax.files.names.architecture import Demand, Fault, short, with_kinds
-from neurojax.files.source import TensorInfo
+from neurojax.files.tensor_info import TensorInfo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from neurojax.kernels.decode.tiles import TILE, Ops, Unit, round_bits, store_planes
 from neurojax.kernels.decode.weights import LayerWeights, Shape
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 WARPS = 8
 """Few, so that each thread has many registers: they hold what is requested ahead."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 
 from neurojax.kernels.gemm import tuned
 from neurojax.kernels.gemm.layer import TernaryLayer
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from neurojax.kernels import measure
+from neurojax.kernels import timing
 from neurojax.kernels.gemm import mosaic, reference, tuned
-from neurojax.ternary.array import Mode, TernaryArray
+from neurojax.weights.ternary import Mode, TernaryArray
 
 GROUP = 128
 """Weights that share a float16 scale: 2.125 bits per weight."""
@@ -97,7 +97,7 @@ def run(
   rows: Sequence[int] = (1, 8, 64, 2048),
   modes: Sequence[Mode] = ("w2a8", "w2a16"),
   *,
-  rates: measure.Rates | None = None,
+  rates: timing.Rates | None = None,
   runs: int = 5,
   skipped: Callable[[str], None] = print,
 ) -> Iterator[Row]:
@@ -110,7 +110,7 @@ def run(
   """
   if any(number < 1 for number in (*rows, *(side for shape in shapes for side in shape))):
     raise ValueError(f"shapes {tuple(shapes)}, rows {tuple(rows)}: positive numbers")
-  rates = rates or measure.rates()
+  rates = rates or timing.rates()
   for n, k in shapes:
     packed = _weights(n, k)
     dense = _dense(n, k)
@@ -136,7 +136,7 @@ def run(
 def _row(
   n: int,
   k: int,
-  rates: measure.Rates,
+  rates: timing.Rates,
   m: int,
   weights: str,
   implementation: str,
@@ -158,7 +158,7 @@ def _row(
     matmul_fraction=flops_per_s / rates.bf16_flops_per_s,
     speedup=bf16_s / product_s,
     **dataclasses.asdict(rates),
-    **measure.origin(),
+    **timing.origin(),
   )
 
 
@@ -169,7 +169,7 @@ def describe(rows: Sequence[Row]) -> str:
     f"{row.device}, jax {row.jax}, jaxlib {row.jaxlib}, {row.date}; GB/s are of weights as stored"
     f"\nat best: read {row.read_bytes_per_s / 1e9:.1f} GB/s, copy"
     f" {row.copy_bytes_per_s / 1e9:.1f} GB/s, bf16 product {row.bf16_flops_per_s / 1e9:.0f}"
-    f" GFLOP/s\n{measure.table(rows, COLUMNS)}"
+    f" GFLOP/s\n{timing.table(rows, COLUMNS)}"
   )
 
 
@@ -211,13 +211,13 @@ def implementations(m: int, w: TernaryArray) -> dict[str, Multiply]:
   return found
 
 
-def dense_s(m: int, n: int, k: int, rates: measure.Rates, runs: int = 5) -> float:
+def dense_s(m: int, n: int, k: int, rates: timing.Rates, runs: int = 5) -> float:
   """Seconds of XLA's product of m rows with bfloat16 weights of n channels, none in a cache."""
   x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
   return _dense_s(x, _dense(n, k), rates, runs)
 
 
-def _dense_s(x: Array, dense: list[Array], rates: measure.Rates, runs: int) -> float:
+def _dense_s(x: Array, dense: list[Array], rates: timing.Rates, runs: int) -> float:
   n, nbytes = dense[0].shape[0], dense[0].nbytes
   return product_s(lambda x, w, i: _xla(x, w[i]), x, dense, nbytes, n, rates, runs)
 
@@ -228,7 +228,7 @@ def product_s(
   weights: Any,
   nbytes: float,
   n: int,
-  rates: measure.Rates,
+  rates: timing.Rates,
   runs: int,
 ) -> float:
   """Seconds of one product.
@@ -251,7 +251,7 @@ def product_s(
 
     return lax.fori_loop(0, rounds, body, x)
 
-  return measure.seconds(jax.jit(loop), x, weights, runs=runs) / (rounds * stack)
+  return timing.seconds(jax.jit(loop), x, weights, runs=runs) / (rounds * stack)
 
 
 def _mosaic(x: Array, w: TernaryArray, index: Any) -> Array:

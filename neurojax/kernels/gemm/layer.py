@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Int
 
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, scf, vector
 
-from neurojax.kernels.gemm.mosaic import FRAGMENTS, ROWS
+from neurojax.kernels.gemm.mosaic_fragments import FRAGMENTS, ROWS
 
 _COPY_REGISTERS = 40
 

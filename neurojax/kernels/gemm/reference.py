@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int8
 
 from neurojax.kernels.gemm.layer import take_out
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 LEVEL_MAX = 127
 SMALLEST_ABSMAX = 2.0**-100

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from neurojax.kernels.gemm import triton_dequantize, triton_dot, triton_dp4a
 from neurojax.kernels.gemm.triton_planes import Planes, prepare
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 PREFILL_ROWS = 256
 """From this many rows on, writing the weight out and a dense product take less time."""

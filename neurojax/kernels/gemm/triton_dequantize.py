@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.kernels.gemm.triton_planes import FIELDS, unpack, unpacked_unit
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 _N = 32
 _Y = 128

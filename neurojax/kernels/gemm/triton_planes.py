@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from neurojax.kernels.gemm.reference import quantize_rows
-from neurojax.ternary.array import Mode
+from neurojax.weights.ternary import Mode
 
 FIELDS = 4
 """Codes in a byte."""

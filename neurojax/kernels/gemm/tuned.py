@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from neurojax.ternary.array import Mode
+from neurojax.weights.ternary import Mode
 
 FOLDER = Path(__file__).with_name("tuned")
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
 from neurojax.kernels.gemm import reference
 from neurojax.kernels.gemm.layer import take_out
-from neurojax.ternary.array import Mode, TernaryArray
+from neurojax.weights.ternary import Mode, TernaryArray
 
 MAX_ROWS: dict[Mode, int] = {"w2a8": 8, "w2a16": 4}
 """With more rows it is faster to unpack the weights."""

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.engine.logits import logits
 from neurojax.files.load import load_span
-from neurojax.files.source import open_model
+from neurojax.files.open import open_model
+from neurojax.measure.quality.logits import logits
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage.compile import CompiledStage
 from tests.golden.families import recipe

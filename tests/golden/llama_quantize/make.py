@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from neurojax.config import ModelConfig
-from neurojax.files.export.gguf import Card, write_gguf
+from neurojax.files.write.trained_gguf import Card, write_gguf
 from tests.files import trained
 from tests.tokenizer import vocab
 

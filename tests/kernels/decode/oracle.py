@@ -3,7 +3,7 @@
 import numpy as np
 
 from neurojax.kernels.decode.weights import LayerWeights, Shape
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 
 
 def matrix(rng: np.random.Generator, *lead: int, n: int, k: int, group: int) -> TernaryArray:

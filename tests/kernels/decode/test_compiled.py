@@ -10,7 +10,7 @@ import pytest
 
 from neurojax.kernels.decode import triton
 from neurojax.kernels.decode.weights import LayerWeights, Shape
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 from tests.kernels import aot
 
 pytestmark = pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from neurojax.ternary.array import Mode, TernaryArray
+from neurojax.weights.ternary import Mode, TernaryArray
 
 
 def weight(

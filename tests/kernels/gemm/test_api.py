@@ -14,7 +14,7 @@ from neurojax.kernels.gemm import api, cpu, tuned
 from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.kernels.gemm.shapes import ODD
 from neurojax.model.project import project, project_all
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 from tests.kernels.gemm import problem
 
 GROUPS = (None, 64, 128, 256)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from neurojax.kernels import measure
+from neurojax.kernels import timing
 from neurojax.kernels.gemm import bench
 
 
 def test_every_implementation_has_a_row_beside_xla():
-  rates = measure.rates(1 << 22, 128)
+  rates = timing.rates(1 << 22, 128)
   assert rates.read_bytes_per_s > 0 and rates.bf16_flops_per_s > 0
   # Rates this low make the loops short.
-  slow = measure.Rates(1.0, 1.0, 1.0)
+  slow = timing.Rates(1.0, 1.0, 1.0)
   told = []
   bench_rows = list(
     bench.run(((256, 128),), (2,), ("w2a8",), rates=slow, runs=1, skipped=told.append)

@@ -16,7 +16,7 @@ from jax import lax
 from neurojax.kernels.gemm import api, cpu
 from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.kernels.gemm.shapes import MODELS
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 from tests.kernels.gemm import problem
 
 needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -220,7 +220,7 @@ def test_a_source_that_does_not_compile_is_named(monkeypatch, tmp_path):
 CHILD = """
 import jax.numpy as jnp, numpy as np
 from neurojax.kernels.gemm import cpu
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 w = TernaryArray(jnp.full((3, 16), 0b10101010, jnp.uint8), jnp.ones((1, 1)), (64, 3), 1, None)
 assert cpu.unavailable() is None, cpu.unavailable()
 np.testing.assert_array_equal(cpu.matmul(jnp.ones((2, 64)), w), np.full((2, 3), 64))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neurojax.kernels.gemm import bench, mosaic, reference, triton
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 from tests.kernels import hopper
 
 pytestmark = hopper.needed

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.kernels.gemm.mosaic import FRAGMENTS, matmul, permute, supports
+from neurojax.kernels.gemm.mosaic import matmul, permute, supports
+from neurojax.kernels.gemm.mosaic_fragments import FRAGMENTS
 from neurojax.kernels.gemm.reference import quantize_rows
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 from tests.kernels import aot
 
 

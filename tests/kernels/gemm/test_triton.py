@@ -9,7 +9,7 @@ import pytest
 
 from neurojax.kernels.gemm import triton, triton_dot
 from neurojax.kernels.gemm.triton_dequantize import dequantize
-from neurojax.ternary.array import TernaryArray
+from neurojax.weights.ternary import TernaryArray
 from tests.kernels import aot
 
 GROUPS = (None, 64, 128, 256)

@@ -1,0 +1,24 @@
+"""Every configuration as a frozen dataclass, with strict TOML in and out."""
+
+from neurojax.config.layers import LayerKind, Mixer, RopeKind, RopeScaling
+from neurojax.config.model import Activation, ModelConfig, RopeStyle, architectures
+from neurojax.config.sampling import Sampling
+from neurojax.config.span import Span
+from neurojax.config.toml import from_dict, from_toml, named_configs, to_toml
+
+__all__ = [
+  "Activation",
+  "LayerKind",
+  "Mixer",
+  "ModelConfig",
+  "RopeKind",
+  "RopeScaling",
+  "RopeStyle",
+  "Sampling",
+  "Span",
+  "architectures",
+  "from_dict",
+  "from_toml",
+  "named_configs",
+  "to_toml",
+]

@@ -1,0 +1,95 @@
+"""What a stage's programs need beside weights and caches. Imports no JAX."""
+
+import dataclasses
+from typing import Literal
+
+from neurojax import count
+from neurojax.config import ModelConfig
+from neurojax.forms import DTYPE_BYTES, KEY_BLOCK, PREFILL, Weights
+
+Kind = Literal["cuda", "cpu"]
+
+
+_FLOAT = DTYPE_BYTES["float32"]
+_OF_FFN = ("gate_", "up_", "down_")
+_SMALL = 1 << 16
+"""Bytes of what does not grow: indices, counters, sums of a few numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Working:
+  """Bytes of the neediest program of a stage: of any stage, for each of its layers, and what the last
+  stage needs more, whose head is a program of its own."""
+
+  base: int = 0
+  layer: int = 0
+  last: int = 0
+
+  def stage(self, layers: int, *, is_last: bool) -> int:
+    return self.base + layers * self.layer + is_last * self.last
+
+
+def working(
+  config: ModelConfig,
+  *,
+  dtype: str,
+  weights: Weights,
+  capacity: int = KEY_BLOCK,
+  kind: Kind = "cpu",
+  tokens: int = PREFILL,
+) -> Working:
+  """No less than what XLA allocates for the programs of a stage, nor much more.
+
+  Of the model as it is (`stage.programs`), one sequence at a time. Buffers of one part that another
+  could reuse are added up where XLA may well keep them apart, so that on the architectures of the tests
+  this is 1 to 1.7 times what its memory analysis says. With T inputs, S positions in a cache, float32:
+
+    any     activations, the greater of the FFN's and attention's: scores of a block of keys twice, queries
+            and their sum; in decode, keys and values of one layer, S of them, and their scores
+    dense   a copy of a layer: the loop over layers takes it out of the stack
+    int8    in prefill, matrices of attention, or one of the FFN, as floats; also of weights as stored
+    last    logits and what drawing a token makes of them
+
+  XLA:CPU computes bfloat16 as float32, and widens dense layers, caches and the head before the loop over
+  layers: all of the stage's at once. So it is up to jax 0.10; later it takes a third to a half of that, and
+  the count is on the safe side.
+
+  Args:
+    capacity: Positions of a cache.
+    kind: Of device. Doubt: "cuda" is taken to be like a CPU that computes in `dtype`; fused programs
+      need less.
+    tokens: The longest input that is compiled.
+  """
+  d, f, h = config.model_dim, config.ffn_dim, config.head_dim
+  heads, kv_heads = config.num_heads, config.num_kv_heads
+  tokens = min(tokens, capacity)
+  widens = kind == "cpu" and dtype != "float32"
+  width = _FLOAT if widens else DTYPE_BYTES[dtype]
+  wide = "float32" if widens else dtype
+  inner = f * max(1, config.experts_per_token)
+  attention = 2 * heads * (KEY_BLOCK + h)
+  dense_layer = count.layer_bytes(config, dtype=wide, weights="dense")
+  prefill = tokens * _FLOAT * (d + h)
+  decode = capacity * (2 * kv_heads * h * width + heads * _FLOAT)
+  if weights == "dense":
+    own = 4 * d * heads * h * width
+    prefill += dense_layer + tokens * _FLOAT * max(inner, attention, 3 * inner - own // tokens // 4)
+    decode += dense_layer
+  elif weights in ("int8", "stored"):
+    shapes = count.layer_matrices(config)
+    matrices = sum(k * n for name, (k, n) in shapes.items() if not name.startswith(_OF_FFN))
+    one = d * f * max(1, config.num_experts)
+    ffn = one + tokens * (2 * d + 4 * inner + heads * KEY_BLOCK)
+    others = matrices + tokens * (d + attention + (heads + 2 * kv_heads) * h)
+    prefill += _FLOAT * max(ffn, others)
+  else:
+    prefill += tokens * _FLOAT * max(3 * inner, attention)
+  base = max(prefill, decode) + _SMALL
+  layer = 0
+  if widens:
+    layer = count.cache_bytes(config, 1, capacity=capacity, dtype="float32")
+    layer += dense_layer if weights == "dense" else 0
+  draw = 10 * config.vocab_size * _FLOAT + _SMALL
+  if widens and weights == "dense":
+    draw += count.head_bytes(config, dtype="float32", weights="dense")
+  return Working(base=base, layer=layer, last=max(0, draw - base - layer))

@@ -1,0 +1,37 @@
+"""In what forms a file keeps its matrices, told from its header. Imports no JAX."""
+
+from neurojax.config import Span
+from neurojax.files.model_file import ModelFile
+from neurojax.forms import Form, Grouped, Scales
+from neurojax.model import params
+
+
+def stored_forms(file: ModelFile) -> dict[str, Form]:
+  """What the matrices are in the file, where one form has room for those of all layers, exactly, and is
+  no wider than 16 bits a number."""
+  config = file.config
+  places = {name: [None] for name, _ in params.outer_names(config, Span.whole(config))}
+  for stack in params.stacks(config):
+    for name, _ in params.stack_names(config, stack):
+      places.setdefault(name, []).extend(stack.layers)
+  found = {}
+  for name, layers in places.items():
+    if params.is_matrix(name):
+      form = _joined({file.narrow_form(name, layer) for layer in layers})
+      if form is not None:
+        found[name] = form
+  return found
+
+
+def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
+  """Those of `stored_forms` that are ternary."""
+  return {name: form for name, form in stored_forms(file).items() if isinstance(form, Scales)}
+
+
+def _joined(forms: set[Form | None]) -> Form | None:
+  joined, *others = forms
+  for form in others:
+    if not isinstance(joined, Grouped) or not isinstance(form, Grouped):
+      return None
+    joined = joined.join(form)
+  return joined

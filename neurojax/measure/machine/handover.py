@@ -1,0 +1,96 @@
+"""What one stage more costs, measured on real stage servers of this machine."""
+
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from neurojax.config import ModelConfig
+from neurojax.engine.api import Request
+from neurojax.files.dummy import write_dummy
+from neurojax.files.load import ternary_matrices
+from neurojax.files.open import open_model
+from neurojax.measure.machine.links import Measured
+from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
+from neurojax.pipeline.spawn import LocalStages
+from neurojax.plan.fleet import Device
+
+FEW, MANY = 1, 3
+"""Stages of the two pipelines."""
+
+MIDDLING = ModelConfig(
+  vocab_size=512,
+  model_dim=512,
+  num_layers=18,
+  num_heads=8,
+  num_kv_heads=2,
+  head_dim=64,
+  ffn_dim=2048,
+  tied_embedding=True,
+)
+"""Of a step of about a millisecond: threads fall asleep and caches are lost between a stage's turns."""
+
+
+async def stage_more_s(
+  config: ModelConfig = MIDDLING, *, tokens: int = 64, rounds: int = 8
+) -> float:
+  """Seconds by which a token takes longer for each stage more, the layers being the same.
+
+  Step overhead, hop, and what no part measured alone shows: the thread that a step is handed to, the
+  report to the coordinator while the next stage works, caches and threads that went cold.
+
+  Args:
+    config: A model of random ternary weights; at least `MANY` layers, widths multiples of 128.
+    tokens: Of each answer.
+    rounds: Answers of either pipeline, in turn. The shortest token of each counts.
+  Raises: EngineError: a stage server failed.
+  """
+  best_s: dict[int, float] = {}
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "random.gguf"
+    write_dummy(path, config, "Q2_0 (group 128)")
+    with open_model(path) as file:
+      config, sha256, ternary = file.config, file.sha256(), ternary_matrices(file)
+    options = PipelineOptions(
+      dtype="float32",
+      weights="w2a8",
+      ternary=ternary,
+      context_length=tokens + 64,
+      max_sequences=1,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+      engines = {}
+      for number in (FEW, MANY):
+        local = await stack.enter_async_context(LocalStages(path, number))
+        assert local.fleet is not None
+        engines[number] = await PipelineEngine.connect(config, sha256, local.fleet, options)
+        stack.push_async_callback(engines[number].close)
+      for _, (number, engine) in itertools.product(range(rounds), engines.items()):
+        times = []
+        async for _ in engine.generate(Request(prompt=[1], max_tokens=tokens)):
+          times.append(time.perf_counter())
+        shortest_s = min(b - a for a, b in itertools.pairwise(times[1:]))
+        best_s[number] = min(shortest_s, best_s.get(number, shortest_s))
+  return (best_s[MANY] - best_s[FEW]) / (MANY - FEW)
+
+
+async def with_handover(devices: Sequence[Device], local: Measured) -> tuple[Device, ...]:
+  """The CPUs with their `handover_s`: what a stage more costs and step overhead and hop do not say.
+
+  GPUs stay as they are: stage servers are started on CPUs only.
+
+  Args:
+    local: What lies between two processes here.
+  Raises: EngineError: a stage server failed.
+  """
+  more_s = await stage_more_s()
+  hop_s = local.latency_s + MIDDLING.model_dim * 4 / local.bytes_per_s
+  return tuple(
+    dataclasses.replace(device, handover_s=max(0.0, more_s - hop_s - device.step_overhead_s))
+    if device.kind == "cpu"
+    else device
+    for device in devices
+  )

@@ -1,0 +1,47 @@
+"""Answers Echo calls, by which others measure the link to this host.
+
+python -m neurojax.pipeline.echo        (answers on loopback until its standard input closes)
+"""
+
+import asyncio
+import sys
+
+import grpc
+
+from neurojax.pipeline import messages
+from neurojax.pipeline import pipeline_pb2 as pb
+from neurojax.pipeline import pipeline_pb2_grpc as rpc
+
+PAYLOAD = 1 << 16
+"""Most bytes in one echo. A message to any stage server may be as large."""
+
+LIMIT = PAYLOAD + (1 << 10)
+
+
+async def echo(request: pb.EchoRequest, context: grpc.aio.ServicerContext) -> pb.EchoReply:
+  """The server's side of Echo."""
+  if len(request.payload) > PAYLOAD:
+    await context.abort(
+      grpc.StatusCode.INVALID_ARGUMENT,
+      f"an echo of {len(request.payload)} bytes: {PAYLOAD} at most",
+    )
+  return pb.EchoReply(payload=request.payload)
+
+
+class _Echo(rpc.StageServicer):
+  async def Echo(self, request: pb.EchoRequest, context: grpc.aio.ServicerContext) -> pb.EchoReply:
+    return await echo(request, context)
+
+
+async def _serve() -> None:
+  server = grpc.aio.server(options=messages.channel_options(LIMIT))
+  rpc.add_StageServicer_to_server(_Echo(), server)
+  port = server.add_insecure_port("127.0.0.1:0")
+  await server.start()
+  print(f"127.0.0.1:{port}", flush=True)
+  await asyncio.to_thread(sys.stdin.buffer.read)
+  await server.stop(None)
+
+
+if __name__ == "__main__":
+  asyncio.run(_serve())

@@ -1,0 +1,160 @@
+"""From float weights to ternary ones, on the host: by rounding, or exactly where they are ternary."""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Float64, Int8, UInt8
+
+from neurojax.weights.codecs import gather, spread
+from neurojax.weights.contraction import Contraction
+from neurojax.weights.ternary import Mode, TernaryArray, row_bytes
+
+# Elements worked on at a time: temporaries stay small beside the weight.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def absmean(
+  w: Float32[np.ndarray, "..."],
+  contracted_axes: int,
+  *,
+  group_size: int | None = None,
+  scale_dtype: DTypeLike = "float16",
+  mode: Mode = "w2a16",
+) -> TernaryArray:
+  """Round a weight to -s, 0 and s, where s is the mean of |w| over a group, in `scale_dtype`.
+
+  An element becomes the nearest of the three (0 where two are), one beyond s becomes s. A group
+  whose mean is 0 in `scale_dtype` becomes zeros.
+
+  Args:
+    w: float32, finite, of the weight's own shape.
+    contracted_axes: c > 0: products sum over the first c axes, c < 0: over the last -c.
+    group_size: Contracted elements that share a scale, a multiple of 64; None: one for the tensor.
+  Raises: ValueError: an element is not finite, or a scale is beyond `scale_dtype`.
+  Source: BitNet b1.58, arXiv:2402.17764, equations 1 to 3.
+  """
+  w_NxK = _rows(w, contracted_axes)
+  sums = _reduce(np.add, w_NxK, group_size)
+  counts = (
+    w.size if group_size is None else np.diff(_starts(w_NxK, group_size), append=len(w_NxK.T))
+  )
+  scales = _cast(sums / counts, scale_dtype)
+  codes = np.empty((len(w_NxK), row_bytes(w_NxK.shape[1])), np.uint8)
+  for chunk, w_nxK, s_nxK in _chunks(w_NxK, scales, group_size):
+    ratio = np.divide(w_nxK, s_nxK, out=np.zeros_like(w_nxK), where=s_nxK > 0)
+    codes[chunk] = pack_rows(np.rint(np.clip(ratio, -1, 1)).astype(np.int8))
+  return _array(codes, scales, w.shape, contracted_axes, group_size, mode)
+
+
+def exact(
+  w: Float32[np.ndarray, "..."],
+  contracted_axes: int,
+  *,
+  group_size: int | None = None,
+  scale_dtype: DTypeLike = "float16",
+  mode: Mode = "w2a16",
+) -> TernaryArray:
+  """The same weight, packed: each of its groups holds no other values than -s, 0 and s.
+
+  Arguments as in `absmean`.
+  Raises: ValueError: a group holds another value, or `scale_dtype` has no such s; it names the row
+    (output channel) and the element.
+  """
+  w_NxK = _rows(w, contracted_axes)
+  maxima = _reduce(np.maximum, w_NxK, group_size)
+  scales = _cast(maxima, scale_dtype)
+  if (scales.astype(np.float64) != maxima).any():
+    row, group = np.argwhere(scales.astype(np.float64) != maxima)[0]
+    raise ValueError(
+      f"row {row}, group {group}: the scale {maxima[row, group]!r} is no {scales.dtype}: choose"
+      " scale_dtype='float32'"
+    )
+  codes = np.empty((len(w_NxK), row_bytes(w_NxK.shape[1])), np.uint8)
+  for chunk, w_nxK, s_nxK in _chunks(w_NxK, scales, group_size):
+    other = (w_nxK != 0) & (np.abs(w_nxK) != s_nxK)
+    if other.any():
+      row, k = np.argwhere(other)[0]
+      raise ValueError(
+        f"row {chunk.start + row}, element {k}: {w_nxK[row, k]!r} is none of -s, 0 and s for"
+        f" s = {np.broadcast_to(s_nxK, other.shape)[row, k]!r}: round it with absmean"
+      )
+    codes[chunk] = pack_rows(np.sign(w_nxK).astype(np.int8))
+  return _array(codes, scales, w.shape, contracted_axes, group_size, mode)
+
+
+def pack_rows(w_NxK: Int8[np.ndarray, "N K"]) -> UInt8[np.ndarray, "N Y"]:
+  """Rows of -1, 0 and 1 as codes, padded with zeros. Values are not checked."""
+  n, k = w_NxK.shape
+  fields = np.ones((n, 4 * row_bytes(k)), np.uint8)
+  np.add(w_NxK, 1, out=fields[:, :k].view(np.int8))
+  return gather(fields)
+
+
+def unpack_rows(codes: UInt8[np.ndarray, "N Y"], k: int) -> Int8[np.ndarray, "N K"]:
+  """The -1, 0 and 1 of rows of k elements: the inverse of `pack_rows`."""
+  return spread(codes).view(np.int8)[:, :k] - np.int8(1)
+
+
+def _rows(w: np.ndarray, contracted_axes: int) -> Float32[np.ndarray, "N K"]:
+  c = Contraction(w.shape, contracted_axes)
+  return w.reshape(c.k, c.n).T if contracted_axes > 0 else w.reshape(c.n, c.k)
+
+
+def _starts(w_NxK: np.ndarray, group_size: int | None) -> np.ndarray:
+  k = w_NxK.shape[1]
+  return np.arange(0, k, group_size or k)
+
+
+def _reduce(
+  operation: np.ufunc, w_NxK: np.ndarray, group_size: int | None
+) -> Float64[np.ndarray, "N Q"]:
+  """|w| reduced over each group, or over the tensor to [1, 1]."""
+  starts = _starts(w_NxK, group_size)
+  parts = [
+    operation.reduceat(np.abs(w_nxK), starts, axis=1, dtype=np.float64)
+    for _, w_nxK, _ in _chunks(w_NxK, np.zeros((1, 1)), None)
+  ]
+  reduced = np.concatenate(parts)
+  if not np.isfinite(reduced).all():
+    row, group = np.argwhere(~np.isfinite(reduced))[0]
+    raise ValueError(f"row {row}, group {group} of the weight has an element that is not finite")
+  return reduced if group_size else operation.reduce(reduced, axis=(0, 1), keepdims=True)
+
+
+def _chunks(
+  w_NxK: np.ndarray, scales: np.ndarray, group_size: int | None
+) -> Iterator[tuple[slice, Float32[np.ndarray, "n K"], Float32[np.ndarray, "#n #K"]]]:
+  """Some rows at a time, with the scale of each element."""
+  n, k = w_NxK.shape
+  step = max(1, _CHUNK_ELEMENTS // k)
+  for first in range(0, n, step):
+    chunk = slice(first, min(first + step, n))
+    if group_size is None:
+      s = scales.astype(np.float32)
+    else:
+      s = np.repeat(scales[chunk].astype(np.float32), group_size, axis=1)[:, :k]
+    yield chunk, w_NxK[chunk], s
+
+
+def _cast(scales: np.ndarray, dtype: DTypeLike) -> Float[np.ndarray, "N Q"]:
+  with np.errstate(over="ignore"):
+    cast = scales.astype(jnp.dtype(dtype))
+  if not np.isfinite(cast).all():
+    raise ValueError(f"a scale of {scales.max():g} is beyond {cast.dtype}: choose 'float32'")
+  return cast
+
+
+def _array(
+  codes: np.ndarray,
+  scales: np.ndarray,
+  shape: tuple[int, ...],
+  contracted_axes: int,
+  group_size: int | None,
+  mode: Mode,
+) -> TernaryArray:
+  return TernaryArray.from_rows(
+    jnp.asarray(codes), jnp.asarray(scales), shape, contracted_axes,
+    group_size=group_size, mode=mode,
+  )  # fmt: skip

@@ -1,0 +1,156 @@
+"""A ternary weight as two-bit codes and scales, in the one packing that every kernel here reads."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int
+
+from neurojax.weights.contraction import Contraction
+
+BLOCK = 64
+"""Contracted elements are padded with zeros to a multiple of this: 16 bytes of codes."""
+
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+Mode = Literal["w2a16", "w2a8"]
+"""How activations enter a product with two-bit weights.
+
+"w2a16": as they are (bfloat16 on a GPU), products exact, sums in float32.
+"w2a8": rounded to int8 with one scale per row (token), products and sums of a scale group exact.
+"""
+
+
+def row_bytes(k: int) -> int:
+  """Bytes of codes in a row of k contracted elements, padding included."""
+  return -(-k // BLOCK) * BLOCK // 4
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TernaryArray:
+  """A weight matrix with elements -s, 0 and s. A pytree of two arrays.
+
+  The weight has K contracted elements (its leading axes; for a tied head its trailing ones) and
+  N output channels (the other axes). With Y = 16 * ceil(K / 64), byte y of row n holds elements
+  k = 4y .. 4y+3 of channel n, the first in its lowest bits:
+
+    w[n, 4y + j] = ((codes[n, y] >> 2j & 3) - 1) * scales[n, (4y + j) // group_size]
+
+  Codes are 0, 1 and 2; elements past K are zeros (code 1). This is the order of the 2-bit blocks
+  of GGUF's Q2_0, without the scales between them.
+
+  Further leading axes on both arrays (layers) are allowed: `jax.tree.map` with `jnp.stack` adds
+  one, `lax.scan` or an index takes it off. Only then can it be multiplied by.
+
+  Attributes:
+    codes: uint8 [..., N, Y].
+    scales: float16, bfloat16 or float32, as the source gave them: [..., N, ceil(K / group_size)],
+      or [..., 1, 1] if group_size is None.
+    weight_shape: The weight's own shape, without further leading axes.
+    contracted_axes: c > 0 when the first c axes are contracted, c < 0 when the last -c are.
+    group_size: Contracted elements that share a scale, a multiple of 64; None: one for the tensor.
+    mode: How activations are multiplied by it.
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  codes: Any
+  scales: Any
+  weight_shape: tuple[int, ...] = field(metadata={"static": True})
+  contracted_axes: int = field(metadata={"static": True})
+  group_size: int | None = field(metadata={"static": True})
+  mode: Mode = field(default="w2a16", metadata={"static": True})
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "weight_shape", tuple(self.weight_shape))
+    if self.group_size is not None and (self.group_size < 1 or self.group_size % BLOCK):
+      raise ValueError(f"group_size = {self.group_size}: a multiple of {BLOCK}, or None")
+
+  @classmethod
+  def from_rows(
+    cls,
+    codes: np.ndarray | Array,
+    scales: np.ndarray | Array,
+    weight_shape: tuple[int, ...],
+    contracted_axes: int,
+    *,
+    group_size: int | None,
+    mode: Mode = "w2a16",
+  ) -> "TernaryArray":
+    """One weight, without further leading axes, from arrays of the shapes and dtypes above.
+
+    Raises: ValueError: a shape or dtype is another one. That codes are 0, 1 or 2 and padding is 1
+      is not checked: whoever packs (`quantize`, `codecs`) sees to it.
+    """
+    w = cls(codes, scales, weight_shape, contracted_axes, group_size, mode)
+    n, k = w.contraction.n, w.contraction.k
+    wanted = (n, row_bytes(k))
+    if codes.shape != wanted or codes.dtype != np.uint8:
+      raise ValueError(
+        f"codes are {codes.dtype} {codes.shape}: a weight {w.weight_shape} of {n} channels and {k}"
+        f" contracted elements has uint8 {wanted}"
+      )
+    wanted = (1, 1) if group_size is None else (n, -(-k // group_size))
+    if scales.shape != wanted or scales.dtype.name not in SCALE_DTYPES:
+      raise ValueError(
+        f"scales are {scales.dtype} {scales.shape}: {n} channels of {k} elements with"
+        f" group_size={group_size} have {wanted}, in {', '.join(SCALE_DTYPES)}"
+      )
+    return w
+
+  @property
+  def contraction(self) -> Contraction:
+    return Contraction(self.weight_shape, self.contracted_axes)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The weight's shape behind the further leading axes, if there are any."""
+    return (*self.codes.shape[:-2], *self.weight_shape)
+
+  @property
+  def nbytes(self) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.codes, self.scales))
+
+  def dequantize(self) -> Float32[Array, "..."]:
+    """The weight that products multiply by, float32 of `shape`."""
+    c = self.contraction
+    w_NxK = self._rows(self.codes, self.scales)[..., : c.k]
+    w_NxK = w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)
+    return w_NxK.reshape(self.shape)
+
+  def take(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
+    """Rows of the dequantised weight: the embedding of each id, out-of-range ids clamped.
+
+    Raises: ValueError: the weight is not `[V, D]` with the trailing axis contracted.
+    """
+    self.check_single()
+    if self.contracted_axes != -1 or len(self.weight_shape) != 2:
+      raise ValueError(
+        f"take needs a weight [V, D] with contracted_axes=-1, not one of shape"
+        f" {self.weight_shape} with contracted_axes={self.contracted_axes}"
+      )
+    vocab, k = self.weight_shape
+    ids = jnp.clip(ids, 0, vocab - 1)
+    scales = self.scales[0] if self.group_size is None else self.scales[ids]
+    scales = jnp.broadcast_to(scales, (*ids.shape, scales.shape[-1]))
+    return self._rows(self.codes[ids], scales)[..., :k]
+
+  def check_single(self) -> None:
+    """Raises: ValueError: there are further leading axes."""
+    if self.codes.ndim != 2:
+      raise ValueError(
+        f"{self.shape} has {self.codes.ndim - 2} axes in front of the weight's"
+        f" {self.weight_shape}: index them or scan over them first"
+      )
+
+  def _rows(self, codes: Array, scales: Array) -> Float32[Array, "... K"]:
+    """Dequantised rows with their padding."""
+    shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8).reshape((1,) * codes.ndim + (4,))
+    fields = codes[..., None] >> shifts & 3
+    w = (fields.astype(jnp.int8) - 1).astype(jnp.float32).reshape(*codes.shape[:-1], -1)
+    s = scales.astype(jnp.float32)
+    if self.group_size is not None:
+      s = jnp.repeat(s, self.group_size, axis=-1)[..., : w.shape[-1]]
+    return w * s
