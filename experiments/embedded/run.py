@@ -17,7 +17,7 @@ from neurojax.kernels import timing
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
 PERPLEXITY = HERE / "perplexity.csv"
-MODELS = HERE.parents[1] / "neurojax" / "models"
+MODELS = HERE.parents[1] / "neurojax" / "packaged"
 SETTINGS = (("w2a8", 1), ("w2a8", 2), ("w2a16", 1), ("dense", 1))
 _FIRST, _SECOND = "<!-- losses -->\n", "<!-- perplexity -->\n"
 _END = "<!-- / -->"

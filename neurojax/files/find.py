@@ -6,7 +6,7 @@ from pathlib import Path
 from neurojax.files.hub import cache
 from neurojax.files.hub.address import ALIASES, Address
 
-PACKAGED = Path(__file__).parents[1] / "models" / "neurollm.gguf"
+PACKAGED = Path(__file__).parents[1] / "packaged" / "neurollm.gguf"
 """The model that the package carries; its card is README.md beside it."""
 
 
