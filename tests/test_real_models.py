@@ -75,7 +75,7 @@ def test_the_demo_streams_an_answer_and_computes_its_verdict(capsys):
 def test_a_chat_template_of_the_file_is_used_and_cannot_be_broken_out_of():
   from neurojax.files.find import model_path
   from neurojax.files.open import open_model
-  from neurojax.tokenizer.conversation import encode_chat
+  from neurojax.tokenizer.chat.prompt import encode_chat
   from neurojax.tokenizer.tokenizer import Tokenizer
 
   with open_model(model_path("smollm2")) as file:

@@ -40,7 +40,7 @@ class Chat(ModelOptions, EngineOptions, SamplingOptions):
   async def _chat(self) -> int:
     from neurojax.engine.api import Request
     from neurojax.engine.text import stream_text
-    from neurojax.tokenizer.conversation import encode_chat
+    from neurojax.tokenizer.chat.prompt import encode_chat
 
     with self.open() as file:
       tokenizer = open_tokenizer(file)

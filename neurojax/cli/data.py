@@ -13,7 +13,7 @@ from neurojax.cli.options import stderr
 
 if TYPE_CHECKING:
   from neurojax.data.token_shards import Meta
-  from neurojax.tokenizer.spec import TokenizerSpec
+  from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

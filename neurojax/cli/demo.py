@@ -114,7 +114,7 @@ class Demo(ModelOptions, SamplingOptions):
   def _prompt(self, tokenizer: "Tokenizer") -> tuple[list[int], str, float]:
     """The ids to go on from, what is shown in front of the answer, and the temperature that suits."""
     if self.prompt is None and (self.question is not None or tokenizer.spec.chat_template):
-      from neurojax.tokenizer.conversation import encode_chat
+      from neurojax.tokenizer.chat.prompt import encode_chat
 
       question = QUESTION if self.question is None else self.question
       lead = f"[bold cyan]user[/]       {escape(question)}\n[bold cyan]assistant[/]  "

@@ -15,7 +15,7 @@ from neurojax.cli.text import read_text
 if TYPE_CHECKING:
   from neurojax.files.write.trained_weights import Weights
   from neurojax.measure.quality.perplexity import PerplexityResult
-  from neurojax.tokenizer.spec import TokenizerSpec
+  from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
 

@@ -53,7 +53,7 @@ class Tokenize:
 
 def _open(model: str, apart: Path | None) -> "Tokenizer":
   """The tokenizer of a model argument. Raises: ValueError: it has none."""
-  from neurojax.tokenizer.huggingface import spec_from_file, spec_from_folder
+  from neurojax.tokenizer.read.folder import spec_from_file, spec_from_folder
   from neurojax.tokenizer.tokenizer import Tokenizer
 
   path = model_path(model)

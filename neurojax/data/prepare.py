@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from neurojax.data.text import Corpus, Format, Part, Tally
+from neurojax.data.corpus import Corpus, Format, Part, Tally
 from neurojax.data.token_shards import (
   FORMAT,
   META,
@@ -27,11 +27,11 @@ from neurojax.data.token_shards import (
   dtype_for,
   write_synced,
 )
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.stored import dump_spec
+from neurojax.tokenizer.spec_json import dump_spec
 from neurojax.tokenizer.tokenizer import Tokenizer
-from neurojax.tokenizer.tokenizer_json import json_from_spec
-from neurojax.tokenizer.train import train_bpe
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
+from neurojax.tokenizer.vocabulary_training import train_bpe
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 
 # Characters encoded in one call: enough for every core, little enough for memory.
 _BATCH = 1 << 21

@@ -24,8 +24,8 @@ import numpy as np
 from neurojax.config import from_dict
 from neurojax.files.digest import sha256_of
 from neurojax.files.put import stored
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.stored import parse_spec
+from neurojax.tokenizer.spec_json import parse_spec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 FORMAT = "neurojax.tokens/1"
 META, SPEC, TOKENIZER_JSON = "meta.json", "tokenizer.spec.json", "tokenizer.json"

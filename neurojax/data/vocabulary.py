@@ -6,9 +6,9 @@ from pathlib import Path
 from neurojax.data.token_shards import META, read_spec
 from neurojax.files.find import model_path
 from neurojax.files.open import open_model
-from neurojax.tokenizer.huggingface import spec_from_file
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.tokenizer_json import spec_from_json
+from neurojax.tokenizer.read.folder import spec_from_file
+from neurojax.tokenizer.read.tokenizer_json import spec_from_json
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 
 from neurojax.engine.api import Engine, FinishReason, Request, Token
-from neurojax.tokenizer.stopping import StopStrings
+from neurojax.tokenizer.stop_strings import StopStrings
 from neurojax.tokenizer.tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ from neurojax.config import ModelConfig, Span
 from neurojax.files.kept import stored_forms
 from neurojax.files.model_file import ModelFile
 from neurojax.forms import Scales, Weights, capacity_for
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def describe_tokenizer(path: Path) -> dict[str, Any] | None:
   """As `describe`, about a folder, or a tokenizer.json or tokenizer.model in one, that holds a tokenizer
   and no model; None where there is none either. Raises: ValueError, NotImplementedError: it is no
   tokenizer that is read."""
-  from neurojax.tokenizer.huggingface import spec_from_folder
+  from neurojax.tokenizer.read.folder import spec_from_folder
 
   folder = path if path.is_dir() else path.parent
   if not path.is_dir() and path.name not in ("tokenizer.json", "tokenizer.model"):

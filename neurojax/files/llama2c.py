@@ -21,7 +21,7 @@ import numpy as np
 from neurojax.config import ModelConfig
 from neurojax.files import digest, names
 from neurojax.files.tensor_info import TensorInfo
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 from neurojax.weights.rows import GroupedRows
 
 _HEADER = struct.Struct("<7i")

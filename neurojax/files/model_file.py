@@ -9,7 +9,7 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.files.tensor_info import TensorInfo
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 if TYPE_CHECKING:
   from neurojax.files.names import Interpretation

@@ -1,11 +1,11 @@
 """Text to token ids and back, chat templates, stop strings. Imports no JAX."""
 
-from neurojax.tokenizer.chat import ChatTemplate
-from neurojax.tokenizer.conversation import encode_chat
-from neurojax.tokenizer.from_gguf import spec_from_gguf
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.stopping import StopStrings
+from neurojax.tokenizer.chat.prompt import encode_chat
+from neurojax.tokenizer.chat.template import ChatTemplate
+from neurojax.tokenizer.read.gguf import spec_from_gguf
+from neurojax.tokenizer.stop_strings import StopStrings
 from neurojax.tokenizer.tokenizer import Detokenizer, Tokenizer
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 __all__ = [
   "ChatTemplate",

@@ -2,28 +2,28 @@
 
 import codecs
 import functools
-import itertools
 import json
 import operator
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
 
-from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
-from neurojax.tokenizer.cut import parts_at_spaces
-from neurojax.tokenizer.library import Library, decoding, encode_parts, piece_bytes
-from neurojax.tokenizer.merge import Merger
-from neurojax.tokenizer.pretokenizers import PreTokenizer, pre_tokenizer
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.byte_alphabet import BYTE_TOKEN, SPACE, byte_alphabet
+from neurojax.tokenizer.encode.bpe import (
+  byte_level_bpe,
+  scored_bpe_encoder,
+  spelled_ids,
+  text_bpe_encoder,
+)
+from neurojax.tokenizer.encode.long_text import parts_at_spaces
+from neurojax.tokenizer.encode.tokenizer_json import JsonEncoder, encode_parts, piece_bytes
+from neurojax.tokenizer.pretokenizers import pre_tokenizer
+from neurojax.tokenizer.read.json_rules import decoding
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
-_SPACE = "\u2581"
 # A noncharacter, which no text carries: it keeps apart what must not become a special token.
 _GUARD = "\ufdd0"
 _ASCII_SPACE = " \t\n\v\f\r"
-# Types whose spelling in a text never becomes the token by merging.
-_UNSPELLED = frozenset({"control", "unknown", "byte"})
 
 
 class Tokenizer:
@@ -40,21 +40,21 @@ class Tokenizer:
   def __init__(self, spec: TokenizerSpec):
     self.spec = spec
     self._fast: tokenizers.Tokenizer | None = None
-    self._library: Library | None = None
+    self._library: JsonEncoder | None = None
     if spec.kind == "json":
       control = {t: i for i, t in enumerate(spec.tokens) if spec.types[i] in ("control", "unknown")}
-      self._library = library = Library(spec.source, control)
+      self._library = library = JsonEncoder(spec.source, control)
       self._encode_text = functools.partial(library.encode, parse_special=False)
     elif spec.kind == "spm":
-      self._encode_text = _scored(spec)
+      self._encode_text = scored_bpe_encoder(spec)
     elif (rules := pre_tokenizer(spec.pre)).byte_level:
-      self._fast = fast = _byte_level(spec, rules)
+      self._fast = fast = byte_level_bpe(spec, rules)
       split = parts_at_spaces if rules.cuts_at_spaces else lambda text: [text]
       self._encode_text = lambda text: self._known(encode_parts(fast, split(text)))
       # Few vocabularies lack one.
-      self._lacks_bytes = not byte_alphabet().keys() <= _spelled(spec).keys()
+      self._lacks_bytes = not byte_alphabet().keys() <= spelled_ids(spec).keys()
     else:
-      self._encode_text = _raw_text(spec, rules)
+      self._encode_text = text_bpe_encoder(spec, rules)
     self._pieces = tuple(_pieces(spec))
     self._hidden = tuple(kind in ("control", "unknown") for kind in spec.types)
     specials = [
@@ -303,133 +303,10 @@ def _pieces(spec: TokenizerSpec) -> Iterable[bytes]:
       yield bytes([int(match[1], 16)])
     elif kind in ("normal", "unused", "byte"):
       if not byte_level:
-        yield token.replace(_SPACE, " ").encode("utf-8", "replace")
+        yield token.replace(SPACE, " ").encode("utf-8", "replace")
       elif all(char in alphabet for char in token):
         yield bytes(map(alphabet.__getitem__, token))
       else:
         yield token.encode("utf-8", "replace")
     else:
       yield token.encode("utf-8", "replace")
-
-
-def _spelled(spec: TokenizerSpec) -> dict[str, int]:
-  """The id of each piece that text may become."""
-  ids: dict[str, int] = {}
-  for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True)):
-    if not token or kind in _UNSPELLED:
-      continue
-    if token in ids:
-      raise ValueError(f"tokens {ids[token]} and {i} are both {token!r}; pieces must be unique")
-    ids[token] = i
-  return ids
-
-
-def _merges(spec: TokenizerSpec, ids: dict[str, int]) -> dict[tuple[str, str], int]:
-  """The rank of each merge, without those that would spell a control, unknown or byte token."""
-  known = set(spec.tokens)
-  ranks: dict[tuple[str, str], int] = {}
-  for rank, line in enumerate(spec.merges):
-    # A piece may itself begin with a space.
-    cut = line.find(" ", 1)
-    left, right = line[:cut], line[cut + 1 :]
-    if cut < 0 or not right:
-      raise ValueError(f"merge {rank} is {line!r}; it must be two pieces with a space between")
-    for piece in (left, right, left + right):
-      if piece not in known:
-        raise ValueError(f"merge {rank} is {line!r}, but {piece!r} is not in the vocabulary")
-    if left in ids and right in ids and left + right in ids:
-      ranks.setdefault((left, right), rank)
-  return ranks
-
-
-def _byte_level(spec: TokenizerSpec, rules: PreTokenizer) -> tokenizers.Tokenizer:
-  ids = _spelled(spec)
-  # A byte without a token keeps its neighbours apart, and is left out in the end.
-  missing = {char: len(spec.tokens) + i for i, char in enumerate(set(byte_alphabet()) - ids.keys())}
-  model = models.BPE(
-    vocab=ids | missing, merges=list(_merges(spec, ids)), ignore_merges=rules.whole_words
-  )
-  fast = tokenizers.Tokenizer(model)
-  fast.pre_tokenizer = byte_level_splitter(rules)
-  return fast
-
-
-def byte_level_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
-  """The library's form of byte-level rules."""
-  return pre_tokenizers.Sequence(
-    [
-      *(pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in rules.patterns),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-
-
-def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], list[int]]:
-  """Pieces to ids, with a piece that has none spelled byte by byte; a run of what no byte tokens
-  spell is one unknown token, as in SentencePiece."""
-  byte_ids = {
-    int(match[1], 16): i
-    for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True))
-    if kind == "byte" and (match := BYTE_TOKEN.fullmatch(token))
-  }
-
-  def missing(piece: str) -> list[int]:
-    found = [byte_ids.get(byte) for byte in piece.encode("utf-8")]
-    if None not in found:
-      return found
-    if spec.unknown_id is None:
-      raise ValueError(
-        f"the vocabulary cannot spell {piece!r}: it has neither byte tokens for it nor an unknown"
-        " token; leave the character out"
-      )
-    return unknown
-
-  unknown = [spec.unknown_id]
-
-  def spell(pieces: list[str]) -> list[int]:
-    out: list[int] = []
-    for piece in pieces:
-      token_id = ids.get(piece)
-      if token_id is not None:
-        out.append(token_id)
-      elif (spelled := missing(piece)) != unknown or out[-1:] != unknown:
-        out.extend(spelled)
-    return out
-
-  return spell
-
-
-def _raw_text(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[int]]:
-  """BPE on text itself (Gemma 4): merges by rank, line by line."""
-  ids = _spelled(spec)
-  ranks = _merges(spec, ids)
-  merger = Merger(lambda a, b: ranks.get((a, b)), {a[-1] + b[0] for a, b in ranks})
-  spell = _speller(spec, ids)
-  if rules.patterns != (r"[^\n]+|[\n]+",) or rules.whole_words:
-    raise NotImplementedError(f"pre-tokenizer {spec.pre!r} has no implementation on raw text")
-  lines = re.compile(rules.patterns[0])
-
-  def encode(text: str) -> list[int]:
-    out: list[int] = []
-    for line in lines.findall(text.replace(" ", _SPACE)):
-      whole = rules.lines and line[0] == "\n" and line in ids
-      out.extend(spell([line] if whole else merger.pieces(line)))
-    return out
-
-  return encode
-
-
-def _scored(spec: TokenizerSpec) -> Callable[[str], list[int]]:
-  """SentencePiece BPE: any two neighbours whose text is a piece join, best score first.
-
-  Source: Kudo and Richardson, arXiv:1808.06226; llama.cpp orders equal scores from the left.
-  """
-  ids = _spelled(spec)
-  if not any(_SPACE in token for token in ids):
-    # llama2.c spells its pieces with plain spaces.
-    ids = {token.replace(" ", _SPACE): i for token, i in ids.items()}
-  rank = {token: -spec.scores[i] for token, i in ids.items()}
-  joints = {a + b for token in ids for a, b in itertools.pairwise(token)}
-  merger = Merger(lambda a, b: rank.get(a + b), joints)
-  spell = _speller(spec, ids)
-  return lambda text: spell(merger.pieces(text.replace(" ", _SPACE)))

@@ -10,7 +10,7 @@ import pytest
 from neurojax.cli import main
 from neurojax.cli.tokenize import Tokenize
 from neurojax.tokenizer import Tokenizer
-from neurojax.tokenizer.tokenizer_json import json_from_spec
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 from tests import tinymodel
 from tests.tokenizer import vocab
 

@@ -16,14 +16,13 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from neurojax.cli import main
-from neurojax.data import text
 from neurojax.data.prepare import Preparation, partial_folder, prepare
 from neurojax.data.token_shards import META, SPEC, Tokens, check_digests, read_meta, read_spec
 from neurojax.data.vocabulary import read_vocabulary
 from neurojax.tokenizer import Tokenizer
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
-from neurojax.tokenizer.stored import dump_spec, parse_spec
-from neurojax.tokenizer.train import END_OF_TEXT, train_bpe
+from neurojax.tokenizer.spec_json import dump_spec, parse_spec
+from neurojax.tokenizer.vocabulary_training import END_OF_TEXT, train_bpe
 from tests import tinymodel
 
 HOSTILE = [
@@ -89,7 +88,7 @@ def test_the_same_again_is_the_same(data: Path, corpus: Path, tmp_path: Path):
 def test_small_parts_and_batches_change_no_token(
   data: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(text, "_PART", 6)
+  monkeypatch.setattr("neurojax.data.corpus._PART", 6)
   monkeypatch.setattr("neurojax.data.prepare._BATCH", 300)
   other = prepared(
     tmp_path / "o",

@@ -7,8 +7,8 @@ import pytest
 from neurojax.engine.api import EngineError, Request
 from neurojax.engine.fake import FakeEngine
 from neurojax.engine.text import stream_text
-from neurojax.tokenizer.spec import TokenizerSpec
 from neurojax.tokenizer.tokenizer import Tokenizer
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 from tests.tinymodel import VOCAB
 
 # Ids 3..258 are the bytes 0..255, so that the fake engine counts through the bytes.

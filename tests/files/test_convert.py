@@ -19,8 +19,8 @@ from neurojax.files.write.gguf import to_gguf
 from neurojax.files.write.ternarize import nearest
 from neurojax.files.write.trained_gguf import Card, write_gguf
 from neurojax.files.write.transformers_config import config_json
-from neurojax.tokenizer.sentencepiece import spec_from_sentencepiece
-from neurojax.tokenizer.to_sentencepiece import sentencepiece_from_spec
+from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
+from neurojax.tokenizer.write.tokenizer_model import sentencepiece_from_spec
 from neurojax.weights import codecs
 from tests.files import families, tiny, trained
 from tests.tokenizer import vocab

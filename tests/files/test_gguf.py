@@ -226,7 +226,7 @@ def smollm2() -> Path:
 
 
 def test_smollm2_is_described() -> None:
-  pytest.importorskip("neurojax.tokenizer.from_gguf")
+  pytest.importorskip("neurojax.tokenizer.read.gguf")
   with open_model(smollm2()) as model:
     found = inspect.describe(model)
   assert found["unsupported"] == []

@@ -249,7 +249,7 @@ def test_the_tiny_model_is_fine(tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_read_leaves_the_file_open_to_inspection(
   tmp_path: Path, model: str, error: type[Exception]
 ) -> None:
-  pytest.importorskip("neurojax.tokenizer.from_gguf")
+  pytest.importorskip("neurojax.tokenizer.read.gguf")
   path = tmp_path / "m.gguf"
   path.write_bytes(tiny.header([tiny.key("tokenizer.ggml.model", 8, tiny.text(model))]))
   with open_model(path) as file:

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from neurojax.files import inspect
 from neurojax.files.load import load_span, parameter_bytes
 from neurojax.files.open import open_model
-from neurojax.tokenizer.tokenizer_json import json_from_spec
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 from tests.files import tiny
 from tests.shared import shared
 from tests.tokenizer import vocab

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neurojax.tokenizer import ChatTemplate, Tokenizer, sandbox
+from neurojax.tokenizer import ChatTemplate, Tokenizer
+from neurojax.tokenizer.chat import sandbox
 from tests.shared import shared
 from tests.tokenizer import vocab
 from tests.tokenizer.golden.conversations import CONVERSATIONS, SPECIAL

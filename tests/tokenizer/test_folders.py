@@ -12,13 +12,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from neurojax.tokenizer import Tokenizer, spec_from_gguf
-from neurojax.tokenizer.huggingface import spec_from_file, spec_from_folder, spec_from_library
-from neurojax.tokenizer.portable import portable
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
-from neurojax.tokenizer.sentencepiece import spec_from_sentencepiece
-from neurojax.tokenizer.stored import dump_spec, parse_spec
-from neurojax.tokenizer.to_gguf import gguf_from_spec
-from neurojax.tokenizer.tokenizer_json import json_from_spec
+from neurojax.tokenizer.read.folder import spec_from_file, spec_from_folder
+from neurojax.tokenizer.read.tokenizer_json import spec_from_library
+from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
+from neurojax.tokenizer.spec_json import dump_spec, parse_spec
+from neurojax.tokenizer.write.gguf import gguf_from_spec
+from neurojax.tokenizer.write.gguf_terms import in_gguf_terms
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 
 PIECES = json.loads((Path(__file__).parent / "golden" / "sentencepiece.json").read_text())
 SPACE = "\u2581"
@@ -175,11 +176,11 @@ def test_a_tokenizer_json_becomes_gguf_or_is_refused(name: str, made: dict):
 
 
 def test_gemmas_tokenizer_goes_from_gguf_to_a_folder(made: dict):
-  given = portable(spec_from_library(made["gemma"].to_str(), {"eos_token": "</s>"}))
+  given = in_gguf_terms(spec_from_library(made["gemma"].to_str(), {"eos_token": "</s>"}))
   assert (given.kind, given.pre) == ("bpe", "gemma4")
   text = json_from_spec(given)
   again = spec_from_library(text, {"eos_token": "</s>"})
-  assert portable(again) == given
+  assert in_gguf_terms(again) == given
   ours, theirs = Tokenizer(given), tokenizers.Tokenizer.from_str(text)
   for sample in hostile(150, seed=9):
     sample = sample.replace("<tool>", "")
@@ -192,8 +193,8 @@ def test_gemmas_tokenizer_goes_from_gguf_to_a_folder(made: dict):
 
 
 def test_long_texts_are_cut_without_a_trace(made: dict, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr("neurojax.tokenizer.cut._PART", 7)
-  monkeypatch.setattr("neurojax.tokenizer.library._LONG", 1)
+  monkeypatch.setattr("neurojax.tokenizer.encode.long_text._PART", 7)
+  monkeypatch.setattr("neurojax.tokenizer.encode.tokenizer_json._LONG", 1)
   text = " ".join(hostile(30)) + " the cat  sat on the été mat " * 4
   for name in ("llama-bpe", "qwen2"):
     for sample in (text, text.replace("<", "")):
@@ -206,7 +207,7 @@ def test_long_texts_are_cut_without_a_trace(made: dict, monkeypatch: pytest.Monk
 def test_long_texts_by_words_have_the_same_ids(
   name: str, made: dict, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr("neurojax.tokenizer.library._LONG", 0)
+  monkeypatch.setattr("neurojax.tokenizer.encode.tokenizer_json._LONG", 0)
   ours = Tokenizer(spec_from_library(made[name].to_str()))
   for text in hostile(150, seed=4):
     text = text.replace("<tool>", "thing")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from neurojax.tokenizer import Tokenizer
-from neurojax.tokenizer.merge import Merger, merge
+from neurojax.tokenizer.encode.merge import Merger, merge
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tests.tokenizer import vocab
 

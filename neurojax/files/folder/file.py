@@ -22,7 +22,7 @@ from neurojax.files.folder.weights import NUMBERS, Weight, Weights
 from neurojax.files.names.architecture import Demand, Fault
 from neurojax.files.tensor_info import TensorInfo
 from neurojax.forms import Form, Grouped
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 from neurojax.weights.rows import GroupedRows
 
 CONFIG = "config.json"
@@ -70,7 +70,7 @@ class HuggingFaceFile:
 
   @functools.cached_property
   def tokenizer(self) -> TokenizerSpec | None:
-    from neurojax.tokenizer.huggingface import spec_from_folder
+    from neurojax.tokenizer.read.folder import spec_from_folder
 
     return spec_from_folder(self.path)
 

@@ -23,7 +23,7 @@ from neurojax.files.gguf.blocks import BLOCKS
 from neurojax.files.gguf.parts import Parts, whole_metadata
 from neurojax.files.tensor_info import TensorInfo
 from neurojax.forms import Form, Plain, Scales
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 from neurojax.weights import codecs
 from neurojax.weights.rows import GroupedRows
 
@@ -74,7 +74,7 @@ class GgufFile:
     # "none" and "no_vocab" are what converters write for models fed with embeddings.
     if self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
       return None
-    from neurojax.tokenizer.from_gguf import spec_from_gguf
+    from neurojax.tokenizer.read.gguf import spec_from_gguf
 
     return spec_from_gguf(self.metadata)
 

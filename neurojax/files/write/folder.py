@@ -18,10 +18,10 @@ from neurojax.files.write.safetensors import Dtype, write_safetensors
 from neurojax.files.write.tensors import DTYPES, Loss, Place, narrowest, numbers, places
 from neurojax.files.write.trained_folder import special_ids, tokenizer_config
 from neurojax.files.write.transformers_config import alike, config_json, huggingface_places
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.to_gguf import padded
-from neurojax.tokenizer.to_sentencepiece import sentencepiece_from_spec
-from neurojax.tokenizer.tokenizer_json import json_from_spec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
+from neurojax.tokenizer.write.gguf import padded
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
+from neurojax.tokenizer.write.tokenizer_model import sentencepiece_from_spec
 
 KINDS: Mapping[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = (

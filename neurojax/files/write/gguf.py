@@ -31,7 +31,7 @@ from neurojax.files.write.tensors import (
   ternary_rows,
 )
 from neurojax.model import params
-from neurojax.tokenizer.to_gguf import gguf_from_spec
+from neurojax.tokenizer.write.gguf import gguf_from_spec
 from neurojax.weights import codecs
 from neurojax.weights.ternary import TernaryArray
 

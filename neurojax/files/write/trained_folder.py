@@ -16,9 +16,9 @@ from neurojax.files.names import Stored
 from neurojax.files.tensor_info import TensorInfo
 from neurojax.files.write.safetensors import DTYPES, Dtype, write_safetensors
 from neurojax.files.write.trained_weights import Weights, stored
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.to_gguf import padded
-from neurojax.tokenizer.tokenizer_json import json_from_spec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
+from neurojax.tokenizer.write.gguf import padded
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 from neurojax.weights.codecs import dequantize
 from neurojax.weights.ternary import TernaryArray
 

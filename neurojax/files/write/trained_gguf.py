@@ -20,8 +20,8 @@ from neurojax.files.gguf.writer import FILE_TYPES, Tensor, field, write
 from neurojax.files.write import packing
 from neurojax.files.write.trained_weights import Weights, stored
 from neurojax.model import params
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.to_gguf import gguf_from_spec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
+from neurojax.tokenizer.write.gguf import gguf_from_spec
 from neurojax.weights.codecs import dequantize
 from neurojax.weights.ternary import TernaryArray
 

@@ -21,7 +21,7 @@ import gguf
 
 from neurojax.tokenizer import TokenizerSpec
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
-from neurojax.tokenizer.to_gguf import gguf_from_spec
+from neurojax.tokenizer.write.gguf import gguf_from_spec
 from tests.tokenizer import vocab
 
 HERE = Path(__file__).parent

@@ -3,45 +3,14 @@
 import itertools
 import json
 import operator
-from collections.abc import Mapping
-from typing import Any, Literal
 
 import tokenizers
 
-SPACE = "\u2581"
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_PREPEND = {"type": "Prepend", "prepend": SPACE}
-
-Prefix = Literal["never", "prepend", "always", "first"]
+from neurojax.tokenizer.byte_alphabet import SPACE
+from neurojax.tokenizer.read.json_rules import prefix_rule
 
 
-def prefix_rule(table: Mapping[str, Any]) -> Prefix:
-  """When such a tokenizer.json puts a space in front of a text: "prepend" always does; "always" and
-  "first" unless there is one, the latter only at the very start.
-
-  Raises: NotImplementedError: it does something else to a text.
-  """
-  normalizer, pre = table.get("normalizer"), table.get("pre_tokenizer")
-  steps = (
-    normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer]
-  )
-  match pre:
-    case {"type": "Metaspace", "replacement": "\u2581", "split": False} if normalizer is None:
-      scheme = pre.get("prepend_scheme", "always")
-      if scheme in ("never", "always", "first"):
-        return scheme
-    # All spaces are gone by then: this cuts nothing.
-    case None | {"type": "Split", "pattern": {"String": " "}}:
-      if steps == [_REPLACE]:
-        return "never"
-      if steps == [_PREPEND, _REPLACE]:
-        return "prepend"
-  raise NotImplementedError(
-    f"normalizer {normalizer!r:.120} with pre-tokenizer {pre!r:.120}: GGUF has no name for it"
-  )
-
-
-class Words:
+class WordEncoder:
   """Long texts word by word, each encoded once: cut where no merge reaches across.
 
   Raises: NotImplementedError: rules under which that could change an id.

@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neurojax.tokenizer.library import decoding, load, read_table
-from neurojax.tokenizer.sentencepiece import spec_from_sentencepiece
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.stops import STOP_TEXTS
+from neurojax.tokenizer.read.tokenizer_json import named_id, spec_from_library
+from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _MAX_BYTES = 512 << 20
-# Ids beyond a vocabulary are for rows without a token, never many times more.
-_MAX_GAPS = 1 << 20
 
 
 def spec_from_folder(folder: str | Path) -> TokenizerSpec | None:
@@ -48,78 +45,6 @@ def spec_from_file(path: str | Path) -> TokenizerSpec:
     spec = _with_name(path, lambda: spec_from_library(_text(path), config))
   stops = spec.stop_ids | _generation_stops(folder, len(spec.tokens))
   return dataclasses.replace(spec, stop_ids=stops, chat_template=_template(folder, config))
-
-
-def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> TokenizerSpec:
-  """The tokenizer of a tokenizer.json's text, with ids as the library `tokenizers` gives them.
-
-  Args:
-    config: What tokenizer_config.json says: `bos_token`, `eos_token`, `unk_token`. Without it nothing
-      ends a generation but tokens known by their text. Its `add_bos_token` is not asked: the file's
-      own post-processor decides, as in transformers.
-  Raises: ValueError, NotImplementedError: as `spec_from_folder`.
-  """
-  config = config or {}
-  fast = load(source)
-  table = read_table(source)
-  _, strips = decoding(table.get("decoder"))
-  ids = fast.get_vocab(with_added_tokens=True)
-  if not ids:
-    raise ValueError("tokenizer.json has no tokens: get it again")
-  size = max(ids.values()) + 1
-  if size > len(ids) + _MAX_GAPS:
-    raise ValueError(f"tokenizer.json has {len(ids)} tokens but the id {size - 1}: it is damaged")
-  tokens = [""] * size
-  for token, i in ids.items():
-    tokens[i] = token
-  types = ["normal" if token else "unused" for token in tokens]
-  added = fast.get_added_tokens_decoder()
-  if table["model"].get("byte_fallback"):
-    for byte in range(256):
-      if (i := ids.get(f"<0x{byte:02X}>")) is not None:
-        types[i] = "byte"
-  for i, token in added.items():
-    types[i] = "control" if token.special else "user"
-  unknown_id = _id(config, "unk_token", ids)
-  if unknown_id is None:
-    unknown_id = ids.get(table["model"].get("unk_token"))
-  if unknown_id is not None and types[unknown_id] == "control":
-    types[unknown_id] = "unknown"
-  first, last = _ends(fast)
-  bos_id, eos_id = _id(config, "bos_token", ids), _id(config, "eos_token", ids)
-  for name, mine, its in (("bos", bos_id, first), ("eos", eos_id, last)):
-    if mine is not None and its is not None and mine != its:
-      raise NotImplementedError(
-        f"{tokens[its]!r} is added to texts, but {name}_token is {tokens[mine]!r}: not here"
-      )
-  bos_id, eos_id = (bos_id, first)[bos_id is None], (eos_id, last)[eos_id is None]
-  stops = {i for i, token in added.items() if token.special and token.content in STOP_TEXTS}
-  return TokenizerSpec(
-    kind="json",
-    tokens=tuple(tokens),
-    types=tuple(types),
-    bos_id=bos_id,
-    eos_id=eos_id,
-    unknown_id=unknown_id,
-    stop_ids=frozenset({eos_id} - {None} or stops),
-    add_bos=first is not None,
-    add_eos=last is not None,
-    add_space_prefix=strips,
-    source=source,
-  )
-
-
-def _ends(fast: Any) -> tuple[int | None, int | None]:
-  """The ids that the file's own rule puts in front of and behind a text."""
-  bare = fast.encode("a", add_special_tokens=False).ids
-  full = fast.encode("a", add_special_tokens=True).ids
-  for at in range(len(full) - len(bare) + 1):
-    front, back = full[:at], full[at + len(bare) :]
-    if full[at : at + len(bare)] == bare and len(front) <= 1 and len(back) <= 1:
-      return (front[0] if front else None), (back[0] if back else None)
-  raise NotImplementedError(
-    f"the post-processor makes {full} of {bare}: one token in front and one behind are here"
-  )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -153,8 +78,8 @@ def _extended(spec: TokenizerSpec, config: Mapping[str, Any]) -> TokenizerSpec:
     after |= {i} if entry.get("rstrip") else set()
     before |= {i} if entry.get("lstrip") else set()
   ids = {token: i for i, token in enumerate(tokens)}
-  bos_id = _id(config, "bos_token", ids)
-  eos_id = _id(config, "eos_token", ids)
+  bos_id = named_id(config, "bos_token", ids)
+  eos_id = named_id(config, "eos_token", ids)
   bos_id = spec.bos_id if bos_id is None else bos_id
   eos_id = spec.eos_id if eos_id is None else eos_id
   return dataclasses.replace(
@@ -219,17 +144,6 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
   # Expressions, not blocks, touch the templates: they keep line ends as they are.
   tool, default = (text.removesuffix("\n") for text in (named["tool_use"], default))
   return f"{{% if tools is not none %}}{{{{ '' }}}}{tool}{{{{ '' }}}}{{% else %}}{{{{ '' }}}}{default}{{{{ '' }}}}{{% endif %}}"
-
-
-def _id(config: Mapping[str, Any], name: str, ids: Mapping[str, int]) -> int | None:
-  value = config.get(name)
-  text = value.get("content") if isinstance(value, dict) else value
-  if text is None:
-    return None
-  if not isinstance(text, str):
-    raise ValueError(f"{name} = {value!r}: expected a token's text")
-  # transformers would add a token that is not there; no embedding has its row.
-  return ids.get(text)
 
 
 def _number(key: str) -> int:

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from neurojax.tokenizer.from_gguf import spec_from_gguf
-from neurojax.tokenizer.portable import portable
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.read.gguf import spec_from_gguf
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
+from neurojax.tokenizer.write.gguf_terms import in_gguf_terms
 
 _PREFIX = "tokenizer.ggml."
 _NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "byte": 6}
@@ -24,7 +24,7 @@ def gguf_from_spec(spec: TokenizerSpec | None, vocab_size: int) -> dict[str, Any
   if spec is None:
     return {_PREFIX + "model": "no_vocab"}
   free = spec.kind == "json"
-  spec = portable(spec)
+  spec = in_gguf_terms(spec)
   spec = padded(spec, vocab_size)
   keys: dict[str, Any] = {_PREFIX + "model": _model(spec)}
   if spec.pre is not None:

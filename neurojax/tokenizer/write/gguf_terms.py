@@ -5,13 +5,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from neurojax.tokenizer.library import decoding
-from neurojax.tokenizer.spaced import prefix_rule
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.tokenizer_json import check_model, merge_line, pre_name
+from neurojax.tokenizer.read.json_rules import (
+  check_model,
+  decoding,
+  merge_line,
+  pre_name,
+  prefix_rule,
+)
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
-def portable(spec: TokenizerSpec) -> TokenizerSpec:
+def in_gguf_terms(spec: TokenizerSpec) -> TokenizerSpec:
   """The same tokenizer as "bpe" or "spm"; a spec of these kinds comes back as it is.
 
   Some things are lost, as in llama.cpp's own converter: NFC, which puts letters and their marks

@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from neurojax.tokenizer import Tokenizer, TokenizerSpec, spec_from_gguf
-from neurojax.tokenizer.to_gguf import gguf_from_spec, padded
-from neurojax.tokenizer.tokenizer_json import json_from_spec, spec_from_json
+from neurojax.tokenizer.read.tokenizer_json import spec_from_json
+from neurojax.tokenizer.write.gguf import gguf_from_spec, padded
+from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 from tests.tokenizer import vocab
 
 TEXTS = ["the theatre", "  two\n\n\tlines ", "1234 5é中\U0001f600", "it's I'LL <s>", "", "a\r\n b"]

@@ -8,7 +8,7 @@ import dataclasses
 import struct
 from collections.abc import Iterator
 
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 _TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}

@@ -5,6 +5,9 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+SPACE = "\u2581"
+"""The character that stands for a space in SentencePiece's vocabularies."""
+
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A byte's own token in SentencePiece's vocabularies."""
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import models, trainers
 
-from neurojax.tokenizer.alphabet import byte_alphabet
+from neurojax.tokenizer.byte_alphabet import byte_alphabet
+from neurojax.tokenizer.encode.bpe import byte_level_splitter
 from neurojax.tokenizer.pretokenizers import pre_tokenizer
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.tokenizer import byte_level_splitter
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST = 256 + 1

@@ -12,63 +12,18 @@ from typing import Any, Literal
 
 import tokenizers
 
-from neurojax.tokenizer.alphabet import BYTE_TOKEN, byte_alphabet
-from neurojax.tokenizer.cut import parts_at_spaces
+from neurojax.tokenizer.byte_alphabet import BYTE_TOKEN, SPACE, byte_alphabet
+from neurojax.tokenizer.encode.long_text import parts_at_spaces
+from neurojax.tokenizer.encode.words import WordEncoder
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
-from neurojax.tokenizer.spaced import Words
-from neurojax.tokenizer.tokenizer_json import pre_name
+from neurojax.tokenizer.read.json_rules import pre_name
+from neurojax.tokenizer.read.tokenizer_json import load, read_table
 
-_SPACE = "\u2581"
 # Shorter texts are not worth a second set of rules.
 _LONG = 1 << 16
-_MAX_GROWTH = 64
 
 
-def load(source: str) -> tokenizers.Tokenizer:
-  """The library's tokenizer of a tokenizer.json, without truncation or padding.
-
-  Raises: ValueError: the library does not read it.
-  """
-  try:
-    fast = tokenizers.Tokenizer.from_str(source)
-    fast.no_truncation()
-    fast.no_padding()
-    # Some contradictions, as a special token that is none, break it only here.
-    fast.encode("a")
-  except Exception as error:
-    raise ValueError(f"tokenizer.json is not read by the library `tokenizers`: {error}") from error
-  except BaseException as error:
-    # A panic of the library is no Exception.
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-      raise
-    raise ValueError(f"tokenizer.json breaks the library `tokenizers`: {error}") from error
-  return fast
-
-
-def read_table(source: str) -> dict[str, Any]:
-  """A tokenizer.json that the library has read, as data.
-
-  Raises: NotImplementedError: a normalizer that makes text much longer, which could take all memory.
-  """
-  table = json.loads(source)
-  growth = 1
-  steps = [table.get("normalizer")]
-  while steps:
-    step = steps.pop()
-    if not isinstance(step, dict):
-      continue
-    kind = step.get("type")
-    if kind == "Sequence":
-      steps += step.get("normalizers") or []
-    elif kind == "Precompiled":
-      raise NotImplementedError("normalizer 'Precompiled' (SentencePiece's map of characters)")
-    growth *= max(len(str(step.get("content", ""))), len(str(step.get("prepend", ""))), 1)
-  if growth > _MAX_GROWTH:
-    raise NotImplementedError(f"normalizers that make text {growth} times as long")
-  return table
-
-
-class Library:
+class JsonEncoder:
   """Text to ids by a tokenizer.json; safe to share among threads.
 
   Args:
@@ -82,7 +37,7 @@ class Library:
     self._control = control
     self._fast = load(source)
     self._plain: tokenizers.Tokenizer | None = None
-    self._words: Words | Literal[False] | None = None
+    self._words: WordEncoder | Literal[False] | None = None
     # No text can contain it but by knowing it.
     self._start = f"<{secrets.token_hex(24)}>"
     table = read_table(source)
@@ -123,10 +78,10 @@ class Library:
       return [self.encode(text, parse_special=False) for text in texts]
     return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
-  def _by_words(self) -> Words | None:
+  def _by_words(self) -> WordEncoder | None:
     if self._words is None:
       try:
-        self._words = Words(self._source)
+        self._words = WordEncoder(self._source)
       except (NotImplementedError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         self._words = False
     return self._words or None
@@ -231,42 +186,6 @@ def _splitter(
   return split
 
 
-def decoding(decoder: Mapping[str, Any] | None) -> tuple[bool, bool]:
-  """What a tokenizer.json's decoder does: whether pieces are in GPT-2's byte alphabet (else spaces
-  are U+2581 and bytes `<0xNN>`), and whether a text's first space is taken away.
-
-  Raises: NotImplementedError: a step that is neither.
-  """
-  steps = [decoder] if decoder is not None else []
-  while any(step.get("type") == "Sequence" for step in steps):
-    steps = [
-      inner
-      for step in steps
-      for inner in (step["decoders"] if step.get("type") == "Sequence" else [step])
-    ]
-  byte_level = strips = False
-  for step in steps:
-    match step:
-      case {"type": "ByteLevel"}:
-        byte_level = True
-      case {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}:
-        pass
-      case {"type": "ByteFallback" | "Fuse"}:
-        pass
-      case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
-        strips = True
-      case {"type": "Metaspace", "replacement": "\u2581"}:
-        strips = step.get("prepend_scheme", "always") != "never"
-      case _:
-        raise NotImplementedError(
-          f"decoder {json.dumps(step)[:120]} of tokenizer.json: only byte-level and SentencePiece's"
-          " are here"
-        )
-  if not steps:
-    raise NotImplementedError("tokenizer.json without a decoder: it would put a space between all")
-  return byte_level, strips
-
-
 def piece_bytes(token: str, *, byte_level: bool, byte_fallback: bool) -> bytes:
   """What a token adds to the text."""
   if byte_level:
@@ -276,4 +195,4 @@ def piece_bytes(token: str, *, byte_level: bool, byte_fallback: bool) -> bytes:
     return token.encode("utf-8", "replace")
   if byte_fallback and (match := BYTE_TOKEN.fullmatch(token)):
     return bytes([int(match[1], 16)])
-  return token.replace(_SPACE, " ").encode("utf-8", "replace")
+  return token.replace(SPACE, " ").encode("utf-8", "replace")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from neurojax.tokenizer.chat import ChatTemplate
+from neurojax.tokenizer.chat.template import ChatTemplate
 from neurojax.tokenizer.tokenizer import Tokenizer
 
 

@@ -6,8 +6,8 @@ wire format.
 
 import struct
 
-from neurojax.tokenizer.sentencepiece import spec_from_sentencepiece
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _TYPES = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "byte": 6}
 _VARINT, _BYTES, _FIXED32 = 0, 2, 5

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neurojax.data import text
-from neurojax.data.text import Corpus
+from neurojax.data.corpus import Corpus
 
 SEPARATOR = "<|sep|>"
 
@@ -38,11 +37,11 @@ def write(path: Path, data: bytes) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
   """Blocks and parts so small that everything meets their edges."""
-  monkeypatch.setattr(text, "_BLOCK", 7)
-  monkeypatch.setattr(text, "_PART", 5)
-  monkeypatch.setattr(text, "_LONGEST_PART", 40)
-  monkeypatch.setattr(text, "_LONGEST_LINE", 50)
-  monkeypatch.setattr(text, "_NUL_SHARE", 1.0)
+  monkeypatch.setattr("neurojax.data.corpus._BLOCK", 7)
+  monkeypatch.setattr("neurojax.data.corpus._PART", 5)
+  monkeypatch.setattr("neurojax.data.corpus._LONGEST_PART", 40)
+  monkeypatch.setattr("neurojax.data.corpus._LONGEST_LINE", 50)
+  monkeypatch.setattr("neurojax.data.corpus._NUL_SHARE", 1.0)
 
 
 texts = st.text(st.sampled_from("ab é漢\n\r\0 '<|sep>\u2028𝄞"), max_size=120).filter(
@@ -111,7 +110,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path):
 
 @pytest.mark.parametrize("blocks", [1 << 20, 7])
 def test_bad_rows_of_text_are_left_out_and_named(tmp_path: Path, monkeypatch, blocks: int):
-  monkeypatch.setattr(text, "_BLOCK", blocks)
+  monkeypatch.setattr("neurojax.data.corpus._BLOCK", blocks)
   lines = [b"good", b"bad \xff", b"", b"good \xc3\xa9", b"\xed\xa0\x80", b"\xc3", b"end \xf0\x9f"]
   corpus = Corpus([write(tmp_path / "a.txt", b"\n".join(lines))])
   assert documents(corpus) == ["good\n\ngood é\n"]

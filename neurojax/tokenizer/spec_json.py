@@ -4,7 +4,7 @@ import dataclasses
 import json
 import typing
 
-from neurojax.tokenizer.spec import TokenizerSpec
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _FORMAT = "neurojax.tokenizer/1"
 # Fields that came later: absent at their defaults, so that the same vocabulary is the same text as before,

@@ -7,8 +7,8 @@ where no key names them, are those of llama.cpp (`src/llama-vocab.cpp`).
 from collections.abc import Mapping, Sequence
 
 from neurojax.tokenizer.pretokenizers import pre_tokenizer
-from neurojax.tokenizer.spec import TokenizerSpec
-from neurojax.tokenizer.stops import STOP_TEXTS
+from neurojax.tokenizer.stop_tokens import STOP_TEXTS
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _PREFIX = "tokenizer.ggml."
 # GGUF's numbers for llama.cpp's token types; 0 is "undefined".

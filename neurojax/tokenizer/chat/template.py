@@ -9,7 +9,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 
-from neurojax.tokenizer.sandbox import Sandbox, SecurityError, bounded, plain
+from neurojax.tokenizer.chat.sandbox import Sandbox, SecurityError, bounded, plain
 
 _MAX_SOURCE = 1_000_000
 # Names under which a message's reasoning comes; templates read the first, gpt-oss's the second.
@@ -22,7 +22,7 @@ class ChatTemplate:
   The environment is the one that templates are written for (transformers' `apply_chat_template`):
   trimmed blocks, `break` and `continue`, `raise_exception`, `strftime_now`, `{% generation %}`, and
   a `tojson` that does not escape HTML. A template cannot reach Python's attributes, change its
-  arguments, or use up memory or time (`neurojax.tokenizer.sandbox`).
+  arguments, or use up memory or time (`neurojax.tokenizer.chat.sandbox`).
 
   Raises: ValueError: the source is not a valid template.
   """
