@@ -156,6 +156,15 @@ def test_kinds_of_layers_survive_toml_and_say_what_each_layer_is():
   assert not CONFIG.beyond_plain()
 
 
+def test_what_the_plain_decoder_lacks_is_marked_on_each_field():
+  marked = [f.name for f in dataclasses.fields(ModelConfig) if not f.metadata.get("plain", True)]
+  assert marked == [
+    "activation", "qkv_bias", "v_norm", "post_norm", "layer_scale", "embedding_scale",
+    "attention_scale", "attention_softcap", "logit_softcap", "sliding_window", "rope_scaling",
+    "num_experts", "experts_per_token", "conv_width", "layer_kinds", "layer_pattern",
+  ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("changes", "message"), [
   ({"activation": "gelu"}, "activation = 'gelu'"),
   ({"sliding_window": 0}, "sliding_window = 0"),

@@ -4,9 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
+from flax import nnx
 
 from neurojax.config import ModelConfig
+from neurojax.model.neurollm import NeuroLLM
 from tests.files import tiny
 
 VOCAB = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghij"]
@@ -71,3 +74,8 @@ def write(
 
 def with_layers(num_layers: int) -> ModelConfig:
   return dataclasses.replace(CONFIG, num_layers=num_layers)
+
+
+def parameter_bytes(model: NeuroLLM) -> int:
+  """Bytes of the parameters of a model or a part of one, scales included."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))

@@ -8,10 +8,15 @@ from typing import Any, Literal, Self
 
 from neurojax.config.checks import check_count, check_positive
 from neurojax.config.layers import LayerKind, RopeScaling
-from neurojax.config.toml import from_toml, named_configs, sparse
+from neurojax.config.toml import from_toml, named_configs
 
 RopeStyle = Literal["interleaved", "half"]
 Activation = Literal["silu", "gelu_tanh", "relu2"]
+
+
+def _beyond(default: Any) -> Any:
+  """A field of what the plain decoder lacks, see `ModelConfig.beyond_plain`; few models have it."""
+  return dataclasses.field(default=default, metadata={"sparse": True, "plain": False})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,22 +61,22 @@ class ModelConfig:
   tied_embedding: bool = True
   qk_norm: bool = False
   sub_norm: bool = False
-  activation: Activation = sparse("silu")
-  qkv_bias: bool = sparse(False)
-  v_norm: bool = sparse(False)
-  post_norm: bool = sparse(False)
-  layer_scale: bool = sparse(False)
-  embedding_scale: float = sparse(1.0)
-  attention_scale: float | None = None
-  attention_softcap: float | None = None
-  logit_softcap: float | None = None
-  sliding_window: int | None = None
-  rope_scaling: RopeScaling | None = None
-  num_experts: int = sparse(0)
-  experts_per_token: int = sparse(0)
-  conv_width: int = sparse(0)
-  layer_kinds: tuple[LayerKind, ...] = sparse(())
-  layer_pattern: tuple[int, ...] = sparse(())
+  activation: Activation = _beyond("silu")
+  qkv_bias: bool = _beyond(False)
+  v_norm: bool = _beyond(False)
+  post_norm: bool = _beyond(False)
+  layer_scale: bool = _beyond(False)
+  embedding_scale: float = _beyond(1.0)
+  attention_scale: float | None = _beyond(None)
+  attention_softcap: float | None = _beyond(None)
+  logit_softcap: float | None = _beyond(None)
+  sliding_window: int | None = _beyond(None)
+  rope_scaling: RopeScaling | None = _beyond(None)
+  num_experts: int = _beyond(0)
+  experts_per_token: int = _beyond(0)
+  conv_width: int = _beyond(0)
+  layer_kinds: tuple[LayerKind, ...] = _beyond(())
+  layer_pattern: tuple[int, ...] = _beyond(())
 
   def __post_init__(self) -> None:
     for name in (
@@ -198,15 +203,14 @@ class ModelConfig:
     return self.kinds[self.kind_index(layer)]
 
   def beyond_plain(self) -> dict[str, Any]:
-    """What this has and the plain decoder lacks: fields and their values, from `activation` on.
+    """Fields, with their values, that are set to something that the plain decoder lacks.
 
     The plain decoder is Llama's (with qk_norm and sub_norm): programs that compute nothing else ask
     here, so that they refuse what they would compute wrongly.
     """
-    fields = dataclasses.fields(self)
-    first = next(i for i, field in enumerate(fields) if field.name == "activation")
-    values = {field.name: getattr(self, field.name) for field in fields[first:]}
-    return {f.name: values[f.name] for f in fields[first:] if values[f.name] != f.default}
+    fields = [f for f in dataclasses.fields(self) if not f.metadata.get("plain", True)]
+    values = {field.name: getattr(self, field.name) for field in fields}
+    return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
 
   @property
   def group_size(self) -> int:

@@ -14,11 +14,7 @@ from neurojax.config import ModelConfig
 from neurojax.files import names
 from neurojax.model import params
 from neurojax.weights.codecs import CODECS, Codec
-
-# All bytes that hold four codes, none of them 3.
-_TERNARY_BYTES = np.array(
-  [sum(v // 3**j % 3 << 2 * j for j in range(4)) for v in range(81)], np.uint8
-)
+from neurojax.weights.ternary import CODE_BYTES
 
 
 def write_dummy(
@@ -116,7 +112,7 @@ def _values(
   rows, k = math.prod(shape[:-1]), shape[-1]
   if outer is not None and _is_outer(name):
     return gguf.quantize(rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(k)), outer)
-  codes = _TERNARY_BYTES[rng.integers(0, 81, (rows, k // 4), np.uint8)]
+  codes = CODE_BYTES[rng.integers(0, 81, (rows, k // 4), np.uint8)]
   # Two thirds of the weights are not zero: the sum of their squares over a row is about 1.
   grouping = (1, 1) if codec.group_size is None else (rows, k // codec.group_size)
   scales = rng.uniform(0.5, 1.5, grouping) * math.sqrt(1.5 / k)

@@ -26,8 +26,6 @@ _AT_ONCE = 2
 """Tensors of a layer that are read at once: one is copied while the other is unpacked; each takes room."""
 _ROWS_AT_ONCE = 64
 _PLAIN = {form.dtype: form for form in (Plain("float16"), Plain("bfloat16"))}
-_CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
-"""Axes that a product sums over: leading ones, or trailing ones if negative; 1 unless listed."""
 
 
 def load_span(
@@ -90,11 +88,6 @@ def load_span(
   return nnx.merge(graph, state)
 
 
-def parameter_bytes(model: NeuroLLM) -> int:
-  """Bytes that the parameters of a (partial) model occupy, scales included."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-
-
 def _checked(file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
   return _sound(file.read(name, layer), file, name, layer, shape)
 
@@ -115,7 +108,7 @@ def _narrow(array: np.ndarray, name: str, dtype: DTypeLike, weights: Weights) ->
     return array.astype(dtype)
   if params.is_expert(name):
     return _together([Int8Array.quantize(expert, contracted_axes=1) for expert in array])
-  return Int8Array.quantize(array, contracted_axes=_CONTRACTED.get(name, 1))
+  return Int8Array.quantize(array, contracted_axes=params.contracted(name))
 
 
 def _together(experts: list[Any]) -> Any:
@@ -146,7 +139,7 @@ def _stored(
   weights: Weights,
   form: Form,
 ) -> Any:
-  axes = _CONTRACTED.get(name, 1)
+  axes = params.contracted(name)
   experts = shape[0] if params.is_expert(name) else None
   shape = shape if experts is None else shape[1:]
   if isinstance(form, Plain):

@@ -18,8 +18,6 @@ from neurojax.weights.ternary import TernaryArray, row_bytes
 GROUP = 128
 """Contracted elements that share a scale of a ternary matrix, as in Q2_0."""
 
-_CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
-
 
 def random_model(
   config: ModelConfig,
@@ -70,7 +68,7 @@ def _random(
     return rng.standard_normal(shape, np.float32).astype(dtype)
   if not params.is_matrix(name):
     return np.zeros(shape, dtype) if "_bias_" in name else np.ones(shape, dtype)
-  axes = _CONTRACTED.get(name, 1)
+  axes = params.contracted(name)
   contracted = shape[:axes] if axes > 0 else shape[axes:]
   k = int(np.prod(contracted))
   if weights in ("w2a16", "w2a8"):

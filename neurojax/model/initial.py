@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-_STD = 0.02
+STD = 0.02
+"""Standard deviation of every matrix. GPT-2 (Radford et al. 2019, section 2.3)."""
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
-  return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(_STD, dtype))
+  return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(STD, dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:

@@ -20,7 +20,6 @@ LAYER: Mapping[str, tuple[str, ...]] = {
   "up_DF": ("layers", "ffn", "up_DF"),
   "ffn_sub_norm_F": ("layers", "ffn", "sub_norm", "scale_D"),
   "down_FD": ("layers", "ffn", "down_FD"),
-  # A name's place seeds its initial weights in training: further ones go to the end.
   "q_bias_NH": ("layers", "attention", "q_bias_NH"),
   "k_bias_KH": ("layers", "attention", "k_bias_KH"),
   "v_bias_KH": ("layers", "attention", "v_bias_KH"),
@@ -37,6 +36,8 @@ LAYER: Mapping[str, tuple[str, ...]] = {
 }
 """One per layer that has it; stacked over layers of one shape on a leading axis L. The places are
 those in a model whose layers all have one shape, see `stacks` for others."""
+
+_CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
 
 FIRST: Mapping[str, tuple[str, ...]] = {"embedding_VD": ("embedding_VD",)}
 LAST: Mapping[str, tuple[str, ...]] = {
@@ -140,6 +141,14 @@ def is_matrix(name: str) -> bool:
   no norm, bias, kernel or scale, and not the small matrix of a router, by which experts are chosen.
   """
   return not any(part in name for part in ("_norm_", "_bias_", "_kernel_", "_scale_", "router_"))
+
+
+def contracted(name: str) -> int:
+  """Axes of a matrix that a product sums over: c > 0: its first c axes, c < 0: its last -c.
+
+  A matrix of each expert counts without its leading axis E, one of stacked layers without L.
+  """
+  return _CONTRACTED.get(name, 1)
 
 
 def is_expert(name: str) -> bool:

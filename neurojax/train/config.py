@@ -171,8 +171,7 @@ class TrainConfig:
 
   def __post_init__(self) -> None:
     for name in (
-      "steps", "accumulation", "unroll", "eval_every", "eval_batches", "checkpoint_every", "keep",
-      "log_every",
+      "steps", "accumulation", "unroll", "eval_every", "checkpoint_every", "keep", "log_every"
     ):  # fmt: skip
       if getattr(self, name) < 1:
         raise ValueError(f"{name} = {getattr(self, name)}: it must be positive")

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from neurojax.model import params
 from neurojax.train import parameters
 from neurojax.train.config import TrainConfig
-from neurojax.train.parameters import CONTRACTED, Params
+from neurojax.train.parameters import Params
 from neurojax.weights.contraction import Contraction
 from neurojax.weights.quantize import pack_rows
 from neurojax.weights.ternary import TernaryArray, row_bytes
@@ -54,7 +54,7 @@ def _packed(name: str, w: jax.Array, config: TrainConfig) -> TernaryArray:
     scales_L = _whole(scales_L).astype(np.float16)
   if not np.isfinite(scales_L).all():
     raise ValueError(f"{name}: a scale is beyond float16, whose largest number is 65504")
-  c = Contraction(trits_L.shape[1:], CONTRACTED.get(name, 1))
+  c = Contraction(trits_L.shape[1:], params.contracted(name))
   codes_L = np.empty((len(trits_L), c.n, row_bytes(c.k)), np.uint8)
   for codes, trits in zip(codes_L, trits_L, strict=True):
     codes[...] = pack_rows(np.ascontiguousarray(trits.reshape(c.k, c.n).T))

@@ -22,11 +22,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from neurojax.config import from_toml, to_toml
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+  from neurojax.train.config import TrainConfig
 
 CONFIG, DATA, ENVIRONMENT, METRICS = "config.toml", "data.json", "env.json", "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -81,7 +82,7 @@ class RunFolder:
       else:
         entry.unlink(missing_ok=True)
 
-  def check(self, config: Any, identity: str) -> None:
+  def check(self, config: "TrainConfig", identity: str) -> None:
     """Raises: ValueError: the run here was begun with another configuration or other data."""
     path = self.path / CONFIG
     before = from_toml(type(config), path.read_text(encoding="utf-8"), where=str(path))
@@ -101,13 +102,13 @@ class RunFolder:
         " with: prepare the same, take another --workdir, or begin anew with --overwrite"
       )
 
-  def begin(self, config: Any, identity: str) -> None:
+  def begin(self, config: "TrainConfig", identity: str) -> None:
     """Write down what the run is of; `config.toml` comes last."""
     self.path.mkdir(parents=True, exist_ok=True)
     _replace(self.path / DATA, json.dumps({"identity": identity}) + "\n")
     self.resume(config)
 
-  def resume(self, config: Any) -> None:
+  def resume(self, config: "TrainConfig") -> None:
     _replace(self.path / CONFIG, to_toml(config))
 
   def note_start(self, devices: Sequence[str], step: int) -> None:

@@ -5,18 +5,20 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from neurojax.data.batches import Batches, Rows, open_dataset
 from neurojax.train.checkpoint import Checkpoints
+from neurojax.train.config import TrainConfig
 from neurojax.train.folder import CHECKPOINTS, METRICS, RunFolder
 from neurojax.train.guard import Guard
 from neurojax.train.metrics import Log, MetricsFile
 
 
+@runtime_checkable
 class Program(Protocol):
   """What the loop runs: state and compiled functions of one configuration on one mesh.
 
@@ -79,7 +81,7 @@ class Loop:
 
   def __init__(
     self,
-    config: Any,
+    config: TrainConfig,
     program: Program,
     folder: RunFolder,
     *,
@@ -289,7 +291,7 @@ class Loop:
     self._say("  ".join(parts))
 
 
-def check_data(config: Any, program: Program) -> None:
+def check_data(config: TrainConfig, program: Program) -> None:
   """Refuse what the loop would, before there is a folder for it.
 
   Raises: ValueError: a split is missing, or is less than a batch.
@@ -307,7 +309,7 @@ class _HeldOut:
   batches: int
 
 
-def held_out(config: Any, program: Program) -> _HeldOut:
+def held_out(config: TrainConfig, program: Program) -> _HeldOut:
   """The same windows at every evaluation: the first `eval_batches` batches of one shuffled epoch.
 
   Raises: ValueError: there is no held-out split, or less than a batch of it.
@@ -319,7 +321,7 @@ def held_out(config: Any, program: Program) -> _HeldOut:
 
 
 def _due(step: int, every: int) -> bool:
-  return every > 0 and step % every == 0
+  return step % every == 0
 
 
 def _duration(seconds: float) -> str:

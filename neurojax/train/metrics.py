@@ -102,11 +102,6 @@ class WandB:
     self._run.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Value]]:
-  """Every record, in order."""
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def check_installed(tracker: str, package: str) -> None:
   """Raises: ValueError: the package of a tracker is not installed."""
   if importlib.util.find_spec(package) is None:

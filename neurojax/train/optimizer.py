@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int32
 
 from neurojax.model import params
 from neurojax.train.config import OptimizerConfig, TrainConfig
-from neurojax.train.parameters import CONTRACTED, Params, is_projection
+from neurojax.train.parameters import Params, is_projection
 
 _MUON_RMS = 0.2
 """Root mean square of an orthogonalised update, as AdamW's is: one learning rate suits both."""
@@ -81,7 +81,7 @@ def muon_axes(tree: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | No
   def one(name: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
     if not is_projection(name):
       return None
-    split = 1 + CONTRACTED.get(name, 1)
+    split = 1 + params.contracted(name)
     return optax.contrib.MuonDimensionNumbers(
       tuple(range(1, split)), tuple(range(split, leaf.ndim))
     )

@@ -19,6 +19,7 @@ from neurojax.config import ModelConfig, Span
 from neurojax.model import params
 from neurojax.model.attention import Kind
 from neurojax.model.block import Block
+from neurojax.model.initial import STD
 from neurojax.train.config import Quantization, TrainConfig
 from neurojax.weights import aware
 from neurojax.weights.aware import AwareMatrix
@@ -26,10 +27,12 @@ from neurojax.weights.aware import AwareMatrix
 Params = dict[str, Float32[Array, "..."]]
 """Master weights: "embedding_VD" [V, D], "q_DNH" [L, D, N, H] and so on."""
 
-CONTRACTED = {"o_NHD": 2}
-"""Axes of a layer's matrix that a product sums over; 1 unless listed."""
-
-_INIT_STD = 0.02
+_SEEDS = {
+  "embedding_VD": 0, "head_DV": 2, "q_DNH": 4, "k_DKH": 5, "v_DKH": 6, "o_NHD": 10, "gate_DF": 12,
+  "up_DF": 13, "down_FD": 15,
+}  # fmt: skip
+"""What is folded into a run's key for each matrix. A number stays its matrix's for good: with another
+one, the same seed would begin from other weights."""
 
 
 def names(config: ModelConfig) -> list[str]:
@@ -66,17 +69,15 @@ def initial(config: ModelConfig, seed: int) -> Params:
   """
   key = jax.random.key(seed)
 
-  def one(index: int, name: str) -> Array:
+  def one(name: str) -> Array:
     if not params.is_matrix(name):
       return jnp.ones(shape(config, name), jnp.float32)
-    std = _INIT_STD
+    std = STD
     if name in ("o_NHD", "down_FD"):
       std /= (2 * config.num_layers) ** 0.5
-    return std * jax.random.normal(jax.random.fold_in(key, index), shape(config, name))
+    return std * jax.random.normal(jax.random.fold_in(key, _SEEDS[name]), shape(config, name))
 
-  # The index in the alphabet of all names, so that a further name changes no other weight.
-  every = [*params.FIRST, *params.LAST, *params.LAYER]
-  return {name: one(every.index(name), name) for name in names(config)}
+  return {name: one(name) for name in names(config)}
 
 
 def effective(master: Params, config: TrainConfig) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def ternary(
   name: str, w_L: Float32[Array, "L ..."], recipe: Quantization, dtype: jnp.dtype
 ) -> tuple[Float[Array, "L ..."], Float32[Array, "L ..."]]:
   """Values and scales of a stacked matrix: see `aware.absmean`."""
-  axes = CONTRACTED.get(name, 1)
+  axes = params.contracted(name)
   return jax.vmap(lambda w: aware.absmean(w, axes, group_size=recipe.group_size, dtype=dtype))(w_L)
 
 

@@ -18,14 +18,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from neurojax.weights.contraction import Contraction
+from neurojax.weights.ternary import LEVEL_MAX, SMALLEST_ABSMAX
 
 Activations = Literal["none", "int8"]
 
 SMALLEST_SCALE = 2.0**-17
 """A group of a smaller scale becomes zeros: float16 would not hold all of a bfloat16's bits below."""
-
-_LEVEL_MAX = 127
-_SMALLEST_ABSMAX = 2.0**-100
 
 
 def absmean(
@@ -171,12 +169,12 @@ def levels_and_steps(
   x = x.astype(jnp.float32)
   absmax = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=tuple(range(kept, x.ndim)), keepdims=True)
   finite = jnp.isfinite(absmax)
-  used = finite & (absmax >= _SMALLEST_ABSMAX)
-  inverse = jnp.where(used, _LEVEL_MAX / jnp.where(used, absmax, 1), 0)
+  used = finite & (absmax >= SMALLEST_ABSMAX)
+  inverse = jnp.where(used, LEVEL_MAX / jnp.where(used, absmax, 1), 0)
   scaled = x * inverse
   # The difference of a number to the nearest integer is exact, and so is the sum.
   levels = scaled + lax.stop_gradient(jnp.round(scaled) - scaled)
-  step = jnp.where(used, absmax * np.float32(1 / _LEVEL_MAX), 0)
+  step = jnp.where(used, absmax * np.float32(1 / LEVEL_MAX), 0)
   return levels, jnp.where(finite, step, jnp.nan)
 
 

@@ -23,6 +23,16 @@ Mode = Literal["w2a16", "w2a8"]
 """
 
 
+LEVEL_MAX = 127
+"""The largest level of an activation that "w2a8" rounds: a row's absmax becomes it."""
+
+SMALLEST_ABSMAX = 2.0**-100
+"""A row whose elements are all smaller in magnitude counts as zeros: 127 / absmax stays finite."""
+
+CODE_BYTES = np.array([sum(v // 3**j % 3 << 2 * j for j in range(4)) for v in range(81)], np.uint8)
+"""All bytes that hold four codes, none of them 3."""
+
+
 def row_bytes(k: int) -> int:
   """Bytes of codes in a row of k contracted elements, padding included."""
   return -(-k // BLOCK) * BLOCK // 4

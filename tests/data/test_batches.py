@@ -15,19 +15,20 @@ from neurojax.data.token_shards import (
   dtype_for,
   read_spec,
 )
-from tests.train.standin import Data, write_data
+from neurojax.train.config import DataConfig
+from tests.train.standin import settings, write_data
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Data:
-  return Data(folder=str(write_data(tmp_path_factory.mktemp("batches"), shard_tokens=97)))
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+  return settings(write_data(tmp_path_factory.mktemp("batches"), shard_tokens=97)).data
 
 
 def take(data, count: int) -> np.ndarray:
   return np.stack([next(data) for _ in range(count)])
 
 
-def test_shards_are_one_array(config: Data):
+def test_shards_are_one_array(config: DataConfig):
   tokens = Tokens(config.folder, "train")
   files = sorted(Path(config.folder).glob("train-*.bin"))
   whole = np.concatenate([np.fromfile(file, "<u2") for file in files])
@@ -39,7 +40,7 @@ def test_shards_are_one_array(config: Data):
     tokens.read(len(whole) - 1, 2)
 
 
-def test_an_epoch_has_every_window_once_and_its_own_order(config: Data):
+def test_an_epoch_has_every_window_once_and_its_own_order(config: DataConfig):
   config = dataclasses.replace(config, batch_size=1)
   tokens = Tokens(config.folder, "train")
   count = (len(tokens) - 1) // config.seq_len
@@ -54,7 +55,7 @@ def test_an_epoch_has_every_window_once_and_its_own_order(config: Data):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_readers_change_nothing_and_a_position_is_exact(config: Data, workers: int):
+def test_readers_change_nothing_and_a_position_is_exact(config: DataConfig, workers: int):
   wanted = take(open_dataset(config), 150)
   data = open_dataset(dataclasses.replace(config, workers=workers))
   assert np.array_equal(take(data, 70), wanted[:70])
@@ -68,7 +69,7 @@ def test_readers_change_nothing_and_a_position_is_exact(config: Data, workers: i
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_a_batch(config: Data, processes: int):
+def test_processes_share_a_batch(config: DataConfig, processes: int):
   whole = take(open_dataset(config, accumulation=2), 5)
   parts = [
     take(open_dataset(config, "train", i, processes, accumulation=2), 5) for i in range(processes)
@@ -79,12 +80,12 @@ def test_processes_share_a_batch(config: Data, processes: int):
 
 
 @pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "3"}, {"a": 1}])
-def test_a_position_that_is_none_is_refused(config: Data, state: dict):
+def test_a_position_that_is_none_is_refused(config: DataConfig, state: dict):
   with pytest.raises(ValueError, match="position in the data"):
     open_dataset(config).set_state(state)
 
 
-def test_batches_that_cannot_be_are_refused(config: Data):
+def test_batches_that_cannot_be_are_refused(config: DataConfig):
   with pytest.raises(ValueError, match=r"valid split has \d+ windows of 512 tokens, fewer"):
     open_dataset(dataclasses.replace(config, seq_len=512), "valid")
   with pytest.raises(ValueError, match="does not divide among 3 processes"):
@@ -94,7 +95,7 @@ def test_batches_that_cannot_be_are_refused(config: Data):
 
 
 @pytest.fixture
-def copy(config: Data, tmp_path: Path) -> Path:
+def copy(config: DataConfig, tmp_path: Path) -> Path:
   for file in Path(config.folder).iterdir():
     (tmp_path / file.name).write_bytes(file.read_bytes())
   return tmp_path

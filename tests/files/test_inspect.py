@@ -11,9 +11,10 @@ import rich.console
 from gguf import GGMLQuantizationType
 
 from neurojax.files import inspect
-from neurojax.files.load import load_span, parameter_bytes
+from neurojax.files.load import load_span
 from neurojax.files.open import open_model
 from neurojax.tokenizer.write.tokenizer_json import json_from_spec
+from tests import tinymodel
 from tests.files import tiny
 from tests.shared import shared
 from tests.tokenizer import vocab
@@ -88,7 +89,7 @@ def test_memory_is_what_the_stages_hold(tmp_path: Path) -> None:
   with open_model(path) as model:
     rows = inspect.describe(model)["memory"]
     loaded = {
-      (weights, dtype): parameter_bytes(load_span(model, weights=weights, dtype=dtype))
+      (weights, dtype): tinymodel.parameter_bytes(load_span(model, weights=weights, dtype=dtype))
       for weights, dtype in (("dense", "float32"), ("stored", "float32"), ("w2a8", "bfloat16"))
     }
   # Four stages of three layers there are not.

@@ -15,7 +15,7 @@ from neurojax import count
 from neurojax.config import Span
 from neurojax.files import load
 from neurojax.files.dummy import write_dummy
-from neurojax.files.load import load_span, parameter_bytes, ternary_matrices
+from neurojax.files.load import load_span, ternary_matrices
 from neurojax.files.open import open_model
 from neurojax.forms import Scales
 from neurojax.model import params
@@ -53,7 +53,7 @@ def test_a_loaded_span_is_the_cut_of_the_loaded_whole_and_as_large_as_counted(
     np.testing.assert_array_equal(a, b)
   wanted = count.span_bytes(part.config, span, dtype=dtype, weights=weights)
   # The activation levels of an int8 matrix stand once per layer as well.
-  assert parameter_bytes(part) == wanted
+  assert tinymodel.parameter_bytes(part) == wanted
 
 
 def test_values_arrive_under_their_names(path: Path):
@@ -155,7 +155,7 @@ def test_a_packed_span_is_the_cut_of_the_packed_whole_and_as_large_as_counted(
   for a, b in zip(leaves(part), leaves(cut(whole, span)), strict=True):
     np.testing.assert_array_equal(a, b)
   wanted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a16", ternary=ternary)
-  assert parameter_bytes(part) == wanted
+  assert tinymodel.parameter_bytes(part) == wanted
   table = values(part).get("embedding_VD")
   if table is not None and outer is not None:
     assert table.dtype == jnp.bfloat16, "a matrix of another type is dense in the dtype"
@@ -182,7 +182,7 @@ def test_experts_stay_packed(tmp_path: Path, kind: str):
   wanted = count.span_bytes(
     config, Span.whole(config), dtype="float32", weights="w2a16", ternary=ternary
   )
-  assert parameter_bytes(packed) == wanted
+  assert tinymodel.parameter_bytes(packed) == wanted
   # A token and several are computed in two ways.
   for ids in ([[3]], [[1, 5, 2, 7, 6, 0, 4]]):
     found, plain = (np.asarray(model(jnp.asarray(ids))[0]) for model in (packed, dense))

@@ -14,11 +14,12 @@ from gguf import GGMLQuantizationType
 from neurojax import count
 from neurojax.config import Span
 from neurojax.files.gguf.blocks import BLOCKS
-from neurojax.files.load import load_span, parameter_bytes, stored_forms
+from neurojax.files.load import load_span, stored_forms
 from neurojax.files.open import open_model
 from neurojax.forms import Grouped, Plain
 from neurojax.model import params
 from neurojax.weights.grouped import GroupedArray
+from tests import tinymodel
 from tests.files import blocks, tiny
 from tests.files.oracle import Oracle
 
@@ -124,7 +125,7 @@ def test_a_model_keeps_what_is_stored_and_computes_with_it(tmp_path: Path, kinds
     span = Span.whole(config)
     for part in (span, Span(first_layer=1, last_layer=1, num_layers=2)):
       loaded = model if part == span else load_span(file, part, weights="stored")
-      assert parameter_bytes(loaded) == count.span_bytes(
+      assert tinymodel.parameter_bytes(loaded) == count.span_bytes(
         config, part, dtype="float32", weights="stored", ternary=forms
       )
   assert set(forms) == {name.partition("/")[0] for name in raw}

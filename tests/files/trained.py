@@ -13,7 +13,6 @@ from neurojax.weights.quantize import absmean
 from neurojax.weights.ternary import TernaryArray
 from tests.files import tiny
 
-CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
 OUTER = ("embedding_VD", "head_DV")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
@@ -36,7 +35,7 @@ def make(
       stack = [1 + value / 10 for value in stack]
     elif (outer == "ternary") if name in OUTER else ternary:
       stack = [
-        absmean(value / 8, CONTRACTED.get(name, 1), group_size=group_size) for value in stack
+        absmean(value / 8, params.contracted(name), group_size=group_size) for value in stack
       ]
     elif name in OUTER:
       stack = [value.astype(DTYPES[outer]) for value in stack]

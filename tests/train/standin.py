@@ -1,7 +1,8 @@
 """A model that takes milliseconds, behind the loop's Program, and prepared data for it."""
 
-import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,35 +10,26 @@ import numpy as np
 
 from neurojax.data.batches import Rows
 from neurojax.data.prepare import Preparation, partial_folder, prepare
-from neurojax.train.guard import GuardConfig
+from neurojax.train.config import DataConfig, TrainConfig
+from tests.train import tiny
 
 VOCAB = 300
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-  folder: str
-  batch_size: int = 4
-  seq_len: int = 16
-  seed: int = 0
-  workers: int = 0
+def settings(data: Path) -> TrainConfig:
+  """A run of twelve steps without evaluation."""
+  return tiny.config(
+    data=DataConfig(folder=str(data), batch_size=4, seq_len=16), steps=12, eval_batches=0,
+    checkpoint_every=4, log_every=5,
+  )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-  data: Data
-  steps: int = 12
-  accumulation: int = 1
-  eval_every: int = 0
-  eval_batches: int = 0
-  checkpoint_every: int = 4
-  keep: int = 2
-  log_every: int = 5
-  learning_rate: float = 1.0
-  guard: GuardConfig = GuardConfig()
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+  """Every record of a metrics.jsonl, in order."""
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_data(folder: Path, *, shard_tokens: int = 1 << 20) -> Path:
+def write_data(folder: Path, *, shard_tokens: int = 1 << 20, valid_fraction: float = 0.2) -> Path:
   """A folder of prepared data: a few thousand tokens of counting."""
   rng = np.random.default_rng(0)
   words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -47,7 +39,7 @@ def write_data(folder: Path, *, shard_tokens: int = 1 << 20) -> Path:
   plan = Preparation(
     inputs=(source,),
     separator="\x1f",
-    valid_fraction=0.2,
+    valid_fraction=valid_fraction,
     vocab_size=VOCAB,
     shard_tokens=shard_tokens,
   )
@@ -62,8 +54,8 @@ class Bigrams:
   flops_per_token = 6.0 * VOCAB
   peak_flops_per_s = None
 
-  def __init__(self, config: Config):
-    self._config = config
+  def __init__(self, *, learning_rate: float = 1.0):
+    self._learning_rate = learning_rate
     self._step = jax.jit(self._train, donate_argnums=0)
     self._eval = jax.jit(_nats)
     self.seen: list[np.ndarray] = []
@@ -106,7 +98,7 @@ class Bigrams:
     loss, grad = jax.value_and_grad(mean)(state["table_VV"])
     finite = jnp.isfinite(loss)
     momentum = 0.9 * state["momentum_VV"] + grad
-    new = {"table_VV": state["table_VV"] - self._config.learning_rate * momentum,
+    new = {"table_VV": state["table_VV"] - self._learning_rate * momentum,
            "momentum_VV": momentum}  # fmt: skip
     state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return state, {"loss": loss, "finite": finite.astype(jnp.float32)}

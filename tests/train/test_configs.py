@@ -43,6 +43,7 @@ def test_the_twin_differs_in_weights_and_their_decay_alone():
 
 @pytest.mark.parametrize(("changes", "message"), [
   ({"steps": 0}, "steps = 0"), ({"accumulation": 0}, "accumulation = 0"),
+  ({"eval_batches": -1}, "eval_batches = -1"), ({"eval_every": 0}, "eval_every = 0"),
   ({"z_loss": -1.0}, "z_loss"), ({"unroll": 0}, "unroll = 0"),
   ({"data": DataConfig(folder="-", batch_size=8, seq_len=65)}, "seq_len = 65 exceeds"),
   ({"attention": "cudnn"}, "computes in bfloat16, not in float32"),

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from neurojax.data.batches import open_dataset
+from neurojax.train.config import TrainConfig
 from neurojax.train.folder import RunFolder
 from neurojax.train.guard import Guard, GuardConfig
-from neurojax.train.loop import Loop, TrainingError
-from neurojax.train.metrics import read_metrics
-from tests.train.standin import Bigrams, Config, Data, write_data
+from neurojax.train.loop import Loop, Program, TrainingError, check_data
+from tests.train.standin import Bigrams, read_metrics, settings, write_data
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-  return Config(data=Data(folder=str(write_data(tmp_path_factory.mktemp("data")))))
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+  return settings(write_data(tmp_path_factory.mktemp("data")))
 
 
 class Interrupted(Exception):
@@ -27,10 +27,10 @@ class Interrupted(Exception):
 
 
 def train(
-  config: Config, workdir: Path, *, program: Bigrams | None = None, die_at: int = 0, say=None
+  config: TrainConfig, workdir: Path, *, program: Bigrams | None = None, die_at: int = 0, say=None
 ):
   """Runs to the end; or leaves everything as it is, like SIGKILL, when step `die_at` is started."""
-  program = program or Bigrams(config)
+  program = program or Bigrams()
   workdir.mkdir(exist_ok=True)
   loop = Loop(config, program, RunFolder(workdir), say=say or (lambda line: None))
   if die_at:
@@ -67,7 +67,9 @@ def stripped(workdir: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("die_at", [1, 4, 5, 7, 12])
-def test_a_run_that_died_goes_on_to_the_same_losses(config: Config, tmp_path: Path, die_at: int):
+def test_a_run_that_died_goes_on_to_the_same_losses(
+  config: TrainConfig, tmp_path: Path, die_at: int
+):
   config = dataclasses.replace(config, eval_every=3, eval_batches=2)
   train(config, tmp_path / "whole")
   with pytest.raises(Interrupted):
@@ -77,21 +79,33 @@ def test_a_run_that_died_goes_on_to_the_same_losses(config: Config, tmp_path: Pa
   assert sorted(losses(tmp_path / "cut")) == list(range(1, 13))
 
 
-def test_the_loss_falls(config: Config, tmp_path: Path):
+def test_the_stand_in_is_a_program():
+  assert isinstance(Bigrams(), Program)
+
+
+def test_no_evaluation_needs_no_held_out_split(tmp_path: Path):
+  config = settings(write_data(tmp_path, valid_fraction=0.0))
+  check_data(config, Bigrams())
+  assert train(config, tmp_path / "run").valid_loss is None
+  with pytest.raises(ValueError, match="valid"):
+    check_data(dataclasses.replace(config, eval_batches=1), Bigrams())
+
+
+def test_the_loss_falls(config: TrainConfig, tmp_path: Path):
   train(config, tmp_path)
   found = losses(tmp_path)
   assert found[12] < found[1] - 0.3
 
 
-def poisoned(config: Config, *numbers: int) -> Bigrams:
+def poisoned(config: TrainConfig, *numbers: int) -> Bigrams:
   data = open_dataset(config.data)
   batches = [next(data) for _ in range(max(numbers) + 1)]
-  program = Bigrams(config)
+  program = Bigrams()
   program.poison(*(batches[number] for number in numbers))
   return program
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_named(config: Config, tmp_path: Path):
+def test_a_step_that_is_not_finite_is_skipped_and_named(config: TrainConfig, tmp_path: Path):
   said = []
   train(config, tmp_path, program=poisoned(config, 5), say=said.append)
   records = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl")}
@@ -102,7 +116,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(config: Config, tmp_path
 
 @pytest.mark.parametrize("die_at", [0, 7, 9, 10, 14])
 def test_several_in_a_row_go_back_to_the_checkpoint_and_on_behind_them(
-  config: Config, tmp_path: Path, die_at: int
+  config: TrainConfig, tmp_path: Path, die_at: int
 ):
   config = dataclasses.replace(config, guard=GuardConfig(skips=2))
   program = poisoned(config, 5, 6)
@@ -127,16 +141,16 @@ def test_several_in_a_row_go_back_to_the_checkpoint_and_on_behind_them(
     assert used == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14]
 
 
-def test_going_back_too_often_is_an_error_that_says_so(config: Config, tmp_path: Path):
+def test_going_back_too_often_is_an_error_that_says_so(config: TrainConfig, tmp_path: Path):
   config = dataclasses.replace(config, guard=GuardConfig(skips=1, returns=2))
   with pytest.raises(TrainingError, match=r"already went back 2 times.*guard\.returns"):
     train(config, tmp_path, program=poisoned(config, 5, 6, 7))
 
 
-def test_a_spike_goes_back_if_asked_to(config: Config, tmp_path: Path):
+def test_a_spike_goes_back_if_asked_to(config: TrainConfig, tmp_path: Path):
   guard = GuardConfig(spike_factor=1.5, spike_window=8)
-  config = dataclasses.replace(config, guard=guard, learning_rate=1e-3)
-  program = Bigrams(config)
+  config = dataclasses.replace(config, guard=guard)
+  program = Bigrams(learning_rate=1e-3)
   step, count = program.train_step, 0
 
   def spiking(state, tokens):
@@ -162,8 +176,8 @@ def test_the_guard_judges_no_spike_before_it_knows_what_is_usual():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends(config: Config, tmp_path: Path, number: int):
-  program = Bigrams(config)
+def test_a_signal_saves_and_ends(config: TrainConfig, tmp_path: Path, number: int):
+  program = Bigrams()
   step, count = program.train_step, 0
 
   def signalled(state, tokens):
@@ -184,7 +198,7 @@ def test_a_signal_saves_and_ends(config: Config, tmp_path: Path, number: int):
   assert stripped(tmp_path / "cut") == stripped(tmp_path / "whole")
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(config: Config, tmp_path: Path):
+def test_a_half_written_checkpoint_is_no_checkpoint(config: TrainConfig, tmp_path: Path):
   train(config, tmp_path / "whole")
   with pytest.raises(Interrupted):
     train(config, tmp_path / "cut", die_at=7)
@@ -195,7 +209,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(config: Config, tmp_path: Pa
   assert stripped(tmp_path / "cut") == stripped(tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_is_named_with_the_remedy(config: Config, tmp_path: Path):
+def test_a_damaged_checkpoint_is_named_with_the_remedy(config: TrainConfig, tmp_path: Path):
   with pytest.raises(Interrupted):
     train(config, tmp_path, die_at=7)
   for file in (tmp_path / "checkpoints" / "4" / "state").rglob("*"):
@@ -205,13 +219,13 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(config: Config, tmp_path:
     train(config, tmp_path)
 
 
-def test_only_so_many_checkpoints_are_kept(config: Config, tmp_path: Path):
+def test_only_so_many_checkpoints_are_kept(config: TrainConfig, tmp_path: Path):
   train(config, tmp_path)
   kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
   assert kept == [8, 12]
 
 
-def test_more_steps_go_on_from_the_end(config: Config, tmp_path: Path):
+def test_more_steps_go_on_from_the_end(config: TrainConfig, tmp_path: Path):
   train(config, tmp_path / "two")
   train(dataclasses.replace(config, steps=18), tmp_path / "two")
   train(dataclasses.replace(config, steps=18), tmp_path / "one")

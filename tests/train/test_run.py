@@ -18,8 +18,9 @@ from neurojax.cli.train import Train
 from neurojax.config import from_toml
 from neurojax.engine.api import EngineError
 from neurojax.train.config import TrainConfig
-from neurojax.train.metrics import WandB, read_metrics
+from neurojax.train.metrics import WandB
 from tests.train.chain import BLIND, LEAST, TINY, write_chain
+from tests.train.standin import read_metrics
 
 # Small enough to compile in seconds.
 SMALL = ("--model.num-layers", "1", "--model.model-dim", "32", "--model.ffn-dim", "64",

@@ -62,6 +62,20 @@ def test_gradients_are_those_of_a_plain_model_at_the_rounded_weights(tied: bool)
     np.testing.assert_allclose(gradient, gradients[name], atol=tolerance, err_msg=name)
 
 
+def test_a_seed_gives_every_matrix_the_same_initial_weights_for_good():
+  numbers = {
+    "embedding_VD": 0, "head_DV": 2, "q_DNH": 4, "k_DKH": 5, "v_DKH": 6, "o_NHD": 10, "gate_DF": 12,
+    "up_DF": 13, "down_FD": 15,
+  }  # fmt: skip
+  model = dataclasses.replace(tiny.MODEL, tied_embedding=False)
+  found = parameters.initial(model, 5)
+  assert numbers.keys() == {name for name in found if params.is_matrix(name)}
+  for name, number in numbers.items():
+    std = 0.02 / (2 if name in ("o_NHD", "down_FD") else 1)
+    key = jax.random.fold_in(jax.random.key(5), number)
+    np.testing.assert_array_equal(found[name], std * jax.random.normal(key, found[name].shape))
+
+
 def test_what_is_computed_anew_changes_no_number():
   losses = {}
   for remat, unroll in (("none", 1), ("dots", 2), ("full", 1)):

@@ -14,20 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from neurojax.kernels import timing
 from neurojax.kernels.gemm import mosaic, reference, tuned
-from neurojax.weights.ternary import Mode, TernaryArray
+from neurojax.weights.ternary import CODE_BYTES, Mode, TernaryArray
 
 GROUP = 128
 """Weights that share a float16 scale: 2.125 bits per weight."""
-
-# All bytes that hold four codes, none of them 3.
-_TERNARY_BYTES = np.array(
-  [sum(v // 3**j % 3 << 2 * j for j in range(4)) for v in range(81)], np.uint8
-)
 
 SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
 """(n, k): the products of a layer of Qwen3-8B, with what shares an input in one, and its head."""
@@ -277,7 +271,7 @@ def random_rows(key: Array, count: int, n: int, k: int) -> tuple[Array, Array]:
 
   def one(key: Array) -> tuple[Array, Array]:
     bits, uniform = jax.random.split(key)
-    codes = jnp.asarray(_TERNARY_BYTES)[jax.random.bits(bits, (n, k // 4), jnp.uint8) % 81]
+    codes = jnp.asarray(CODE_BYTES)[jax.random.bits(bits, (n, k // 4), jnp.uint8) % 81]
     scales = jax.random.uniform(uniform, (n, k // GROUP), minval=0.5, maxval=1.5)
     # Two thirds of the weights are not zero: the sum of their squares over a row is about 1.
     return codes, (scales * (1.5 / k) ** 0.5).astype(jnp.float16)

@@ -6,11 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int8
 
 from neurojax.kernels.gemm.layer import take_out
-from neurojax.weights.ternary import TernaryArray
-
-LEVEL_MAX = 127
-SMALLEST_ABSMAX = 2.0**-100
-"""A row whose elements are all smaller in magnitude counts as zeros: 127 / absmax stays finite."""
+from neurojax.weights.ternary import LEVEL_MAX, SMALLEST_ABSMAX, TernaryArray
 
 _CHUNK = 512
 """Elements that are unpacked at once where one scale serves them all."""

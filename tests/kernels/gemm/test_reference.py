@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from neurojax.kernels.gemm import reference
-from neurojax.kernels.gemm.reference import SMALLEST_ABSMAX, quantize_rows
+from neurojax.kernels.gemm.reference import quantize_rows
+from neurojax.weights.ternary import SMALLEST_ABSMAX
 from tests.kernels.gemm import problem
 
 
