@@ -1,5 +1,7 @@
-"""The seed's five sizes as printed, by its formula, and ours for the same memory; set the README's table
-and its transcript of `neurojax size`.
+"""Compares the seed's five sizes, as printed and by its formula, with ours for the same memory.
+
+Writes results.csv, the table in this folder's README, and the transcript of `neurojax size` in
+docs/sizing.md.
 
 python -m experiments.seed_sizes.run
 python -m experiments.seed_sizes.run --table     (the table alone, from the file as it is)
@@ -27,6 +29,8 @@ from neurojax.scaling.size import HEADROOM, size
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
+README = HERE / "README.md"
+SIZING = HERE.parents[1] / "docs" / "sizing.md"
 FLEETS = HERE.parents[1] / "configs" / "fleet"
 TIERS = ("seed-40gb", "seed-200gb", "seed-800gb", "seed-4tb", "seed-8tb")
 SERVING = Serving(weights="w2a8", scales=TERNARY_FORMATS["ternary-g128"])
@@ -149,7 +153,7 @@ def _architecture(row: dict[str, str]) -> seed.SeedArchitecture:
 
 
 def transcript() -> str:
-  """What the command prints, as the README shows it."""
+  """What the command prints, as docs/sizing.md shows it."""
   arguments = ["--fleet", "configs/fleet/gaming-pc.toml", "--context", "4096"]
   console = Console(width=100, file=io.StringIO(), color_system=None)
   options = Size(fleet=str(FLEETS / "gaming-pc.toml"), context=4096)
@@ -177,5 +181,5 @@ if __name__ == "__main__":
   if not parser.parse_args().table:
     measure()
   check()
-  block("seed_sizes", table())
-  block("size", transcript())
+  block("seed_sizes", table(), README)
+  block("size", transcript(), SIZING)
