@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from neurojax.config import from_toml, to_toml
@@ -30,7 +30,7 @@ def test_a_plan_equals_the_best_of_all_or_is_within_its_gap(fleet, layers, in_fl
     known = problem(model, fleet, LOAD, context=LOAD.capacity, in_flight=in_flight)
   except ValueError as error:
     assert "pin" in str(error)
-    return
+    reject()
   all_of_them = [
     assemble(known, [chain], objective="throughput", method="all") for chain in every_chain(known)
   ]
@@ -42,7 +42,7 @@ def test_a_plan_equals_the_best_of_all_or_is_within_its_gap(fleet, layers, in_fl
       made = best.best(model, fleet, LOAD, objective="throughput", in_flight=in_flight)
     except ValueError:
       assert not most or (way == "search" and fleet.links and any(h.layers for h in fleet.hosts))
-      return
+      reject()
   assert made.in_flight == in_flight and made.batches <= in_flight
   assert made.throughput == predict.pipeline_throughput(made, micro_batches=in_flight)
   assert made.throughput * (1 - 1e-9) <= most <= made.bound * (1 + 1e-9)
@@ -63,7 +63,7 @@ def test_more_in_flight_never_give_less_and_unlimited_ones_most(fleet, layers, i
       made = best.best(config(layers), fleet, LOAD, objective="throughput", in_flight=batches)
     except ValueError:
       assert not rates
-      return
+      reject()
     rates.append((made.throughput, made.bound))
     # The one for unlimited sequences is one of those that this one was chosen from.
     if batches is None:
@@ -99,7 +99,7 @@ def test_with_replicas_it_is_no_worse_than_without(fleet, layers, in_flight):
   try:
     one = best.best(model, fleet, LOAD, objective="throughput", in_flight=in_flight)
   except ValueError:
-    return
+    reject()
   made = best.best(model, fleet, LOAD, objective="throughput", in_flight=in_flight, replicas=None)
   assert made.throughput >= one.throughput * (1 - 1e-9)
   assert made.throughput <= made.bound * (1 + 1e-9)

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from neurojax.config import Span, from_toml, to_toml
@@ -82,7 +82,7 @@ def valid_and_no_worse(fleet: Fleet, layers: int, objective: Objective, tied: bo
   except ValueError as error:
     assert "too small" in str(error)
     assert not any(is_chain(other) for other in simple.values())
-    return
+    reject()
   check(made, model, fleet)
   for other in simple.values():
     if is_chain(other):
@@ -104,7 +104,7 @@ def test_a_plan_equals_the_best_of_all_or_is_within_its_gap(fleet, layers, objec
     known = problem(model, fleet, LOAD, context=LOAD.capacity)
   except ValueError as error:
     assert "pin" in str(error)
-    return
+    reject()
   least = brute(known, objective)
   with pytest.MonkeyPatch.context() as patch:
     if way == "search":
@@ -117,7 +117,7 @@ def test_a_plan_equals_the_best_of_all_or_is_within_its_gap(fleet, layers, objec
         assert way == "search" and fleet.links and any(host.layers for host in fleet.hosts), str(
           error
         )
-      return
+      reject()
   check(made, model, fleet)
   value = made.latency_s if objective == "latency" else made.batch / made.throughput
   bound = made.bound if objective == "latency" else made.batch / made.bound
@@ -201,7 +201,7 @@ def test_one_more_of_the_best_never_slows_it_down(fleet, layers, objective):
   try:
     made = best.best(model, fleet, LOAD, objective=objective)
   except ValueError:
-    return
+    reject()
   _, larger = best.one_more(model, fleet, LOAD, made)
   if larger.gap == 0:
     assert larger.value()[0] <= made.value()[0] + 1e-9 * abs(made.value()[0])
@@ -232,7 +232,7 @@ def test_what_it_says_would_fit_does(layers: int, sizes: list[int]):
   model, fleet = config(layers), row(*[(size, 1e9) for size in sizes])
   with contextlib.suppress(ValueError):
     best.best(model, fleet, LOAD)
-    return
+    reject()
   with pytest.raises(ValueError, match="too small") as caught:
     best.best(model, fleet, LOAD)
   said = str(caught.value)
@@ -261,7 +261,7 @@ def test_alike_hosts_are_one_kind_however_many(layers, hosts, objective, draw):
   try:
     one = best.best(model, fleet, LOAD, objective=objective)
   except ValueError:
-    return
+    reject()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(uniform, "uniform_hop_s", lambda *_: None)
     other = best.best(model, fleet, LOAD, objective=objective)
@@ -282,7 +282,7 @@ def test_places_that_are_never_needed_are_left_aside_without_a_loss(fleet, layer
   try:
     made = best.best(model, fleet, LOAD, objective=objective)
   except ValueError:
-    return
+    reject()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(uniform, "contenders", lambda *_: None)
     whole = best.best(model, fleet, LOAD, objective=objective)
@@ -315,7 +315,7 @@ def test_room_for_working_memory_is_kept_on_every_stage(layers, sizes, objective
     more = int(missing.replace(",", ""))
     grown = [size + more * (f"h{i}" == label) for i, size in enumerate(sizes)]
     best.best(model, row(*[(size, 1e9) for size in grown]), load)
-    return
+    reject()
   for known in (made, *(other for other in simple.values() if is_chain(other))):
     for stage in known.stages:
       span = Span(first_layer=stage.first_layer, last_layer=stage.last_layer, num_layers=layers)

@@ -2,7 +2,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from neurojax.plan import best, predict
@@ -28,8 +28,7 @@ def alike(hosts: int, **changes: float) -> Fleet:
 @settings(max_examples=60, deadline=None)
 def test_one_request_alone_takes_the_predicted_time(fleet, layers, batch, answer):
   p = made(fleet, layers, batch=batch)
-  if p is None:
-    return
+  assume(p is not None)
   result = simulate(p, requests=batch, concurrency=batch, prompt=1, answer=answer)
   assert result.token_s.p50_s == pytest.approx(p.latency_s)
   assert result.token_s.max_s == pytest.approx(p.latency_s)
@@ -42,8 +41,7 @@ def test_with_enough_in_flight_the_slowest_sets_the_pace_and_each_token_is_compu
   fleet, layers, batch
 ):
   p = made(fleet, layers, batch=batch)
-  if p is None or p.batches > 40:
-    return
+  assume(p is not None and p.batches <= 40)
   groups = p.batches + 1
   result = simulate(
     p, requests=groups * batch, concurrency=groups * batch, prompt=1, answer=max(40, 4 * groups)
@@ -59,8 +57,7 @@ def test_with_enough_in_flight_the_slowest_sets_the_pace_and_each_token_is_compu
 @settings(max_examples=60, deadline=None)
 def test_with_fewer_in_flight_the_round_trip_sets_it(fleet, layers, concurrency):
   p = made(fleet, layers)
-  if p is None:
-    return
+  assume(p is not None)
   answer = 30 + 4 * concurrency
   result = simulate(p, requests=concurrency, concurrency=concurrency, prompt=1, answer=answer)
   expected = predict.pipeline_throughput(p, micro_batches=concurrency)

@@ -5,7 +5,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from neurojax import count, forms
@@ -171,7 +171,7 @@ def test_more_memory_never_trains_the_same_model_slower(free, at, more, data):
   try:
     here = size(machines(free), Training())
   except ValueError:
-    return
+    reject()
   there = size(machines(grown), Training(), current=here.config)
   if there.config == here.config:
     ours, theirs = here.speed.train_tokens_per_s, there.speed.train_tokens_per_s
@@ -204,7 +204,7 @@ def test_more_memory_never_gives_a_smaller_model(free, purpose, at, more):
       assert count.parameters(there) >= count.parameters(here)
   if here is None:
     assert not fit.fits(fit.need(ladder(context_length=purpose.context)[0], purpose), free)
-    return
+    reject()
   # It fits by the count of each stage, and no candidate above it does.
   needed = fit.need(here, purpose)
   placed = fit.place(needed, free)
@@ -235,7 +235,7 @@ def test_a_sized_model_keeps_within_memory_and_covers_its_layers(
     assert "memory is too small" in str(error)
     allowed = [int(space * (1 - headroom)) for space in free]
     assert fit.largest(purpose, allowed, kinds=[kind] * len(free)) is None
-    return
+    reject()
   assert found.parameters == count.parameters(found.config)
   covered = [i for s in found.stages for i in range(s.first_layer, s.last_layer + 1)]
   assert covered == list(range(found.config.num_layers))
@@ -274,7 +274,7 @@ def test_a_small_change_of_memory_does_not_change_the_answer(start: float, purpo
   try:
     current = size(one_host(int(memory)), purpose).config
   except ValueError:
-    return
+    reject()
   changes = []
   for _ in range(30):
     memory *= 1.02
@@ -293,7 +293,7 @@ def test_a_small_change_of_memory_does_not_change_the_answer(start: float, purpo
   try:
     found = size(less, purpose, current=current)
   except ValueError:
-    return
+    reject()
   assert not found.kept and "no longer fits" in found.notes[0]
   assert found.config == size(less, purpose).config
 
