@@ -32,12 +32,16 @@ def _card(name: str, gib: int, read: float, flops: float, upload: float) -> Devi
 CARDS: Mapping[str, Device] = {
   # Memory, its bandwidth, dense bf16 with float32 sums, one direction of the PCIe slot.
   # NVIDIA H100 datasheet: 3.35 TB/s, 1,979 TFLOPS with sparsity (half without), PCIe Gen5 128 GB/s.
-  "h100": _card("NVIDIA H100 SXM 80GB", 80, 3.35e12, 989e12, 64e9),
+  "h100": _card("NVIDIA H100 SXM 80GB", 80, 3.35e12, 989.4e12, 64e9),
+  # NVIDIA H200 datasheet: 4.8 TB/s, products as the H100's; nvidia-smi says 143,771 MiB.
+  "h200": _card("NVIDIA H200 SXM 141GB", 140, 4.8e12, 989.4e12, 64e9),
   # NVIDIA A100 datasheet (nvidia-1758950-r4): 2,039 and 1,555 GB/s, 312 TFLOPS, PCIe Gen4 64 GB/s.
   "a100": _card("NVIDIA A100 SXM 80GB", 80, 2.039e12, 312e12, 32e9),
   "a100-40": _card("NVIDIA A100 SXM 40GB", 40, 1.555e12, 312e12, 32e9),
   # NVIDIA L40S datasheet: 864 GB/s, 362.05 TFLOPS, PCIe Gen4 x16 64 GB/s.
-  "l40s": _card("NVIDIA L40S 48GB", 48, 864e9, 362e12, 32e9),
+  "l40s": _card("NVIDIA L40S 48GB", 48, 864e9, 362.05e12, 32e9),
+  # NVIDIA L4 datasheet: 300 GB/s, 242 TFLOPS with sparsity, PCIe Gen4 x16 64 GB/s.
+  "l4": _card("NVIDIA L4 24GB", 24, 300e9, 121e12, 32e9),
   # NVIDIA Ada GPU architecture white paper, appendix A: 1,008 GB/s, 165.2 TFLOPS.
   "rtx4090": _card("NVIDIA GeForce RTX 4090 24GB", 24, 1.008e12, 165e12, 32e9),
   # NVIDIA Ampere GA102 GPU architecture white paper v2.0, appendix A: 936 GB/s, 71 TFLOPS.
@@ -46,9 +50,11 @@ CARDS: Mapping[str, Device] = {
   # rate is not published: twice its FP32 rate (12.7), as the RTX 3090's is.
   "rtx3060": _card("NVIDIA GeForce RTX 3060 12GB", 12, 360e9, 25e12, 32e9),
 }
-"""Vendors' numbers, not measured. One direction of PCIe is half of what datasheets give for both. The
-datasheets' numbers of H100, A100, L40S and of the RTX 4090's products were checked against copies and
-tables of third parties; those of the RTX 3090's products and of the RTX 3060's are unverified."""
+"""Vendors' numbers, not measured, by the name of the card: the one place where they stand.
+
+One direction of PCIe is half of what datasheets give for both. The numbers of H100, A100, L40S and of
+the RTX 4090's products were checked against copies and tables of third parties; those of H200 and L4,
+of the RTX 3090's products and of the RTX 3060 are unverified."""
 
 CPUS: Mapping[str, Device] = {
   "desktop": Device(
@@ -68,6 +74,18 @@ CPUS: Mapping[str, Device] = {
 }
 """Channels times transfers per second times 8 bytes (5600 MT/s x 2 x 8, 4800 MT/s x 12 x 8), not measured;
 what they multiply is not known."""
+
+
+def datasheet_flops_per_s(device_kind: str) -> float | None:
+  """Dense bfloat16 FLOP/s of a data center GPU, from its maker's datasheet.
+
+  Args:
+    device_kind: What JAX calls the device, for example "NVIDIA H100 80GB HBM3".
+  Returns: None where no word of the name is a card of `CARDS`, as for CPUs.
+  """
+  words = device_kind.lower().replace("-", " ").split()
+  return next((CARDS[word].flops_per_s for word in words if word in CARDS), None)
+
 
 TIERS: Mapping[str, int] = {
   "seed-40gb": 40,

@@ -8,6 +8,7 @@ from neurojax import count
 from neurojax.config import ModelConfig
 from neurojax.count.working import Kind
 from neurojax.plan.fleet import Device, Fleet, Host, Place
+from neurojax.plan.tiers import CARDS
 from neurojax.scaling import fit
 from neurojax.scaling.account import (
   Losses,
@@ -32,8 +33,8 @@ MFU = 0.4
 nanochat 0.41 to 0.46. Doubt: none is published for ternary training, for pipelines of unlike machines,
 or for CPUs."""
 
-CLUSTER_FLOPS_PER_S = 1000 * 989e12 * MFU
-"""What a thousand H100 reach: a yardstick for models that fit where nobody has trained their like."""
+YARDSTICK_GPUS = 1000
+"""H100s of an imagined cluster, the measure of models that fit where nobody has trained their like."""
 
 MOST_TOKENS = 1e20
 """Of training: some million times what people have written."""
@@ -180,10 +181,10 @@ def size(
       f"for {flops:.3g} FLOPs {law.name} prefers {n:.3g} parameters and {d:.3g} tokens; this has "
       f"{parameters / n:.2g} times those parameters"
     )
-  if isinstance(purpose, Serving) and (years := flops / CLUSTER_FLOPS_PER_S / 86400 / 365.25) > 1:
+  if isinstance(purpose, Serving) and (years := _cluster_years(flops)) > 1:
     notes.append(
-      f"this is what fits, not what someone has trained: {flops:.3g} FLOPs are {years:,.3g} years of 1,000 "
-      f"H100 at an MFU of {MFU:g}; --most-parameters leaves larger candidates out"
+      f"this is what fits, not what someone has trained: {flops:.3g} FLOPs are {years:,.3g} years of "
+      f"{YARDSTICK_GPUS:,} H100 at an MFU of {MFU:g}; --most-parameters leaves larger candidates out"
     )
   used = sum(stage.memory_bytes for stage in stages) / sum(allowed)
   if used < 0.5 and not kept:
@@ -212,6 +213,13 @@ def size(
     arithmetic=tuple(lines),
     notes=tuple(notes),
   )
+
+
+def _cluster_years(flops: float) -> float:
+  """Years that the cluster of YARDSTICK_GPUS computes for, at MFU of its datasheet's FLOP/s."""
+  each = CARDS["h100"].flops_per_s
+  assert each is not None
+  return flops / (YARDSTICK_GPUS * each * MFU) / 86400 / 365.25
 
 
 def _check(

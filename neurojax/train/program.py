@@ -8,6 +8,7 @@ import numpy as np
 from neurojax import count
 from neurojax.data.batches import Rows
 from neurojax.layout import sharding
+from neurojax.plan.tiers import datasheet_flops_per_s
 from neurojax.train.config import TrainConfig
 from neurojax.train.step import (
   State,
@@ -57,15 +58,9 @@ class MeshProgram:
     return self._eval(state.params, tokens)
 
 
-# Dense tensor-core FLOP/s in bfloat16 with float32 sums: NVIDIA's data sheets (H100 SXM and H200:
-# 989.4; A100: 312; L4: 121; L40S: 362).
-_PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362.05e12, "L4": 121e12}
-
-
 def peak_flops_per_s(config: TrainConfig) -> float | None:
   """Of all devices together; None where it is not known, as on CPUs."""
   if config.compute_dtype != "bfloat16":
     return None
-  words = jax.devices()[0].device_kind.replace("-", " ").split()
-  each = next((_PEAKS[word] for word in words if word in _PEAKS), None)
+  each = datasheet_flops_per_s(jax.devices()[0].device_kind)
   return None if each is None else each * config.layout.devices

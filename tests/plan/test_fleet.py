@@ -245,3 +245,16 @@ def test_every_named_fleet_has_a_file_and_tiers_have_the_memory_they_are_called_
     assert memory_gb - 80 < cards * (40 if memory_gb <= 400 else 80) <= memory_gb
   with pytest.raises(ValueError, match="choose one of cpu"):
     tiers.fleet("moon")
+
+
+@pytest.mark.parametrize(
+  ("device_kind", "tflops"),
+  [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H200", 989.4), ("NVIDIA A100-SXM4-40GB", 312.0),
+    ("NVIDIA L40S", 362.05), ("NVIDIA L4", 121.0), ("cpu", None),
+    ("NVIDIA GeForce RTX 3060 Laptop GPU", None),
+  ],
+)  # fmt: skip
+def test_the_datasheet_of_a_data_center_gpu_is_found_by_what_jax_calls_it(device_kind, tflops):
+  found = tiers.datasheet_flops_per_s(device_kind)
+  assert found == (None if tflops is None else tflops * 1e12)
