@@ -69,7 +69,9 @@ lock: | $(BIN)/uv
 # The stubs are committed; this tool's version is the oldest runtime that can read them.
 proto:
 	@test -x .venv-proto/bin/python || { $(PYTHON) -m venv .venv-proto && .venv-proto/bin/pip install -q grpcio-tools==1.80.0; }
-	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. neurojax/pipeline/pipeline.proto
+	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	  neurojax/wire/wire.proto neurojax/pipeline/pipeline.proto
+	rm neurojax/wire/wire_pb2_grpc.py
 
 clean:
 	rm -rf .venv .venv-proto

@@ -6,6 +6,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Programs compiled by tests, and digests, are kept apart from the user's own; servers that tests start inherit it.
 if "NEUROJAX_CACHE_DIR" not in os.environ:
@@ -47,6 +48,15 @@ def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
   # A worker that keeps every program it ever compiled grows to several GB.
   jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A GGUF file of a model with six small layers and a tokenizer."""
+  # Imported here: shapes are checked only in what is imported after the hook above.
+  from tests import tinymodel
+
+  return tinymodel.write(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
 _LOOPBACK = ("127.", "::1", "localhost")

@@ -16,6 +16,7 @@ ROOMS = (
   "plan*",
   "scaling*",
   "tokenizer*",
+  "wire*",
   "layout",
   "weights",
   "kernels",

@@ -17,6 +17,8 @@ from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline.errors import HandshakeError, PipelineError, StageLost, StageTimeout
 from neurojax.pipeline.onward import Outlet
 from neurojax.plan.fleet import Host
+from neurojax.wire.channel import brief, open_channel
+from neurojax.wire.identity import disagreement
 
 NAME = "coordinator"
 
@@ -88,7 +90,7 @@ class Contact:
     """
     limit = messages.message_limit(config, PREFILL)
     address = host.reach()
-    channel = grpc.aio.insecure_channel(address, options=messages.channel_options(limit))
+    channel = open_channel(address, limit=limit)
     stub = rpc.StageStub(channel)
     label = f"{host.name} at {address}" if host.name else address
     best_s, ahead_s = float("inf"), 0.0
@@ -105,9 +107,7 @@ class Contact:
           best_s, ahead_s = trip_s, description.clock_s - (sent_s + trip_s / 2)
       # Within half a trip it cannot be told from no offset at all, which hosts in step have.
       ahead_s = 0.0 if abs(ahead_s) <= best_s / 2 else ahead_s
-      if difference := messages.disagreement(
-        identity, description.identity, fields=messages.SAME_MODEL
-      ):
+      if difference := disagreement(identity, description.identity, fields=messages.SAME_MODEL):
         raise HandshakeError(
           label,
           f"{NAME} and {description.name} do not agree: {difference} "
@@ -183,7 +183,7 @@ class Contact:
     try:
       await self._outlet.send(frame)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-      raise StageLost(self.label, f"connection lost ({messages.brief(error)})") from error
+      raise StageLost(self.label, f"connection lost ({brief(error)})") from error
     except TimeoutError as error:
       raise StageTimeout(self.label, f"took no frame within {self.options.step_s:g} s") from error
 
@@ -214,7 +214,7 @@ class Contact:
         on_frame(self, frame)
       reason = f"it ended the link: {await call.details() or (await call.code()).name}"
     except grpc.aio.AioRpcError as error:
-      reason = messages.brief(error)
+      reason = brief(error)
     except asyncio.CancelledError:
       if self.lost:
         return

@@ -28,6 +28,7 @@ from neurojax.pipeline.errors import (
 from neurojax.plan.fleet import Fleet
 from neurojax.plan.proportional import Placement, as_planned, proportional
 from neurojax.stage.step import StepInput, StepOutput
+from neurojax.wire import tensor
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +269,7 @@ class PipelineEngine(DrivenEngine):
       )
     try:
       scores = (
-        messages.array(outcome.scores, what="scores", max_dims=1)
+        tensor.decode(outcome.scores, what="scores", max_dims=1)
         if outcome.HasField("scores")
         else None
       )

@@ -8,9 +8,9 @@ import sys
 
 import grpc
 
-from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
+from neurojax.wire.channel import listen, make_server
 
 PAYLOAD = 1 << 16
 """Most bytes in one echo. A message to any stage server may be as large."""
@@ -34,11 +34,11 @@ class _Echo(rpc.StageServicer):
 
 
 async def _serve() -> None:
-  server = grpc.aio.server(options=messages.channel_options(LIMIT))
+  server = make_server(limit=LIMIT)
   rpc.add_StageServicer_to_server(_Echo(), server)
-  port = server.add_insecure_port("127.0.0.1:0")
+  address = listen(server, "127.0.0.1:0")
   await server.start()
-  print(f"127.0.0.1:{port}", flush=True)
+  print(address, flush=True)
   await asyncio.to_thread(sys.stdin.buffer.read)
   await server.stop(None)
 

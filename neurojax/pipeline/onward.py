@@ -6,9 +6,9 @@ from typing import Self
 
 import grpc
 
-from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
+from neurojax.wire.channel import brief, open_channel
 
 HELLO_S = 10.0
 """How long either end of a new link waits for the other's Hello."""
@@ -67,7 +67,7 @@ class NextLink:
       on_lost: Awaited once, when the link has ended.
     Raises: Lost: it cannot be reached, does not answer in time, or refuses.
     """
-    channel = grpc.aio.insecure_channel(address, options=messages.channel_options(limit))
+    channel = open_channel(address, limit=limit)
     try:
       call = rpc.StageStub(channel).Link()
       await asyncio.wait_for(call.write(pb.Frame(hello=hello)), HELLO_S)
@@ -76,7 +76,7 @@ class NextLink:
         raise Lost(f"the stage at {address} refuses the link: {await call.details()}")
     except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
       await channel.close()
-      raise Lost(f"no link to the stage at {address}: {messages.brief(error)}") from error
+      raise Lost(f"no link to the stage at {address}: {brief(error)}") from error
     except BaseException:
       await channel.close()
       raise
@@ -91,7 +91,7 @@ class NextLink:
     try:
       await self._outlet.send(frame)
     except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
-      reason = messages.brief(error)
+      reason = brief(error)
       raise Lost(f"the stage at {self.address} takes no more frames ({reason})") from error
 
   async def close(self) -> None:
@@ -108,7 +108,7 @@ class NextLink:
       while await self._call.read() is not grpc.aio.EOF:
         pass
     except grpc.RpcError as error:
-      reason = messages.brief(error)
+      reason = brief(error)
     except asyncio.CancelledError:
       if self.lost:
         return

@@ -1,7 +1,7 @@
-from google.protobuf.internal import containers as _containers
+from neurojax.wire import wire_pb2 as _wire_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -130,18 +130,6 @@ class Opened(_message.Message):
     sequence: str
     def __init__(self, sequence: _Optional[str] = ...) -> None: ...
 
-class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "data", "crc32")
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
-    dtype: str
-    shape: _containers.RepeatedScalarFieldContainer[int]
-    data: bytes
-    crc32: int
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
-
 class Step(_message.Message):
     __slots__ = ("sequence", "index", "start", "tokens", "hidden", "is_answer", "sample", "targets")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -155,12 +143,12 @@ class Step(_message.Message):
     sequence: str
     index: int
     start: int
-    tokens: Tensor
-    hidden: Tensor
+    tokens: _wire_pb2.Tensor
+    hidden: _wire_pb2.Tensor
     is_answer: bool
     sample: bool
-    targets: Tensor
-    def __init__(self, sequence: _Optional[str] = ..., index: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[_Union[Tensor, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., is_answer: bool = ..., sample: bool = ..., targets: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    targets: _wire_pb2.Tensor
+    def __init__(self, sequence: _Optional[str] = ..., index: _Optional[int] = ..., start: _Optional[int] = ..., tokens: _Optional[_Union[_wire_pb2.Tensor, _Mapping]] = ..., hidden: _Optional[_Union[_wire_pb2.Tensor, _Mapping]] = ..., is_answer: bool = ..., sample: bool = ..., targets: _Optional[_Union[_wire_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("sequence", "index", "sampled", "token", "logprob", "scores", "received_s", "finished_s", "compute_s")
@@ -178,11 +166,11 @@ class Outcome(_message.Message):
     sampled: bool
     token: int
     logprob: float
-    scores: Tensor
+    scores: _wire_pb2.Tensor
     received_s: float
     finished_s: float
     compute_s: float
-    def __init__(self, sequence: _Optional[str] = ..., index: _Optional[int] = ..., sampled: bool = ..., token: _Optional[int] = ..., logprob: _Optional[float] = ..., scores: _Optional[_Union[Tensor, _Mapping]] = ..., received_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[str] = ..., index: _Optional[int] = ..., sampled: bool = ..., token: _Optional[int] = ..., logprob: _Optional[float] = ..., scores: _Optional[_Union[_wire_pb2.Tensor, _Mapping]] = ..., received_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("sequence",)

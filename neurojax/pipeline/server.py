@@ -31,6 +31,9 @@ from neurojax.stage import programs
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.memory import free_memory_bytes
 from neurojax.stage.runtime import StageRuntime
+from neurojax.wire import tensor
+from neurojax.wire.channel import listen, make_server
+from neurojax.wire.identity import PACKAGE, disagreement
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ class _Loaded:
   def is_like(self, request: pb.LoadRequest, span: Span) -> bool:
     """Whether a request asks for this, by whatever programs."""
     return (
-      messages.disagreement(self.identity, request.identity, fields=messages.SAME_FORM) is None
+      disagreement(self.identity, request.identity, fields=messages.SAME_FORM) is None
       and (self.weights, self.span) == (request.weights, span)
       and self.runtime.max_sequences == request.max_sequences
     )
@@ -104,26 +107,21 @@ class StageServer(rpc.StageServicer):
   # ---- the server itself
 
   async def serve(
-    self, listen: str, *, started: Callable[[str], None], stop: asyncio.Event, grace_s: float = 2.0
+    self, at: str, *, started: Callable[[str], None], stop: asyncio.Event, grace_s: float = 2.0
   ) -> None:
-    """Serve on `listen` ("host:port", port 0 takes a free one) until `stop` is set.
+    """Serve on `at` ("host:port", port 0 takes a free one) until `stop` is set.
 
     Args:
       started: Called with the address once connections are taken.
     Raises: OSError: the address cannot be had.
     """
     limit = messages.message_limit(self._config, PREFILL)
-    server = grpc.aio.server(options=messages.channel_options(limit), maximum_concurrent_rpcs=256)
+    server = make_server(limit=limit)
     rpc.add_StageServicer_to_server(self, server)
     health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-    try:
-      port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-      raise OSError(
-        f"cannot listen on {listen}: the address is taken or not this machine's"
-      ) from error
+    address = listen(server, at)
     await server.start()
-    started(f"{listen.rsplit(':', 1)[0]}:{port}")
+    started(address)
     watching = asyncio.create_task(self._watch_health())
     try:
       await stop.wait()
@@ -230,7 +228,7 @@ class StageServer(rpc.StageServicer):
     mine = messages.identity(
       self._config, sha256=sha256, dtype=wanted.dtype, context_length=wanted.context_length
     )
-    if difference := messages.disagreement(mine, wanted, fields=messages.SAME_MODEL):
+    if difference := disagreement(mine, wanted, fields=messages.SAME_MODEL):
       raise _Refused(f"{difference}: run the same version on the same model file at both ends")
     if wanted.dtype not in forms.DTYPE_BYTES:
       raise ValueError(f"dtype {wanted.dtype[:40]!r}: choose one of {', '.join(forms.DTYPE_BYTES)}")
@@ -363,14 +361,14 @@ class StageServer(rpc.StageServicer):
       )
     hello, loaded = frame.hello, self._loaded
     problem = None
-    version = pb.Identity(protocol=messages.PROTOCOL, package=messages.PACKAGE)
-    if difference := messages.disagreement(version, hello.identity, fields=("protocol", "package")):
+    version = pb.Identity(protocol=messages.PROTOCOL, package=PACKAGE)
+    if difference := disagreement(version, hello.identity, fields=("protocol", "package")):
       problem = difference
     elif loaded is None:
       problem = "no layers are loaded here"
     else:
       fields = (*messages.SAME_FORM, "programs")
-      problem = messages.disagreement(loaded.identity, hello.identity, fields=fields)
+      problem = disagreement(loaded.identity, hello.identity, fields=fields)
       mine = (loaded.span.first_layer, loaded.span.last_layer)
       if not problem and mine != (hello.your_first_layer, hello.your_last_layer):
         problem = (
@@ -452,7 +450,7 @@ class StageServer(rpc.StageServicer):
       if output.token is not None:
         outcome.sampled, outcome.token, outcome.logprob = True, output.token, output.logprob
       if output.scores is not None:
-        outcome.scores.CopyFrom(messages.tensor(output.scores))
+        outcome.scores.CopyFrom(tensor.encode(output.scores))
       await record.owner.send(pb.Frame(outcome=outcome))
     except Exception as error:
       await self._fail(name, error)

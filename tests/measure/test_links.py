@@ -14,12 +14,12 @@ from neurojax.cli.probe import _print
 from neurojax.config import to_toml
 from neurojax.files.open import open_model
 from neurojax.measure.machine import links
-from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline.errors import StageLost
 from neurojax.pipeline.server import StageServer
 from neurojax.plan.fleet import DecodeRates, Device, Fleet, Host, read_fleet
+from neurojax.wire.channel import open_channel
 from tests.pipeline.servers import run
 
 
@@ -76,16 +76,14 @@ def test_loopback_is_measured_with_another_process():
 
 def test_echo_gives_back_what_it_gets_and_refuses_more_than_its_limit(tiny_path: Path):
   async def work() -> None:
-    async with serving(tiny_path) as address:
-      options = messages.channel_options(1 << 20)
-      async with grpc.aio.insecure_channel(address, options=options) as channel:
-        stub = rpc.StageStub(channel)
-        for payload in (b"", b"abc", bytes(range(256)) * 256):
-          assert (await stub.Echo(pb.EchoRequest(payload=payload))).payload == payload
-        with pytest.raises(grpc.aio.AioRpcError, match="65536 at most"):
-          await stub.Echo(pb.EchoRequest(payload=bytes(links.PAYLOAD + 1)))
-        with pytest.raises(grpc.aio.AioRpcError, match=r"(?i)larger than max"):
-          await stub.Echo(pb.EchoRequest(payload=bytes(1 << 19)))
+    async with serving(tiny_path) as address, open_channel(address, limit=1 << 20) as channel:
+      stub = rpc.StageStub(channel)
+      for payload in (b"", b"abc", bytes(range(256)) * 256):
+        assert (await stub.Echo(pb.EchoRequest(payload=payload))).payload == payload
+      with pytest.raises(grpc.aio.AioRpcError, match="65536 at most"):
+        await stub.Echo(pb.EchoRequest(payload=bytes(links.PAYLOAD + 1)))
+      with pytest.raises(grpc.aio.AioRpcError, match=r"(?i)larger than max"):
+        await stub.Echo(pb.EchoRequest(payload=bytes(1 << 19)))
 
   run(work())
 

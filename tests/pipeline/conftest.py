@@ -3,13 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tinymodel
 from tests.pipeline.servers import Cluster, cluster
-
-
-@pytest.fixture(scope="session")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  return tinymodel.write(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")

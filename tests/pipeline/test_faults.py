@@ -27,6 +27,7 @@ from neurojax.pipeline.errors import HandshakeError, StageFailed, StageLost, Sta
 from neurojax.pipeline.server import SERVICE
 from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.step import StepInput
+from neurojax.wire.identity import PACKAGE
 from tests import tinymodel
 from tests.pipeline.servers import PROMPT, Cluster, Server, cluster, collect, request, run
 
@@ -223,7 +224,7 @@ async def _link(
   ("changes", "named"),
   [
     ({"protocol": 99}, f"protocol is {messages.PROTOCOL} here and 99 there"),
-    ({"package": "0.0.0"}, f"package is {messages.PACKAGE} here and 0.0.0 there"),
+    ({"package": "0.0.0"}, f"package is {PACKAGE} here and 0.0.0 there"),
     ({"model_sha256": "f" * 64}, "model sha256 is .* here and ffffffffffff there"),
     ({"dtype": "bfloat16"}, "dtype is float32 here and bfloat16 there"),
     ({"context_length": 7}, "context length is 256 here and 7 there"),
@@ -267,9 +268,7 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
-    with pytest.raises(
-      HandshakeError, match=rf"old.*package is {messages.PACKAGE} here and 0\.0\.9 there"
-    ):
+    with pytest.raises(HandshakeError, match=rf"old.*package is {PACKAGE} here and 0\.0\.9 there"):
       await PipelineEngine.connect(
         tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(context_length=64)
       )

@@ -8,14 +8,12 @@ import statistics
 import sys
 import time
 
-import grpc
-
-from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline.echo import LIMIT, PAYLOAD
 from neurojax.pipeline.errors import StageLost
 from neurojax.plan.fleet import check_address
+from neurojax.wire.channel import CallError, brief, open_channel
 
 _IN_FLIGHT = 16
 _WARM, _IDLE_S = 20, 0.005
@@ -58,13 +56,13 @@ async def meet(address: str, *, limit_s: float = 10.0, seconds: float = 1.0) -> 
     is none.
   """
   check_address(address)
-  async with grpc.aio.insecure_channel(address, options=messages.channel_options(LIMIT)) as channel:
+  async with open_channel(address, limit=LIMIT) as channel:
     stub = rpc.StageStub(channel)
     try:
       measured = await _measure(stub, limit_s, seconds)
       # The first description of a large model file takes as long as its digest.
       description = await stub.Describe(pb.DescribeRequest(), timeout=60 * limit_s)
-    except grpc.aio.AioRpcError as error:
+    except CallError as error:
       raise _explained(address, error) from error
   return Peer(
     name=description.name,
@@ -90,11 +88,9 @@ async def loopback(*, seconds: float = 1.0) -> Measured:
   assert other.stdin is not None and other.stdout is not None
   try:
     address = (await asyncio.wait_for(other.stdout.readline(), 60)).decode().strip()
-    async with grpc.aio.insecure_channel(
-      address, options=messages.channel_options(LIMIT)
-    ) as channel:
+    async with open_channel(address, limit=LIMIT) as channel:
       return await _measure(rpc.StageStub(channel), 10.0, seconds)
-  except grpc.aio.AioRpcError as error:
+  except CallError as error:
     raise _explained("on loopback", error) from error
   finally:
     other.stdin.close()
@@ -136,9 +132,9 @@ async def _measure(stub: rpc.StageStub, limit_s: float, seconds: float) -> Measu
   return Measured(latency_s=statistics.median(trips) / 2, bytes_per_s=bytes_per_s)
 
 
-def _explained(address: str, error: grpc.aio.AioRpcError) -> StageLost:
-  if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+def _explained(address: str, error: CallError) -> StageLost:
+  if error.code().name == "UNIMPLEMENTED":
     return StageLost(address, "it does not answer Echo: run this version of `neurojax stage` there")
   return StageLost(
-    address, f"cannot be reached ({messages.brief(error)}): is `neurojax stage` running there?"
+    address, f"cannot be reached ({brief(error)}): is `neurojax stage` running there?"
   )
