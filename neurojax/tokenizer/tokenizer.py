@@ -16,6 +16,7 @@ from neurojax.tokenizer.encode.bpe import (
   text_bpe_encoder,
 )
 from neurojax.tokenizer.encode.long_text import parts_at_spaces
+from neurojax.tokenizer.encode.sentencepiece import SentencePieceEncoder
 from neurojax.tokenizer.encode.tokenizer_json import JsonEncoder, encode_parts, piece_bytes
 from neurojax.tokenizer.pretokenizers import pre_tokenizer
 from neurojax.tokenizer.read.json_rules import decoding
@@ -40,11 +41,15 @@ class Tokenizer:
   def __init__(self, spec: TokenizerSpec):
     self.spec = spec
     self._fast: tokenizers.Tokenizer | None = None
-    self._library: JsonEncoder | None = None
+    self._json: JsonEncoder | None = None
+    self._sentencepiece: SentencePieceEncoder | None = None
     if spec.kind == "json":
       control = {t: i for i, t in enumerate(spec.tokens) if spec.types[i] in ("control", "unknown")}
-      self._library = library = JsonEncoder(spec.source, control)
-      self._encode_text = functools.partial(library.encode, parse_special=False)
+      self._json = json_encoder = JsonEncoder(spec.source, control)
+      self._encode_text = functools.partial(json_encoder.encode, parse_special=False)
+    elif spec.kind == "sentencepiece":
+      self._sentencepiece = SentencePieceEncoder(spec)
+      self._encode_text = self._sentencepiece.encode
     elif spec.kind == "spm":
       self._encode_text = scored_bpe_encoder(spec)
     elif (rules := pre_tokenizer(spec.pre)).byte_level:
@@ -57,10 +62,14 @@ class Tokenizer:
       self._encode_text = text_bpe_encoder(spec, rules)
     self._pieces = tuple(_pieces(spec))
     self._hidden = tuple(kind in ("control", "unknown") for kind in spec.types)
+    strips = spec.strip_after_ids | spec.strip_before_ids
     specials = [
       (len(token.encode("utf-8", "surrogatepass")), token, i, spec.types[i] == "user")
       for i, token in enumerate(spec.tokens)
-      if token and spec.types[i] in ("control", "unknown", "user")
+      if token
+      and spec.types[i] in ("control", "unknown", "user")
+      # The library cuts out its own user-defined pieces, without a space in front of what follows.
+      and not (self._sentencepiece and spec.types[i] == "user" and i not in strips)
     ]
     specials.sort(key=lambda special: (-special[0], special[2]))
     self._specials = [(token, i, user) for _, token, i, user in specials]
@@ -107,13 +116,13 @@ class Tokenizer:
     ids: list[int] = []
     if add_special and self.spec.add_bos:
       ids.append(self.spec.bos_id)
-    if self._library is None:
+    if self._json is None:
       self._extend(ids, text, parse_special, guarded)
     elif guarded and parse_special:
-      ids += self._library.encode_guarded(text, _GUARD)
+      ids += self._json.encode_guarded(text, _GUARD)
     else:
       text = text.replace(_GUARD, "") if guarded else text
-      ids += self._library.encode(text, parse_special=parse_special)
+      ids += self._json.encode(text, parse_special=parse_special)
     if add_special and self.spec.add_eos:
       ids.append(self.spec.eos_id)
     return ids
@@ -131,10 +140,14 @@ class Tokenizer:
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text. Byte-level vocabularies use all cores. Raises as `encode` does."""
-    if self._library is not None:
+    if self._json is not None:
       for text in texts:
         _check_text(text)
-      return self._library.encode_many(texts)
+      return self._json.encode_many(texts)
+    if self._sentencepiece is not None and not any(user for _, _, user in self._specials):
+      for text in texts:
+        _check_text(text)
+      return self._sentencepiece.encode_many(texts)
     if self._fast is None or not self.cuts_at_spaces:
       return [self.encode(text) for text in texts]
     for text in texts:
@@ -266,10 +279,19 @@ class Detokenizer:
       return self._utf8.decode(piece)
     if self._strip:
       spec = self._tokenizer.spec
-      # The library takes it off the text, whatever the first piece is; llama.cpp off a first word.
-      self._strip = spec.kind == "json" and not piece
-      if spec.kind == "json" or spec.types[token_id] != "user":
+      if spec.kind == "spm":
+        # llama.cpp takes it off a first word, the libraries off whatever comes first.
+        self._strip = False
+        piece = piece if spec.types[token_id] == "user" else piece.removeprefix(b" ")
+      elif spec.kind == "json":
+        self._strip = not piece
         piece = piece.removeprefix(b" ")
+      else:
+        is_byte, given = spec.types[token_id] == "byte", piece
+        piece = piece if is_byte else piece.removeprefix(b" ")
+        # A model that removes white space takes away all of it at the start of a text.
+        all_of_it = self._tokenizer._sentencepiece.removes_spaces
+        self._strip = not is_byte and not (piece if all_of_it else given)
     return self._utf8.decode(piece)
 
   def finish(self) -> str:
@@ -301,7 +323,7 @@ def _pieces(spec: TokenizerSpec) -> Iterable[bytes]:
   for token, kind in zip(spec.tokens, spec.types, strict=True):
     if kind == "byte" and (match := BYTE_TOKEN.fullmatch(token)):
       yield bytes([int(match[1], 16)])
-    elif kind in ("normal", "unused", "byte"):
+    elif kind in ("normal", "unused", "byte") or (kind == "user" and spec.kind == "sentencepiece"):
       if not byte_level:
         yield token.replace(SPACE, " ").encode("utf-8", "replace")
       elif all(char in alphabet for char in token):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+KINDS = ("bpe", "spm", "json", "sentencepiece")
 TOKEN_TYPES = ("normal", "unknown", "control", "user", "unused", "byte")
 
 
@@ -12,7 +13,8 @@ class TokenizerSpec:
   """A vocabulary and its rules, free of any file format.
 
   Attributes:
-    kind: "bpe" is BPE with merges; "spm" is SentencePiece BPE with scores; "json" is whatever its
+    kind: "bpe" is BPE with merges; "spm" is SentencePiece BPE with scores; "json" is whatever the
+      tokenizer.json in its `source` says; "sentencepiece" is whatever the tokenizer.model in its
       `source` says.
     tokens: The piece of each id, in the spelling of the format (byte-level alphabet for "bpe",
       U+2581 for a space in "spm"; a vocabulary without any U+2581 may use plain spaces). Byte
@@ -25,16 +27,18 @@ class TokenizerSpec:
     stop_ids: Every id that ends a generation (eos, end of turn, ...).
     add_bos, add_eos: What `encode(..., add_special=True)` adds by itself.
     add_space_prefix: Whether text gets a space in front at the start and after a special token
-      ("spm" only); decoding takes the first one away again (so it does for "json").
+      ("spm" only); decoding takes the first one away again (so it does for "json" and
+      "sentencepiece").
     strip_after_ids: Special tokens that swallow the white space after them in parsed text.
     strip_before_ids: Special tokens that swallow the white space before them.
     chat_template: Jinja source, or None.
-    source: The text of a tokenizer.json, which alone says how "json" encodes.
+    source: The text of a tokenizer.json ("json"), or a tokenizer.model in base64 ("sentencepiece").
+      It alone says how these kinds encode.
 
   Raises: ValueError: lengths differ, an id is out of range, or a value is not one of the above.
   """
 
-  kind: Literal["bpe", "spm", "json"]
+  kind: Literal["bpe", "spm", "json", "sentencepiece"]
   tokens: tuple[str, ...]
   types: tuple[str, ...]
   merges: tuple[str, ...] = ()
@@ -54,8 +58,8 @@ class TokenizerSpec:
 
   def __post_init__(self):
     size = len(self.tokens)
-    if self.kind not in ("bpe", "spm", "json"):
-      raise ValueError(f"kind is {self.kind!r}; it must be 'bpe', 'spm' or 'json'")
+    if self.kind not in KINDS:
+      raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
     if not size:
       raise ValueError("tokens is empty; a vocabulary needs at least one token")
     if len(self.types) != size:
@@ -69,9 +73,9 @@ class TokenizerSpec:
         )
       if any(math.isnan(score) for score in self.scores):
         raise ValueError("scores holds NaN, which has no order; the file is damaged")
-    elif self.kind == "json":
+    elif self.kind in ("json", "sentencepiece"):
       if not isinstance(self.source, str):
-        raise ValueError("source is no text; 'json' needs the text of its tokenizer.json")
+        raise ValueError(f"source is no text; {self.kind!r} needs the tokenizer that it stands for")
     elif self.pre is None:
       raise ValueError("pre is None; 'bpe' needs the name of its pre-tokenizer")
     ids = [("bos_id", self.bos_id), ("eos_id", self.eos_id), ("unknown_id", self.unknown_id)]

@@ -140,7 +140,7 @@ def _write_tokenizer(file: ModelFile, folder: Path) -> None:
   if spec is None:
     return
   table = tokenizer_config(spec, file.config)
-  if spec.kind == "spm":
+  if spec.kind in ("spm", "sentencepiece"):
     (folder / "tokenizer.model").write_bytes(sentencepiece_from_spec(spec))
     table |= _spm_config(spec)
   else:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neurojax.tokenizer.read.bounded import read_bounded
 from neurojax.tokenizer.read.tokenizer_json import named_id, spec_from_library
-from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
+from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece, with_tokens
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _MAX_BYTES = 512 << 20
@@ -71,7 +72,7 @@ def _extended(spec: TokenizerSpec, config: Mapping[str, Any]) -> TokenizerSpec:
         raise ValueError(f"added_tokens_decoder[{key!r}]: {text!r} is a token already")
       tokens.append(text)
       types.append("normal")
-      scores.append(-1e9)
+      scores += [-1e9] * bool(scores)
     tokens[i] = text
     if types[i] != "unknown":
       types[i] = "control" if entry.get("special") else "user"
@@ -82,7 +83,8 @@ def _extended(spec: TokenizerSpec, config: Mapping[str, Any]) -> TokenizerSpec:
   eos_id = named_id(config, "eos_token", ids)
   bos_id = spec.bos_id if bos_id is None else bos_id
   eos_id = spec.eos_id if eos_id is None else eos_id
-  return dataclasses.replace(
+  changed = (tuple(tokens), tuple(types)) != (spec.tokens, spec.types)
+  spec = dataclasses.replace(
     spec,
     tokens=tuple(tokens),
     types=tuple(types),
@@ -95,6 +97,7 @@ def _extended(spec: TokenizerSpec, config: Mapping[str, Any]) -> TokenizerSpec:
     strip_after_ids=frozenset(after),
     strip_before_ids=frozenset(before),
   )
+  return with_tokens(spec) if changed and spec.kind == "sentencepiece" else spec
 
 
 def _generation_stops(folder: Path, size: int) -> frozenset[int]:
@@ -169,10 +172,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> bytes:
-  size = path.stat().st_size
-  if size > _MAX_BYTES:
-    raise ValueError(f"{path}: {size} bytes: no tokenizer has more than {_MAX_BYTES}")
-  return path.read_bytes()
+  with path.open("rb") as file:
+    return read_bounded(file, str(path), _MAX_BYTES, "a tokenizer's file")
 
 
 def _text(path: Path) -> str:

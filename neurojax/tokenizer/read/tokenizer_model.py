@@ -1,166 +1,142 @@
-"""SentencePiece's tokenizer.model, read without its library.
+"""Reads a tokenizer.model, the format of the library `sentencepiece`.
 
-Source: `sentencepiece_model.proto` of https://github.com/google/sentencepiece; the protocol buffers
-wire format. What a BPE model of a language model needs is read; the rest is refused by name.
+Source: `sentencepiece_model.proto` of https://github.com/google/sentencepiece.
 """
 
+import base64
 import dataclasses
-import struct
-from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
-_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
+PIECE_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
+"""A piece's type in the file, and the type of the token."""
+
+# Published files have 5 MB at most. The limits bound the memory that a hostile file can take.
+_MAX_BYTES = 16 << 20
+_MAX_PIECES = 1 << 20
 _AGAIN = "this is no tokenizer.model, or a damaged one: get it again"
 
 
-@dataclasses.dataclass
-class _Model:
-  """The fields that matter, with the format's defaults."""
-
-  pieces: list[tuple[str, float, str]]
-  kind: int = 1
-  bos_id: int = 1
-  eos_id: int = 2
-  suffix_spaces: bool = False
-  charsmap_bytes: int = 0
-  add_dummy_prefix: bool = True
-  remove_extra_whitespaces: bool = True
-  escape_whitespaces: bool = True
-
-
 def spec_from_sentencepiece(data: bytes) -> TokenizerSpec:
-  """The tokenizer of a tokenizer.model, which adds BOS, as Llama's and Gemma's do.
+  """Returns the tokenizer of a tokenizer.model, which adds BOS, as Llama's and Gemma's do.
+
+  A BPE model that leaves the text as it is becomes "spm", which GGUF can hold. Any other model
+  (unigram, a normaliser such as NFKC, white space removed) becomes "sentencepiece", which the library
+  encodes.
 
   Raises:
-    ValueError: damaged, or no such file.
-    NotImplementedError: a model other than BPE, or one that changes the text before it cuts it.
+    ValueError: the file is damaged, or no such file.
+    NotImplementedError: the model spells spaces behind words, or changes text when it decodes.
   """
-  model = _read(data)
-  if model.kind != 2:
-    raise NotImplementedError(
-      f"tokenizer.model of kind {_KINDS.get(model.kind, model.kind)}: only BPE is here"
-    )
-  changes = {
-    "a map of characters (such as NFKC)": model.charsmap_bytes > 0,
-    "remove_extra_whitespaces": model.remove_extra_whitespaces,
-    "escape_whitespaces off": not model.escape_whitespaces,
-    "treat_whitespace_as_suffix": model.suffix_spaces,
-  }
-  if asked := [name for name, on in changes.items() if on]:
-    raise NotImplementedError(f"tokenizer.model with {', '.join(asked)}: not here")
-  tokens = tuple(piece for piece, _, _ in model.pieces)
-  types = tuple(kind for _, _, kind in model.pieces)
-  if len(set(tokens)) != len(tokens):
-    raise ValueError(f"tokenizer.model holds a piece twice; {_AGAIN}")
-  bos_id = model.bos_id if 0 <= model.bos_id < len(tokens) else None
-  eos_id = model.eos_id if 0 <= model.eos_id < len(tokens) else None
+  model = parse_model(data)
+  if model.trainer_spec.treat_whitespace_as_suffix:
+    raise NotImplementedError("tokenizer.model with treat_whitespace_as_suffix: not here")
+  if model.denormalizer_spec.precompiled_charsmap:
+    raise NotImplementedError("tokenizer.model with a map of characters for decoding: not here")
+  rules = model.normalizer_spec
+  plain = (
+    model.trainer_spec.model_type == proto.TrainerSpec.BPE
+    and rules.escape_whitespaces
+    and not rules.precompiled_charsmap
+    and not rules.remove_extra_whitespaces
+  )
+  tokens = tuple(piece.piece for piece in model.pieces)
+  types = tuple(PIECE_TYPES[piece.type] for piece in model.pieces)
+  bos_id, eos_id = (
+    i if 0 <= i < len(tokens) else None
+    for i in (model.trainer_spec.bos_id, model.trainer_spec.eos_id)
+  )
   return TokenizerSpec(
-    kind="spm",
+    kind="spm" if plain else "sentencepiece",
     tokens=tokens,
     types=types,
-    scores=tuple(score for _, score, _ in model.pieces),
+    scores=tuple(piece.score for piece in model.pieces) if plain else (),
     bos_id=bos_id,
     eos_id=eos_id,
     unknown_id=types.index("unknown") if "unknown" in types else None,
     stop_ids=frozenset() if eos_id is None else frozenset({eos_id}),
     add_bos=bos_id is not None,
-    add_space_prefix=model.add_dummy_prefix,
+    add_space_prefix=rules.add_dummy_prefix or (not plain and rules.remove_extra_whitespaces),
+    source=None if plain else base64.b64encode(data).decode(),
   )
 
 
-def _read(data: bytes) -> _Model:
-  model = _Model([])
-  for field, value in _fields(data):
-    if field == 1:
-      model.pieces.append(_piece(_message(value)))
-    elif field == 2:
-      for inner, entry in _fields(_message(value)):
-        if inner == 3:
-          model.kind = _signed(entry)
-        elif inner == 41:
-          model.bos_id = _signed(entry)
-        elif inner == 42:
-          model.eos_id = _signed(entry)
-        elif inner == 24:
-          model.suffix_spaces = bool(_signed(entry))
-    elif field == 3:
-      for inner, entry in _fields(_message(value)):
-        if inner == 2:
-          model.charsmap_bytes = len(_message(entry))
-        elif inner == 3:
-          model.add_dummy_prefix = bool(_signed(entry))
-        elif inner == 4:
-          model.remove_extra_whitespaces = bool(_signed(entry))
-        elif inner == 5:
-          model.escape_whitespaces = bool(_signed(entry))
+def parse_model(data: bytes) -> Any:
+  """Parses a tokenizer.model into the library's `ModelProto`.
+
+  Raises: ValueError: the file is damaged or too large, a piece is no UTF-8, has a score that is no
+    number, or comes twice.
+  """
+  if len(data) > _MAX_BYTES:
+    raise ValueError(
+      f"tokenizer.model has {len(data)} bytes: no tokenizer has more than {_MAX_BYTES}; {_AGAIN}"
+    )
+  try:
+    model = proto.ModelProto.FromString(data)
+  except DecodeError as error:
+    raise ValueError(f"tokenizer.model does not parse ({error}); {_AGAIN}") from error
   if not model.pieces:
     raise ValueError(f"tokenizer.model without a piece: {_AGAIN}")
+  if len(model.pieces) > _MAX_PIECES:
+    raise ValueError(
+      f"tokenizer.model has {len(model.pieces)} pieces: no tokenizer has more than {_MAX_PIECES};"
+      f" {_AGAIN}"
+    )
+  seen = set()
+  for i, piece in enumerate(model.pieces):
+    # Protobuf gives bytes for what is no UTF-8.
+    if not isinstance(piece.piece, str):
+      raise ValueError(f"tokenizer.model: piece {i} is no UTF-8; {_AGAIN}")
+    if piece.piece in seen:
+      raise ValueError(f"tokenizer.model holds the piece {piece.piece!r:.80} twice; {_AGAIN}")
+    if piece.score != piece.score:
+      raise ValueError(f"tokenizer.model: the score of piece {i} is no number; {_AGAIN}")
+    if _has_unknown(piece, proto.ModelProto.SentencePiece.TYPE_FIELD_NUMBER):
+      raise ValueError(f"tokenizer.model: piece {i} has an unknown type; {_AGAIN}")
+    seen.add(piece.piece)
+  if _has_unknown(model.trainer_spec, proto.TrainerSpec.MODEL_TYPE_FIELD_NUMBER):
+    raise ValueError(f"tokenizer.model has an unknown type of model; {_AGAIN}")
   return model
 
 
-def _piece(data: bytes) -> tuple[str, float, str]:
-  piece, score, kind = "", 0.0, 1
-  for field, value in _fields(data):
-    if field == 1:
-      try:
-        piece = _message(value).decode("utf-8")
-      except UnicodeDecodeError as error:
-        raise ValueError(f"tokenizer.model: a piece is no UTF-8 ({error}); {_AGAIN}") from error
-    elif field == 2:
-      if not isinstance(value, bytes) or len(value) != 4:
-        raise ValueError(f"tokenizer.model: a score of the wrong type; {_AGAIN}")
-      (score,) = struct.unpack("<f", value)
-    elif field == 3:
-      kind = _signed(value)
-  if kind not in _TYPES:
-    raise ValueError(f"tokenizer.model: a piece of type {kind}; {_AGAIN}")
-  return piece, score, _TYPES[kind]
+def _has_unknown(message: Message, number: int) -> bool:
+  """Tells whether a field has a value that its enum lacks: protobuf would give the default."""
+  return any(field.field_number == number for field in UnknownFieldSet(message))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-  """Numbers and values of a message: integers, or bytes of what has a length or a fixed width."""
-  at = 0
-  while at < len(data):
-    key, at = _varint(data, at)
-    field, wire = key >> 3, key & 7
-    if wire == 0:
-      value, at = _varint(data, at)
-      yield field, value
-      continue
-    if wire == 2:
-      size, at = _varint(data, at)
-    elif wire in (1, 5):
-      size = 8 if wire == 1 else 4
-    else:
-      raise ValueError(f"tokenizer.model: wire type {wire} at byte {at}; {_AGAIN}")
-    if size > len(data) - at:
-      raise ValueError(f"tokenizer.model ends within a field at byte {at}; {_AGAIN}")
-    yield field, data[at : at + size]
-    at += size
+def model_of_spec(spec: TokenizerSpec) -> Any:
+  """Returns the library's `ModelProto` of a spec of kind "sentencepiece".
+
+  Raises: ValueError: its source is no such file, or has other tokens than the spec.
+  """
+  try:
+    data = base64.b64decode(spec.source or "", validate=True)
+  except ValueError as error:
+    raise ValueError(f"source holds no tokenizer.model in base64: {error}") from error
+  model = parse_model(data)
+  # An embedding may have more rows than the model has pieces.
+  pieces = [(piece.piece, PIECE_TYPES[piece.type]) for piece in model.pieces]
+  named = list(zip(spec.tokens, spec.types, strict=True))
+  if named[: len(pieces)] != pieces or {kind for _, kind in named[len(pieces) :]} - {"unused"}:
+    raise ValueError("source holds a tokenizer.model with other tokens than the vocabulary")
+  return model
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-  value = 0
-  for shift in range(0, 70, 7):
-    if at >= len(data):
-      break
-    byte = data[at]
-    at += 1
-    value |= (byte & 0x7F) << shift
-    if byte < 0x80:
-      return value, at
-  raise ValueError(f"tokenizer.model: no number at byte {at}; {_AGAIN}")
+def with_tokens(spec: TokenizerSpec) -> TokenizerSpec:
+  """Returns a spec of kind "sentencepiece" whose source has the tokens and types of the spec.
 
-
-def _message(value: int | bytes) -> bytes:
-  if isinstance(value, int):
-    raise ValueError(f"tokenizer.model: a number where a message belongs; {_AGAIN}")
-  return value
-
-
-def _signed(value: int | bytes) -> int:
-  if isinstance(value, bytes):
-    raise ValueError(f"tokenizer.model: a message where a number belongs; {_AGAIN}")
-  return value - (1 << 64) if value >= 1 << 63 else value
+  The library then knows tokens that stand beside a tokenizer.model, and never spells a control token.
+  """
+  model = proto.ModelProto.FromString(base64.b64decode(spec.source or ""))
+  numbers = {kind: number for number, kind in PIECE_TYPES.items()}
+  for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True)):
+    piece = model.pieces[i] if i < len(model.pieces) else model.pieces.add()
+    piece.piece, piece.type = token, numbers[kind]
+  data = model.SerializeToString(deterministic=True)
+  parse_model(data)
+  return dataclasses.replace(spec, source=base64.b64encode(data).decode())

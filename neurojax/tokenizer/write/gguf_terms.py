@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from sentencepiece import sentencepiece_model_pb2 as proto
+
 from neurojax.tokenizer.read.json_rules import (
   check_model,
   decoding,
@@ -12,6 +14,7 @@ from neurojax.tokenizer.read.json_rules import (
   pre_name,
   prefix_rule,
 )
+from neurojax.tokenizer.read.tokenizer_model import model_of_spec
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
@@ -24,6 +27,12 @@ def in_gguf_terms(spec: TokenizerSpec) -> TokenizerSpec:
 
   Raises: NotImplementedError: GGUF cannot say what the file says.
   """
+  if spec.kind == "sentencepiece":
+    raise NotImplementedError(
+      f"a SentencePiece {_model_name(spec)}: GGUF is written only for SentencePiece's BPE without"
+      " changes of the text: write a folder, which holds this tokenizer, or learn a vocabulary with"
+      " `neurojax data prepare --vocab spm`"
+    )
   if spec.kind != "json":
     return spec
   table = json.loads(spec.source)
@@ -72,6 +81,15 @@ def in_gguf_terms(spec: TokenizerSpec) -> TokenizerSpec:
     return dataclasses.replace(spec, pre="gemma4")
   return dataclasses.replace(
     spec, kind="spm", pre=None, merges=(), add_space_prefix=True, scores=_scores(spec, model)
+  )
+
+
+def _model_name(spec: TokenizerSpec) -> str:
+  model = model_of_spec(spec)
+  name = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
+  rule = model.normalizer_spec.name
+  return f"{name} model" + (
+    f" with the normaliser {rule!r}" if rule not in ("", "identity") else ""
   )
 
 

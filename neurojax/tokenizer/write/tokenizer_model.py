@@ -1,79 +1,58 @@
-"""A TokenizerSpec to SentencePiece's tokenizer.model: the inverse of `sentencepiece`, or a refusal.
+"""Writes a TokenizerSpec as a tokenizer.model, the inverse of `read.tokenizer_model`."""
 
-Source: `sentencepiece_model.proto` of https://github.com/google/sentencepiece; the protocol buffers
-wire format.
-"""
+import base64
 
-import struct
+from sentencepiece import sentencepiece_model_pb2 as proto
 
-from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
+from neurojax.tokenizer.read.tokenizer_model import PIECE_TYPES, spec_from_sentencepiece
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
-_TYPES = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "byte": 6}
-_VARINT, _BYTES, _FIXED32 = 0, 2, 5
+_COMPARED = (
+  "kind", "tokens", "types", "bos_id", "eos_id", "unknown_id", "add_space_prefix",
+)  # fmt: skip
 
 
 def sentencepiece_from_spec(spec: TokenizerSpec) -> bytes:
-  """A BPE model without any normalisation. What it does not say (a chat template, whether bos and eos
-  are added) is for tokenizer_config.json.
+  """Returns a BPE model without any normalisation ("spm"), or the model of a "sentencepiece" spec.
+
+  A tokenizer.model holds no chat template and does not say whether BOS and EOS are added: that is for
+  tokenizer_config.json.
 
   Raises: NotImplementedError: a tokenizer of another kind, or one that reading would not give back.
   """
+  if spec.kind == "sentencepiece":
+    return base64.b64decode(spec.source or "")
   if spec.kind != "spm":
     raise NotImplementedError(
       f"a tokenizer of kind {spec.kind!r} (pre {spec.pre!r}): tokenizer.model holds SentencePiece"
     )
-  pieces = b"".join(
-    _message(1, _message(1, token.encode()) + _float(2, score) + _number(3, _TYPES[kind]))
-    for token, score, kind in zip(spec.tokens, spec.scores, spec.types, strict=True)
-  )
-  byte_fallback = "byte" in spec.types
-  unknown = -1 if spec.unknown_id is None else spec.unknown_id
-  trainer = (
-    _number(3, 2)
-    + _number(4, len(spec.tokens))
-    + _number(35, int(byte_fallback))
-    + _number(40, unknown)
-    + _number(41, -1 if spec.bos_id is None else spec.bos_id)
-    + _number(42, -1 if spec.eos_id is None else spec.eos_id)
-    + _number(43, -1)
-  )
-  normalizer = (
-    _message(1, b"identity")
-    + _number(3, int(spec.add_space_prefix))
-    + _number(4, 0)
-    + _number(5, 1)
-  )
-  data = pieces + _message(2, trainer) + _message(3, normalizer)
+  numbers = {kind: number for number, kind in PIECE_TYPES.items()}
+  model = proto.ModelProto()
+  for token, score, kind in zip(spec.tokens, spec.scores, spec.types, strict=True):
+    model.pieces.add(piece=token, score=score, type=numbers[kind])
+  trainer, normalizer = model.trainer_spec, model.normalizer_spec
+  trainer.model_type = proto.TrainerSpec.BPE
+  trainer.vocab_size = len(spec.tokens)
+  trainer.byte_fallback = "byte" in spec.types
+  for name, value in (("unk", spec.unknown_id), ("bos", spec.bos_id), ("eos", spec.eos_id)):
+    setattr(trainer, f"{name}_id", -1 if value is None else value)
+    # The library finds these tokens by their spelling, not by their id.
+    if value is not None:
+      setattr(trainer, f"{name}_piece", spec.tokens[value])
+  trainer.pad_id = -1
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = spec.add_space_prefix
+  normalizer.remove_extra_whitespaces = False
+  normalizer.escape_whitespaces = True
+  data = model.SerializeToString(deterministic=True)
   try:
     again = spec_from_sentencepiece(data)
   except ValueError as error:
     raise NotImplementedError(f"this tokenizer has no place in tokenizer.model: {error}") from error
-  for field in ("tokens", "types", "scores", "bos_id", "eos_id", "unknown_id", "add_space_prefix"):
+  for field in _COMPARED:
     mine, read = getattr(spec, field), getattr(again, field)
-    if mine != read and field != "scores":
+    if mine != read:
       raise NotImplementedError(
         f"the tokenizer's {field} = {str(mine)[:80]} would be read back as {str(read)[:80]}"
       )
   return data
-
-
-def _varint(value: int) -> bytes:
-  value &= 2**64 - 1
-  out = bytearray()
-  while value > 127:
-    out.append(value & 127 | 128)
-    value >>= 7
-  return bytes([*out, value])
-
-
-def _number(field: int, value: int) -> bytes:
-  return _varint(field << 3 | _VARINT) + _varint(value)
-
-
-def _float(field: int, value: float) -> bytes:
-  return _varint(field << 3 | _FIXED32) + struct.pack("<f", value)
-
-
-def _message(field: int, data: bytes) -> bytes:
-  return _varint(field << 3 | _BYTES) + _varint(len(data)) + data
