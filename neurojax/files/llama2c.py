@@ -21,6 +21,7 @@ import numpy as np
 from neurojax.config import ModelConfig
 from neurojax.files import digest, names
 from neurojax.files.tensor_info import TensorInfo
+from neurojax.tokenizer.read.bounded import read_bounded
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 from neurojax.weights.rows import GroupedRows
 
@@ -28,6 +29,7 @@ _HEADER = struct.Struct("<7i")
 _PIECE = struct.Struct("<fi")
 _AGAIN = "download it again"
 # Far above any real tokenizer; a length beyond it is damage.
+_MAX_TOKENIZER_BYTES = 512 << 20
 _MAX_PIECE_BYTES = 65_535
 
 
@@ -232,7 +234,8 @@ def read_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSpec:
   Raises: ValueError: truncated, not UTF-8, or not `vocab_size` pieces.
   """
   path = Path(path)
-  raw = path.read_bytes()
+  with path.open("rb") as file:
+    raw = read_bounded(file, str(path), _MAX_TOKENIZER_BYTES, "a tokenizer's file")
 
   def fail(at: int, what: str) -> ValueError:
     return ValueError(f"{path}: byte {at}: {what}")
