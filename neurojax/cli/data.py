@@ -11,6 +11,8 @@ from tyro.conf import Positional, subcommand
 
 from neurojax.cli.options import stderr
 
+VocabularyKind = Literal["bpe", "spm", "unigram"]
+
 if TYPE_CHECKING:
   from neurojax.data.token_shards import Meta
   from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
@@ -18,42 +20,45 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare:
-  """Text to token shards, for `neurojax train`.
+  """Turn text into token shards for `neurojax train`.
 
-  Takes UTF-8 text and JSONL, plain or compressed by gzip or xz (the content decides, not the name).
+  Reads UTF-8 text and JSONL, plain or compressed by gzip or xz (the content decides, not the name).
   Rows that are not UTF-8, not JSON or have no text are left out, counted and named. A vocabulary is
-  learnt of the training documents, unless --tokenizer gives one. The folder appears when it is
+  learnt from the training documents, unless --tokenizer gives one. The folder appears when it is
   complete.
 
   Example: neurojax data prepare books.txt.xz --document-separator '<|endofbook|>' --out data/books
+  Example: neurojax data prepare stories.jsonl --vocab spm --vocab-size 4096 --out data/stories
   """
 
   inputs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE ...")]
-  """Files, or - for standard input."""
+  """Files to read; - is standard input."""
   out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
   """The folder to make."""
   valid: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-  """Held-out files; without them a fraction of the documents is held out."""
+  """Files of held-out documents; without them --valid-fraction decides."""
   valid_fraction: float = 0.01
-  """Of documents to hold out, 0 for none."""
+  """The share of documents to hold out, from 0 (none) to below 1."""
   document_separator: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-  """Stands between the documents of a text file; without it a file is one document."""
+  """The text that stands between two documents of a file; without it a text file is one document."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE|DIR")] = None
-  """Take this vocabulary: a model file, a tokenizer.json, or a folder of prepared data."""
+  """A vocabulary to take, not learn: a model file, tokenizer.json, tokenizer.model or prepared data."""
   eos: Annotated[str | None, tyro.conf.arg(metavar="TOKEN")] = None
-  """The token that ends a document, for a tokenizer.json, which does not say."""
-  vocab_size: int = 8192
-  """Of the vocabulary to learn."""
-  pre_tokenizer: str = "qwen2"
-  """How text is cut before merging, by llama.cpp's name: qwen2, gpt-2, smollm, llama-bpe, ..."""
-  learn_bytes: int = 100_000_000
-  """Learn the vocabulary from so much text, from the first document on."""
+  """The token that ends a document, for a tokenizer.json or tokenizer.model that does not say."""
+  vocab: VocabularyKind = "bpe"
+  """The kind of vocabulary to learn: bpe merges bytes, as GPT-2's; spm is SentencePiece's BPE, as Llama 2's; unigram is SentencePiece's unigram model, which a GGUF file cannot hold."""
+  vocab_size: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 8192
+  """Tokens of the vocabulary to learn."""
+  pre_tokenizer: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+  """How bpe cuts text before it merges, by llama.cpp's name: gpt-2, smollm, llama-bpe, ... Without it, qwen2."""
+  learn_bytes: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 100_000_000
+  """Learn the vocabulary from this much text, from the first document on."""
   format: Literal["auto", "text", "jsonl"] = "auto"
-  """Of the input; auto goes by the name, and takes standard input for text."""
-  text_field: str = "text"
-  """Of the objects of JSONL."""
+  """The format of the input; auto goes by the name, and takes standard input for text."""
+  text_field: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
+  """The field of a JSONL object that holds its text."""
   join: bool = False
-  """The files are parts of one, in this order, cut anywhere (as `split` cuts)."""
+  """Read the files as parts of one, in this order, cut anywhere (as `split` cuts)."""
   seed: int = 0
   """Chooses the documents to hold out."""
   overwrite: bool = False
@@ -62,7 +67,14 @@ class Prepare:
   """Print meta.json instead of a summary."""
 
   def run(self) -> int:
-    from neurojax.data.prepare import Preparation, command_line, partial_folder, prepare, spool
+    from neurojax.data.prepare import (
+      Preparation,
+      command_line,
+      partial_folder,
+      prepare,
+      remarks,
+      spool,
+    )
 
     if self.inputs.count("-") > 1:
       raise ValueError("- is named twice: standard input can be read once")
@@ -79,8 +91,9 @@ class Prepare:
         valid_inputs=self.valid,
         valid_fraction=self.valid_fraction,
         tokenizer=spec,
+        vocabulary=self.vocab,
         vocab_size=self.vocab_size,
-        pre=self.pre_tokenizer,
+        pre=self.pre_tokenizer or "qwen2",
         learn_bytes=self.learn_bytes,
         format=self.format,
         separator=self.document_separator,
@@ -100,6 +113,8 @@ class Prepare:
           ),
         )
       piped.unlink(missing_ok=True)
+    for remark in remarks(plan, meta):
+      print(f"neurojax: warning: {remark}", file=sys.stderr)
     if self.json:
       print((self.out / "meta.json").read_text(encoding="utf-8"), end="")
     else:
@@ -107,6 +122,9 @@ class Prepare:
     return 0
 
   def _given(self) -> "TokenizerSpec | None":
+    """Returns the vocabulary that --tokenizer names. Raises: ValueError: options contradict it."""
+    if self.pre_tokenizer is not None and self.vocab != "bpe":
+      raise ValueError(f"--pre-tokenizer goes with --vocab bpe: {self.vocab} has rules of its own")
     if self.tokenizer is None:
       if self.eos is not None:
         raise ValueError("--eos goes with --tokenizer: a learnt vocabulary has its own end of text")

@@ -20,8 +20,12 @@ _LONGEST_LINE = 1 << 26
 # A document is handed on in parts of about _PART characters, cut where that changes no token; where
 # there is no such place for _LONGEST_PART, it is cut anyway and counted.
 _PART, _LONGEST_PART = 1 << 14, 1 << 23
+# A document that may not be cut is held in memory whole, and its tokens beside it.
+_LONGEST_DOCUMENT = 1 << 26
 _NAMED = 100
 _JSONL = (".jsonl", ".ndjson", ".jsonlines")
+_XZ, _GZIP = ARCHIVES = (b"\xfd7zXZ\x00", b"\x1f\x8b")
+"""What archives that can be read begin with."""
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
   (b"\x28\xb5\x2f\xfd", "a zstd archive: decompress it into a pipe (zstdcat FILE | ... -)"),
   (b"BZh", "a bzip2 archive: decompress it into a pipe (bzcat FILE | ... -)"),
@@ -216,7 +220,7 @@ class Corpus:
       try:
         blocks = _blocks_of(_unpacked(buffered, path, self._names[source]))
         if first := next(blocks, b""):
-          _check_text(first, self._names[source])
+          check_is_text(first, self._names[source])
           yield first
         yield from blocks
       except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -246,6 +250,12 @@ class _Documents:
         self._held = rest
     if self._separator and not self._begun:
       self._held = self._held.lstrip("\r\n")
+    if not self._corpus._cut and len(self._held) > _LONGEST_DOCUMENT:
+      raise ValueError(
+        f"{self._corpus._names[self.source]}: a document of more than {_LONGEST_DOCUMENT} characters,"
+        " and this vocabulary encodes documents whole: say what separates documents with"
+        " --document-separator, or take a byte-level vocabulary"
+      )
     # A separator's beginning may be held at the end.
     yield from self._parts(_PART, len(self._separator or "") + 1)
 
@@ -328,9 +338,9 @@ def _format(path: Path, format: Format) -> Literal["text", "jsonl"]:
 def _unpacked(file: io.BufferedReader, path: Path, name: str) -> BinaryIO:
   """The content, decompressed: its first bytes decide, never the name alone."""
   head = file.peek(8)[:8]
-  if head.startswith(b"\xfd7zXZ\x00"):
+  if head.startswith(_XZ):
     return lzma.open(file)
-  if head.startswith(b"\x1f\x8b"):
+  if head.startswith(_GZIP):
     return gzip.open(file)
   for magic, what in _FOREIGN:
     if head.startswith(magic):
@@ -340,8 +350,11 @@ def _unpacked(file: io.BufferedReader, path: Path, name: str) -> BinaryIO:
   return file
 
 
-def _check_text(block: bytes, name: str) -> None:
-  """Raises: ValueError: what a file begins with is not text, though it may decode as UTF-8."""
+def check_is_text(block: bytes, name: str) -> None:
+  """Checks the first bytes of a file: they may decode as UTF-8 and yet be no text.
+
+  Raises: ValueError: they are a tar archive, or full of NULs.
+  """
   if block[257:262] == b"ustar":
     raise ValueError(f"{name}: this is a tar archive: extract it first (tar -xOf FILE | ... -)")
   head = block[:8000]

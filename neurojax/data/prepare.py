@@ -11,16 +11,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 
-from neurojax.data.corpus import Corpus, Format, Part, Tally
+from neurojax.data.corpus import ARCHIVES, Corpus, Format, Part, Tally, check_is_text
 from neurojax.data.token_shards import (
   FORMAT,
   META,
   SHARD_TOKENS,
   SPEC,
   TOKENIZER_JSON,
+  TOKENIZER_MODEL,
   Meta,
   ShardWriter,
   Source,
@@ -30,12 +32,15 @@ from neurojax.data.token_shards import (
 from neurojax.tokenizer.spec_json import dump_spec
 from neurojax.tokenizer.tokenizer import Tokenizer
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
-from neurojax.tokenizer.vocabulary_training import train_bpe
+from neurojax.tokenizer.vocabulary_training import train_bpe, train_sentencepiece
 from neurojax.tokenizer.write.tokenizer_json import json_from_spec
+from neurojax.tokenizer.write.tokenizer_model import sentencepiece_from_spec
 
 # Characters encoded in one call: enough for every core, little enough for memory.
 _BATCH = 1 << 21
 _MARK = ".neurojax-partial"
+
+VocabularyKind = Literal["bpe", "spm", "unigram"]
 
 Progress = Callable[[str, int], None]
 """Called with what is going on and the characters done so far."""
@@ -50,7 +55,10 @@ class Preparation:
     valid_inputs: Held-out files; if there are any, all of `inputs` is for training.
     valid_fraction: Of the documents to hold out, chosen by number and seed.
     tokenizer: A given vocabulary, which must have an end of text.
-    vocab_size, pre: Else one is learnt of the training documents: its size and pre-tokenizer.
+    vocabulary: Without `tokenizer`, a vocabulary of this kind is learnt from the training documents:
+      "bpe" merges bytes, "spm" is SentencePiece's BPE, "unigram" its unigram model.
+    vocab_size: Tokens of the vocabulary to learn.
+    pre: The pre-tokenizer of a "bpe" vocabulary to learn.
     learn_bytes: UTF-8 bytes of training documents, from the first on, to learn it from.
     format, separator, text_field, joined: As in `text.Corpus`.
     names: What to call a file in reports, if not by its path.
@@ -61,6 +69,7 @@ class Preparation:
   valid_inputs: tuple[Path, ...] = ()
   valid_fraction: float = 0.01
   tokenizer: TokenizerSpec | None = None
+  vocabulary: VocabularyKind = "bpe"
   vocab_size: int = 8192
   pre: str = "qwen2"
   learn_bytes: int = 100_000_000
@@ -156,7 +165,7 @@ def prepare(
     first = next(texts, None)
     if first is None:
       raise ValueError(_nothing("training", corpus.tallies, corpus.bad))
-    spec = train_bpe(itertools.chain([first], texts), vocab_size=plan.vocab_size, pre=plan.pre)
+    spec = _learn(plan, itertools.chain([first], texts))
   assert spec.eos_id is not None
   tokenizer = Tokenizer(spec)
   dtype = dtype_for(len(spec.tokens))
@@ -176,9 +185,12 @@ def prepare(
   if not valid.documents and (plan.valid_inputs or plan.valid_fraction):
     raise ValueError(_nothing("held-out", tallies, bad))
   text = dump_spec(spec)
-  write_synced(folder / SPEC, text)
+  write_synced(folder / SPEC, text.encode())
   with contextlib.suppress(NotImplementedError):
-    write_synced(folder / TOKENIZER_JSON, json_from_spec(spec))
+    if spec.kind in ("spm", "sentencepiece"):
+      write_synced(folder / TOKENIZER_MODEL, sentencepiece_from_spec(spec))
+    else:
+      write_synced(folder / TOKENIZER_JSON, json_from_spec(spec).encode())
   meta = Meta(
     format=FORMAT,
     dtype=dtype,
@@ -196,16 +208,54 @@ def prepare(
     made_with=plan.made_with,
   )
   table = {key: value for key, value in dataclasses.asdict(meta).items() if value is not None}
-  write_synced(folder / META, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+  write_synced(folder / META, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
   return meta
 
 
-def spool(stream, path: Path) -> None:
-  """Copies a pipe, which can be read once, to a file, which is read twice."""
+def remarks(plan: Preparation, meta: Meta) -> list[str]:
+  """Returns what a user should know before training, in one line each."""
+  found = []
+  bad = sum(source.bad_rows for source in meta.sources)
+  rows = sum(source.rows for source in meta.sources)
+  if 2 * bad > rows:
+    first = "; ".join(meta.bad_rows[:3])
+    found.append(
+      f"{bad:,} of {rows:,} rows ({bad / rows:.1%}) were bad and left out, first {first}"
+    )
+  if plan.tokenizer is None and meta.vocab_size < plan.vocab_size:
+    found.append(
+      f"the vocabulary has {meta.vocab_size:,} tokens where {plan.vocab_size:,} were asked for: the"
+      " text that it was learnt from gives no more"
+    )
+  if plan.tokenizer is None and plan.vocabulary == "unigram":
+    found.append(
+      "a GGUF file cannot hold a unigram vocabulary: export the trained model as a folder"
+    )
+  return found
+
+
+def _learn(plan: Preparation, texts: Iterator[str]) -> TokenizerSpec:
+  if plan.vocabulary == "bpe":
+    return train_bpe(texts, vocab_size=plan.vocab_size, pre=plan.pre)
+  model = "bpe" if plan.vocabulary == "spm" else "unigram"
+  return train_sentencepiece(texts, vocab_size=plan.vocab_size, model=model)
+
+
+def spool(stream: BinaryIO, path: Path) -> None:
+  """Copies a pipe, which can be read once, to a file, which is read twice.
+
+  Raises: ValueError: the pipe is empty, or begins with NULs: /dev/zero would fill the disk.
+  """
+  name = "standard input"
   with path.open("wb") as file:
+    head = stream.read(1 << 16)
+    if not head:
+      raise ValueError(f"{name} is empty: pipe the text into it")
+    # Short archives are full of NULs too.
+    if not head.startswith(ARCHIVES):
+      check_is_text(head, name)
+    file.write(head)
     shutil.copyfileobj(stream, file, 1 << 20)
-  if path.stat().st_size == 0:
-    raise ValueError("standard input is empty: pipe the text into it")
 
 
 def _learned(plan: Preparation, corpus: Corpus, progress: Progress) -> Iterator[str]:

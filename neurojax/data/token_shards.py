@@ -3,6 +3,7 @@
     meta.json            what follows, with digests (`Meta`)
     tokenizer.spec.json  the vocabulary and its rules, as `tokenizer.stored` writes them
     tokenizer.json       the same for other programs, if it is byte-level BPE
+    tokenizer.model      the same for other programs, if it is SentencePiece's
     train-00000.bin ...  token ids, little-endian, of `Meta.dtype`, without any header
     valid-00000.bin ...  the held-out documents
 
@@ -28,7 +29,8 @@ from neurojax.tokenizer.spec_json import parse_spec
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 FORMAT = "neurojax.tokens/1"
-META, SPEC, TOKENIZER_JSON = "meta.json", "tokenizer.spec.json", "tokenizer.json"
+META, SPEC = "meta.json", "tokenizer.spec.json"
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 SHARD_TOKENS = 1 << 28
 
 SplitName = Literal["train", "valid"]
@@ -247,6 +249,6 @@ class ShardWriter:
     return Split(tokens=tokens, documents=self.documents, shards=tuple(self._shards))
 
 
-def write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, data: bytes) -> None:
   with stored(path) as file:
-    file.write(text.encode())
+    file.write(data)

@@ -12,7 +12,7 @@ from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
-  """The tokenizer of a model file, a tokenizer.json or a folder of prepared data.
+  """Reads the tokenizer of a model file, tokenizer.json, tokenizer.model or folder of prepared data.
 
   Args:
     eos: The token that ends a text, for a tokenizer.json without a tokenizer_config.json beside it that
@@ -26,6 +26,8 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
     spec = read_spec(path)
   elif path.suffix == ".json":
     spec = _from_json(path, eos)
+  elif path.suffix == ".model":
+    spec = _ending_with(spec_from_file(path), eos, path)
   else:
     with open_model(model_path(str(path))) as file:
       if file.tokenizer is None:
@@ -34,7 +36,9 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
   if eos is not None and (spec.eos_id is None or spec.tokens[spec.eos_id] != eos):
     raise ValueError(f"--eos {eos!r}: {path} has its own end of text, or none of that name")
   if spec.eos_id is None:
-    raise ValueError(f"{path} names no end of text: give --eos TOKEN with a tokenizer.json")
+    raise ValueError(
+      f"{path} names no end of text: give --eos TOKEN with a tokenizer.json or tokenizer.model"
+    )
   return spec
 
 
@@ -47,9 +51,14 @@ def _from_json(path: Path, eos: str | None) -> TokenizerSpec:
     return spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
   except (ValueError, NotImplementedError):
     pass
-  if spec.eos_id is None and eos is not None:
-    if eos not in spec.tokens:
-      raise ValueError(f"--eos {eos!r} is no token of {path}")
-    end = spec.tokens.index(eos)
-    spec = dataclasses.replace(spec, eos_id=end, stop_ids=spec.stop_ids | {end})
-  return spec
+  return _ending_with(spec, eos, path)
+
+
+def _ending_with(spec: TokenizerSpec, eos: str | None, path: Path) -> TokenizerSpec:
+  """Returns the spec with an end of text, where it names none itself."""
+  if spec.eos_id is not None or eos is None:
+    return spec
+  if eos not in spec.tokens:
+    raise ValueError(f"--eos {eos!r} is no token of {path}")
+  end = spec.tokens.index(eos)
+  return dataclasses.replace(spec, eos_id=end, stop_ids=spec.stop_ids | {end})

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import lzma
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
@@ -312,6 +314,73 @@ def test_the_command_line(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     code, _, err = run(capsys, "prepare", *wrong)
     assert code == 2 and named in err, err
   assert not Path("x").exists() and not Path("x.partial").exists()
+
+
+@pytest.mark.parametrize("vocab", ["spm", "unigram"])
+def test_a_sentencepiece_vocabulary_is_learnt(capsys, tmp_path: Path, vocab: str):
+  source = write(tmp_path / "t.jsonl", [f"document {i} of many words" for i in range(300)])
+  options = (str(source), "--vocab", vocab, "--vocab-size", "300", "--valid-fraction", "0.1")
+  outs = [tmp_path / name for name in ("one", "two")]
+  for out in outs:
+    code, _, err = run(capsys, "prepare", *options, "--out", str(out))
+    assert code == 0 and ("GGUF file cannot hold a unigram" in err) == (vocab == "unigram"), err
+  assert read_meta(outs[0]).identity() == read_meta(outs[1]).identity()
+  spec = read_spec(outs[0])
+  assert spec.kind == {"spm": "spm"}.get(vocab, "sentencepiece")
+  found = documents_of(outs[0], "train") + documents_of(outs[0], "valid")
+  assert sorted(found) == sorted(f"document {i} of many words" for i in range(300))
+  theirs = sentencepiece.SentencePieceProcessor(model_file=str(outs[0] / "tokenizer.model"))
+  for text in HOSTILE:
+    assert Tokenizer(spec).encode(text) == theirs.encode(text)
+  # The file beside the data is a vocabulary to take, as the folder is.
+  again = read_vocabulary(outs[0] / "tokenizer.model")
+  assert (again.tokens, again.eos_id) == (spec.tokens, spec.eos_id)
+  assert read_vocabulary(outs[0]) == spec
+  code, _, err = run(capsys, "prepare", *options, "--out", "x", "--pre-tokenizer", "qwen2")
+  assert code == 2 and "--pre-tokenizer goes with --vocab bpe" in err
+
+
+def test_mostly_bad_rows_and_a_small_vocabulary_are_said_in_a_line(capsys, tmp_path: Path):
+  source = tmp_path / "t.jsonl"
+  source.write_text("{\n" * 297 + '{"text": "the cat sat"}\n' * 3)
+  options = (str(source), "--valid-fraction", "0")
+  for json_too in ((), ("--json",)):
+    out = str(tmp_path / f"out{len(json_too)}")
+    code, _, err = run(capsys, "prepare", *options, "--out", out, *json_too)
+    assert code == 0
+    bad, small = (line for line in err.splitlines() if line.startswith("neurojax: warning"))
+    assert "297 of 300 rows (99.0%) were bad and left out, first" in bad
+    assert bad.count(", line ") == 3 and "line 1: not JSON" in bad
+    size = read_meta(out).vocab_size
+    assert f"the vocabulary has {size} tokens where 8,192 were asked for" in small
+  source.write_text("{\n" + '{"text": "the cat sat"}\n' * 3)
+  code, _, err = run(
+    capsys, "prepare", *options, "--out", str(tmp_path / "o"), "--vocab-size", "258"
+  )
+  assert code == 0 and "warning" not in err
+  source.write_text("{\n" * 9)
+  code, _, err = run(capsys, "prepare", *options, "--out", str(tmp_path / "none"))
+  assert code == 2 and "0 documents and 9 bad rows in all, the first" in err
+
+
+def test_a_pipe_without_an_end_and_a_document_too_long_are_refused(
+  capsys, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  with open("/dev/zero", "rb") as zeros:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zeros))
+    code, _, err = run(capsys, "prepare", "-", "--out", str(tmp_path / "out"))
+    assert code == 2 and "standard input: many of its bytes are NUL" in err
+  # A short archive has many too.
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lzma.compress(b"the cat sat"))))
+  options = ("--tokenizer", str(data), "--valid-fraction", "0")
+  assert run(capsys, "prepare", "-", "--out", str(tmp_path / "xz"), *options)[0] == 0
+  monkeypatch.setattr("neurojax.data.corpus._LONGEST_DOCUMENT", 50)
+  long = tmp_path / "long.txt"
+  long.write_text("words and " * 9)
+  for vocab, refused in (("spm", True), ("bpe", False)):
+    options = ("--vocab", vocab, "--vocab-size", "270", "--valid-fraction", "0")
+    code, _, err = run(capsys, "prepare", str(long), "--out", str(tmp_path / vocab), *options)
+    assert (code == 2 and "a document of more than 50 characters" in err) == refused, err
 
 
 def test_a_tokenizer_json_of_the_vocabulary_gives_the_same_ids(data: Path):
