@@ -1,7 +1,7 @@
 """The folder format of prepared tokens: written whole or not at all, checked when opened.
 
     meta.json            what follows, with digests (`Meta`)
-    tokenizer.spec.json  the vocabulary and its rules, as `tokenizer.stored` writes them
+    tokenizer.spec.json  the vocabulary and its rules, as `tokenizer.spec_json` writes them
     tokenizer.json       the same for other programs, if it is byte-level BPE
     tokenizer.model      the same for other programs, if it is SentencePiece's
     train-00000.bin ...  token ids, little-endian, of `Meta.dtype`, without any header
