@@ -23,8 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neurojax import forms
-from neurojax.config import ModelConfig, Sampling, Span, from_dict, to_toml
+from neurojax.config import ModelConfig, Sampling, Serving, Span, from_dict, to_toml
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.engine.api import Request
 from neurojax.files.dummy import write_dummy
@@ -107,8 +106,8 @@ def memory(path: Path, load: Load, stages: int) -> Iterator[Row]:
       model = load_span(file, placement.span, dtype=jnp.dtype(load.dtype), weights=load.weights)
       stage = CompiledStage(model, context_length=load.capacity)
       del model
-      runtime = StageRuntime(stage, max_sequences=load.max_sequences)
-      for number in range(load.max_sequences):
+      runtime = StageRuntime(stage, max_sequences=load.sequences)
+      for number in range(load.sequences):
         runtime.open(str(number), Sampling())
       gc.collect()
       live = sum(array.nbytes for array in jax.live_arrays()) - before
@@ -129,13 +128,7 @@ def memory(path: Path, load: Load, stages: int) -> Iterator[Row]:
 
 @contextlib.asynccontextmanager
 async def pipeline(path: Path, load: Load, stages: int) -> AsyncIterator[PipelineEngine]:
-  options = PipelineOptions(
-    dtype=load.dtype,
-    weights=load.weights,
-    ternary=load.ternary,
-    context_length=load.capacity,
-    max_sequences=load.max_sequences,
-  )
+  options = PipelineOptions(serving=load.serving, forms=load.forms)
   async with LocalStages(path, stages) as local:
     assert local.fleet is not None
     with open_model(path) as file:
@@ -292,11 +285,9 @@ def main(results: Path) -> None:
     before = probed(config, settings["weights"])
     for weights in settings["weights"]:
       loads[weights] = load = Load(
-        dtype="float32",
-        weights=weights,
-        capacity=forms.capacity_for(settings["context"]),
-        max_sequences=1,
-        ternary=ternary,
+        serving=Serving(weights=weights, context=settings["context"], sequences=1),
+        forms=ternary,
+        working=False,
       )
       rows.append(decode(path, load, settings))
     fleet = undisturbed(before, probed(config, settings["weights"]))

@@ -22,9 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from neurojax import forms
 from neurojax.cli.plan import Planning
-from neurojax.config import ModelConfig, to_toml
+from neurojax.config import ModelConfig, Serving, to_toml
 from neurojax.count.serving import Load
 from neurojax.plan import best
 from neurojax.plan.fleet import Device, Fleet, Host, Link
@@ -98,10 +97,10 @@ def measure() -> list[Row]:
     ModelConfig.named(setup["architecture"]), num_layers=setup["num_layers"]
   )
   load = Load(
-    dtype=setup["dtype"],
-    weights="dense",
-    capacity=forms.capacity_for(setup["context"]),
-    max_sequences=setup["sequences"],
+    serving=Serving(
+      dtype=setup["dtype"], weights="dense", context=setup["context"], sequences=setup["sequences"]
+    ),
+    working=False,
   )
   where = {"device": platform.processor() or platform.machine(), "date": str(datetime.date.today())}
   rows = []

@@ -24,7 +24,7 @@ from neurojax.config import ModelConfig
 from neurojax.forms import TERNARY_FORMATS
 from neurojax.plan.fleet import Fleet, read_fleet
 from neurojax.scaling import fit, seed
-from neurojax.scaling.fit import Purpose, Serving, Training
+from neurojax.scaling.fit import Purpose, ServePurpose, TrainPurpose
 from neurojax.scaling.size import HEADROOM, size
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ README = HERE / "README.md"
 SIZING = HERE.parents[1] / "docs" / "sizing.md"
 FLEETS = HERE.parents[1] / "configs" / "fleet"
 TIERS = ("seed-40gb", "seed-200gb", "seed-800gb", "seed-4tb", "seed-8tb")
-SERVING = Serving(weights="w2a8", scales=TERNARY_FORMATS["ternary-g128"])
+SERVING = ServePurpose.of(weights="w2a8", scales=TERNARY_FORMATS["ternary-g128"])
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -41,7 +41,7 @@ def rows() -> Iterator[dict[str, Any]]:
     fleet = read_fleet(str(FLEETS / f"{name}.toml"))
     yield _theirs(name, fleet, "table", printed)
     yield _theirs(name, fleet, "formula", seed.formula(printed.memory_gb))
-    yield _ours(name, fleet, "ours, training", Training())
+    yield _ours(name, fleet, "ours, training", TrainPurpose())
     yield _ours(name, fleet, "ours, serving", SERVING)
 
 
@@ -51,7 +51,7 @@ def _theirs(name: str, fleet: Fleet, whose: str, given: seed.SeedArchitecture) -
   fits: bool | None = None
   if valid:
     allowed = [int(space * (1 - HEADROOM)) for space in free]
-    fits = fit.fits(fit.need(given.config(), Training()), allowed)
+    fits = fit.fits(fit.need(given.config(), TrainPurpose()), allowed)
   architecture = dataclasses.asdict(given)
   memory_gb = architecture.pop("memory_gb")
   return {

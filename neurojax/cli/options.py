@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from neurojax import forms
-from neurojax.config import Sampling
+from neurojax.config import Sampling, Serving
 from neurojax.count.serving import Load
+from neurojax.count.working import Kind
 from neurojax.files.find import model_path
 from neurojax.forms import Weights
 from neurojax.plan.proportional import proportional
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
   from neurojax.files.model_file import ModelFile
   from neurojax.tokenizer.tokenizer import Tokenizer
 
-DEFAULT_CONTEXT = 2048
 
 stderr = Console(stderr=True)
 
@@ -114,14 +113,21 @@ def check_out(flag: str, path: Path | None) -> None:
     raise ValueError(f"{flag} {path}: it may not be written: choose another place")
 
 
-def context_length(options: EngineOptions, file: "ModelFile") -> int:
-  """Raises: ValueError: more than the model was made for."""
-  most = file.config.context_length
-  if options.context is not None and not 1 <= options.context <= most:
-    raise ValueError(
-      f"--context {options.context}: the model was made for at most {most} positions"
-    )
-  return options.context or min(most, DEFAULT_CONTEXT)
+def serving(file: "ModelFile", options: EngineOptions) -> Serving:
+  """How the options want the file's model held and run, every choice made.
+
+  Raises: ValueError: as `Serving.resolve` does.
+  """
+  from neurojax.files.kept import stored_forms
+
+  asked = Serving(
+    dtype=options.dtype,
+    weights=options.weights,
+    context=options.context,
+    sequences=options.sequences,
+    programs=options.programs,
+  )
+  return asked.resolve(file.config, stored_forms(file))
 
 
 def open_tokenizer(file: "ModelFile") -> "Tokenizer":
@@ -138,9 +144,8 @@ async def open_engine(
   file: "ModelFile", options: EngineOptions
 ) -> AsyncGenerator["DrivenEngine", None]:
   """The engine that the options ask for; it is closed, and servers are ended, on the way out."""
-  context = context_length(options, file)
   if options.hosts is None and options.plan is None and options.stages == 1:
-    engine = _local_engine(file, options, context)
+    engine = _local_engine(file, options)
     try:
       yield engine
     finally:
@@ -153,13 +158,7 @@ async def open_engine(
   from neurojax.plan.saved import read_plan, servers
 
   setup = PipelineOptions(
-    dtype=options.dtype,
-    weights=options.weights,
-    ternary=stored_forms(file),
-    programs=options.programs,
-    context_length=context,
-    max_sequences=options.sequences,
-    step_s=options.step_timeout,
+    serving=serving(file, options), forms=stored_forms(file), step_s=options.step_timeout
   )
   spans = None
   if options.plan is not None:
@@ -177,7 +176,8 @@ async def open_engine(
     yield engine
 
 
-def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "DrivenEngine":
+def _local_engine(file: "ModelFile", options: EngineOptions) -> "DrivenEngine":
+  import jax
   import jax.numpy as jnp
 
   from neurojax.engine.local import LocalEngine
@@ -187,22 +187,19 @@ def _local_engine(file: "ModelFile", options: EngineOptions, context: int) -> "D
   from neurojax.stage.memory import free_memory_bytes
 
   use_compilation_cache(cache_dir() / "xla")
-  load = Load(
-    dtype=options.dtype,
-    weights=options.weights,
-    capacity=forms.capacity_for(context),
-    max_sequences=options.sequences,
-    ternary=stored_forms(file),
-  )
-  proportional(file.config, [("this process", free_memory_bytes())], load)
+  asked = serving(file, options)
+  load = Load(serving=asked, forms=stored_forms(file))
+  device: Kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
+  proportional(file.config, [("this process", free_memory_bytes())], load, [device])
   with Progress(console=stderr, transient=True) as progress:
     bar = progress.add_task("reading layers", total=file.config.num_layers)
     model = load_span(
       file,
-      dtype=jnp.dtype(options.dtype),
-      weights=options.weights,
+      dtype=jnp.dtype(asked.dtype),
+      weights=asked.weights,
       progress=lambda done: progress.update(bar, completed=done),
     )
     progress.update(progress.add_task("compiling", total=None))
-    stage = CompiledStage(model, context_length=context, programs=options.programs)
-  return LocalEngine(stage, max_sequences=options.sequences)
+    assert asked.context is not None
+    stage = CompiledStage(model, context_length=asked.context, programs=asked.programs)
+  return LocalEngine(stage, max_sequences=asked.sequences)

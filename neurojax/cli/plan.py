@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax import count, forms
-from neurojax.config import ModelConfig, architectures, to_toml
+from neurojax.config import MOST_SEQUENCES, ModelConfig, Serving, architectures, to_toml
 from neurojax.count.rounded import short
 from neurojax.forms import Weights
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
   from neurojax.plan.fleet import Fleet
   from neurojax.plan.plan import Plan
 
-DEFAULT_CONTEXT = 2048
-DEFAULT_SEQUENCES, MOST_SEQUENCES = 4, 4096
 MOST_ROWS = 24
 NEAR, NEAR_SHARED = 0.99, 0.96
 """Of the throughput that unlimited caches would give: with it no fewer sequences are tried. Where layers are
@@ -81,19 +79,13 @@ class PlanningOptions:
     if not self.model or not self.fleet:
       raise ValueError("give --model and --fleet: what is to be placed, and where")
     config, ternary = _model(self.model, self.weights, self.ternary)
-    context = self.context or min(config.context_length, DEFAULT_CONTEXT)
-    if not 1 <= context <= config.context_length:
-      raise ValueError(
-        f"--context {context}: the model was made for at most {config.context_length} positions"
-      )
-    load = Load(
+    serving = Serving(
       dtype=self.dtype,
       weights=self.weights,
-      capacity=forms.capacity_for(context),
-      max_sequences=self.sequences or DEFAULT_SEQUENCES,
-      ternary=ternary,
-      working=True,
+      context=self.context,
+      sequences=self.sequences or Serving().sequences,
     )
+    load = Load(serving=serving.resolve(config, ternary), forms=ternary)
     return config, read_fleet(self.fleet), load
 
   def pins(self) -> dict[str, int]:
@@ -114,12 +106,12 @@ class PlanningOptions:
 
   def in_flight(self, load: "Load") -> int:
     """Batches of so many sequences. Raises: ValueError: not even one."""
-    if load.max_sequences < self.batch:
+    if load.sequences < self.batch:
       raise ValueError(
-        f"--batch {self.batch} and --sequences {load.max_sequences}: a batch has more sequences than "
+        f"--batch {self.batch} and --sequences {load.sequences}: a batch has more sequences than "
         "are in flight: plan more of them or make the batch smaller"
       )
-    return load.max_sequences // self.batch
+    return load.sequences // self.batch
 
   def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
     """Of `Plan.sequences`, which may be more than the load's."""
@@ -127,17 +119,17 @@ class PlanningOptions:
 
     if self.sequences is not None or self.objective == "latency":
       return self._plan(config, fleet, load, self.in_flight(load))
-    load = dataclasses.replace(load, max_sequences=max(self.batch, load.max_sequences))
+    load = load.serve(sequences=max(self.batch, load.sequences))
     deadline_s = time.monotonic() + self.seconds
     unlimited = self._plan(config, fleet, load, None)
     needed = min(unlimited.batches * self.batch, MOST_SEQUENCES)
-    if needed <= load.max_sequences:
+    if needed <= load.sequences:
       return unlimited
     if self.replicas == "auto":
       # Every place has caches for all that its pipeline may have in flight: where these take far more
       # memory than a layer, shorter pipelines side by side give more.
       cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
-      while needed // 8 > load.max_sequences and needed * cache > 2 * layer_bytes(config, load):
+      while needed // 8 > load.sequences and needed * cache > 2 * layer_bytes(config, load):
         needed //= 8
     # Caches for all of them take memory that layers then lack: fewer may give more.
     enough = unlimited.throughput * (NEAR_SHARED if self.replicas == "auto" else NEAR)
@@ -145,12 +137,12 @@ class PlanningOptions:
     while best is None or best.throughput < enough:
       if best and time.monotonic() > deadline_s:
         break
-      few = max(needed, load.max_sequences)
-      made = self._if_it_fits(config, fleet, dataclasses.replace(load, max_sequences=few))
+      few = max(needed, load.sequences)
+      made = self._if_it_fits(config, fleet, load.serve(sequences=few))
       if best and made and made.value() >= best.value():
         break
       best = made or best
-      if few == load.max_sequences:
+      if few == load.sequences:
         break
       needed //= 8
     return best or unlimited
@@ -207,7 +199,7 @@ class Planning(PlanningOptions):
     if self.toml:
       print(to_toml(made), end="")
       return 0
-    load = dataclasses.replace(load, max_sequences=made.sequences or load.max_sequences)
+    load = load.serve(sequences=made.sequences or load.sequences)
     try:
       added, larger = best.one_more(
         config,

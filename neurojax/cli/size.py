@@ -200,7 +200,7 @@ class Size:
 def purpose_of(options: Size) -> "Purpose":
   """Raises: ValueError: an unknown format."""
   from neurojax.forms import TERNARY_FORMATS
-  from neurojax.scaling.fit import Serving, Training
+  from neurojax.scaling.fit import ServePurpose, TrainPurpose
 
   form: dict[str, Any]
   if options.format in ("bf16", "float32"):
@@ -214,7 +214,7 @@ def purpose_of(options: Size) -> "Purpose":
       f"--format {options.format}: choose one of bf16, float32, int8, {', '.join(TERNARY_FORMATS)}"
     )
   if options.purpose == "train":
-    return Training(
+    return TrainPurpose(
       context=options.context,
       sequences=options.batch,
       optimizer=options.optimizer,
@@ -222,7 +222,7 @@ def purpose_of(options: Size) -> "Purpose":
       compute_dtype="float32" if options.format == "float32" else "bfloat16",
       diloco=options.diloco,
     )
-  return Serving(context=options.context, sequences=options.batch, **form)
+  return ServePurpose.of(context=options.context, sequences=options.batch, **form)
 
 
 def render(found: "Sized", console: Console) -> None:

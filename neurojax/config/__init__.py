@@ -3,18 +3,34 @@
 from neurojax.config.layers import LayerKind, Mixer, RopeKind, RopeScaling
 from neurojax.config.model import Activation, ModelConfig, RopeStyle, architectures
 from neurojax.config.sampling import Sampling
+from neurojax.config.serving import (
+  DEFAULT_CONTEXT,
+  MOST_CONTEXT,
+  MOST_SEQUENCES,
+  Activations,
+  Dtype,
+  Programs,
+  Serving,
+)
 from neurojax.config.span import Span
 from neurojax.config.toml import from_dict, from_toml, named_configs, to_toml
 
 __all__ = [
+  "DEFAULT_CONTEXT",
+  "MOST_CONTEXT",
+  "MOST_SEQUENCES",
   "Activation",
+  "Activations",
+  "Dtype",
   "LayerKind",
   "Mixer",
   "ModelConfig",
+  "Programs",
   "RopeKind",
   "RopeScaling",
   "RopeStyle",
   "Sampling",
+  "Serving",
   "Span",
   "architectures",
   "from_dict",

@@ -35,32 +35,32 @@ def layer_bytes(
   *,
   dtype: str,
   weights: Weights,
-  ternary: Forms | None = None,
+  forms: Forms | None = None,
   layer: int | None = None,
 ) -> int:
   """Bytes of one layer's parameters.
 
   Args:
-    ternary: Needed, here and below, if `weights` keeps ternary matrices packed.
+    forms: Forms of the file's matrices. Needed, here and below, if `weights` keeps any of them.
   Raises: ValueError: it is needed and absent.
   """
-  return _kind_bytes(config, _kind(config, layer), dtype, weights, ternary)
+  return _kind_bytes(config, _kind(config, layer), dtype, weights, forms)
 
 
 def embedding_bytes(
-  config: ModelConfig, *, dtype: str, weights: Weights, ternary: Forms | None = None
+  config: ModelConfig, *, dtype: str, weights: Weights, forms: Forms | None = None
 ) -> int:
   """Bytes of the token embedding (which serves as the head too, where they are tied)."""
-  form = _form("embedding_VD", weights, ternary)
+  form = _form("embedding_VD", weights, forms)
   return _matrix_bytes(config.model_dim, config.vocab_size, dtype, weights, form)
 
 
 def head_bytes(
-  config: ModelConfig, *, dtype: str, weights: Weights, ternary: Forms | None = None
+  config: ModelConfig, *, dtype: str, weights: Weights, forms: Forms | None = None
 ) -> int:
   """Bytes of the matrix that gives the logits: the embedding, where they are tied."""
   name = "embedding_VD" if config.tied_embedding else "head_DV"
-  form = _form(name, weights, ternary)
+  form = _form(name, weights, forms)
   return _matrix_bytes(config.model_dim, config.vocab_size, dtype, weights, form)
 
 
@@ -70,19 +70,19 @@ def span_bytes(
   *,
   dtype: str,
   weights: Weights,
-  ternary: Forms | None = None,
+  forms: Forms | None = None,
 ) -> int:
   """Bytes of the parameters of a stage: its layers, embedding if first, norm and head if last."""
   total = sum(
-    number * _kind_bytes(config, kind, dtype, weights, ternary)
+    number * _kind_bytes(config, kind, dtype, weights, forms)
     for kind, number in _kinds(config, span).items()
   )
   if span.is_first:
-    total += embedding_bytes(config, dtype=dtype, weights=weights, ternary=ternary)
+    total += embedding_bytes(config, dtype=dtype, weights=weights, forms=forms)
   if span.is_last:
     total += config.model_dim * DTYPE_BYTES[dtype]
     if not (span.is_first and config.tied_embedding):
-      total += head_bytes(config, dtype=dtype, weights=weights, ternary=ternary)
+      total += head_bytes(config, dtype=dtype, weights=weights, forms=forms)
   return total
 
 
@@ -222,10 +222,10 @@ def _kind_parameters(config: ModelConfig, kind: LayerKind) -> int:
 
 
 def _kind_bytes(
-  config: ModelConfig, kind: LayerKind, dtype: str, weights: Weights, ternary: Forms | None
+  config: ModelConfig, kind: LayerKind, dtype: str, weights: Weights, forms: Forms | None
 ) -> int:
   matrices = sum(
-    copies * _matrix_bytes(k, n, dtype, weights, _form(name, weights, ternary))
+    copies * _matrix_bytes(k, n, dtype, weights, _form(name, weights, forms))
     for name, k, n, copies in _matrices(config, kind)
   )
   return matrices + _vectors(config, kind) * DTYPE_BYTES[dtype]
@@ -253,18 +253,18 @@ def _kind_flops(config: ModelConfig, kind: LayerKind, context: int, at_end: bool
   return total + 2 * config.num_heads * _heads(config, kind)[1] * keys // context
 
 
-def _form(name: str, weights: Weights, ternary: Forms | None) -> Form | None:
+def _form(name: str, weights: Weights, forms: Forms | None) -> Form | None:
   """That of a matrix that is held as its file has it, else None."""
   if weights in ("dense", "int8"):
     return None
-  if ternary is None:
+  if forms is None:
     raise ValueError(
       f"weights = {weights!r}: what the matrices of the file are is not said: see"
       " files.load.stored_forms"
     )
   if weights == "stored":
-    return ternary.get(name)
-  packed = {name: form for name, form in ternary.items() if isinstance(form, Scales)}
+    return forms.get(name)
+  packed = {name: form for name, form in forms.items() if isinstance(form, Scales)}
   if not packed:
     raise ValueError(
       f"weights = {weights!r}: no matrix of the file is ternary: choose 'dense' or 'int8', or 'stored'"

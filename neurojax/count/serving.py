@@ -1,34 +1,54 @@
-"""What the stages of a model have to hold. Imports no JAX."""
+"""Bytes that the stages of a model have to hold."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from neurojax import count
-from neurojax.config import ModelConfig, Span
+from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.working import Kind, Working, working
 from neurojax.forms import Forms, Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-  """What every stage has to hold: the form of weights and caches.
+  """What every stage of a model has to hold.
 
   Attributes:
-    ternary: Which matrices are ternary, where `weights` keeps those packed.
-    working: Whether each stage needs room for its programs' working memory as well (`count.working`).
+    serving: How the model is held and run, every choice made (`Serving.resolve`).
+    forms: Forms of the file's matrices by canonical name, where `serving.weights` keeps those.
+    working: Whether stages need room for the working memory of their programs too. Only comparisons
+      leave it out.
   """
 
-  dtype: str
-  weights: Weights
-  capacity: int
-  max_sequences: int
-  ternary: Forms | None = None
-  working: bool = False
+  serving: Serving
+  forms: Forms | None = None
+  working: bool = True
+
+  @property
+  def dtype(self) -> str:
+    return self.serving.dtype
+
+  @property
+  def weights(self) -> Weights:
+    assert self.serving.weights != "auto", "resolve the serving first"
+    return self.serving.weights
+
+  @property
+  def capacity(self) -> int:
+    return self.serving.capacity
+
+  @property
+  def sequences(self) -> int:
+    return self.serving.sequences
 
   @property
   def form(self) -> dict[str, Any]:
-    """How weights are held, as the functions of `count` want it."""
-    return {"dtype": self.dtype, "weights": self.weights, "ternary": self.ternary}
+    """How weights are held, as arguments of the functions of `count`."""
+    return {"dtype": self.dtype, "weights": self.weights, "forms": self.forms}
+
+  def serve(self, **changes: Any) -> Self:
+    """The same with another number of sequences, or another context."""
+    return dataclasses.replace(self, serving=dataclasses.replace(self.serving, **changes))
 
 
 def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: Kind = "cuda") -> int:
@@ -40,7 +60,7 @@ def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: Kind = "cuda"
   weights = count.span_bytes(config, span, **load.form)
   cache = count.cache_bytes(config, len(span), capacity=load.capacity, dtype=load.dtype)
   work = stage_working(config, load, kind).stage(len(span), is_last=span.is_last)
-  return weights + load.max_sequences * cache + work
+  return weights + load.sequences * cache + work
 
 
 def stage_working(config: ModelConfig, load: Load, kind: Kind = "cuda") -> Working:
@@ -53,5 +73,5 @@ def stage_working(config: ModelConfig, load: Load, kind: Kind = "cuda") -> Worki
 def layer_bytes(config: ModelConfig, load: Load, kind: Kind = "cuda") -> int:
   """What one layer more takes, its caches included."""
   cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
-  held = count.layer_bytes(config, **load.form) + load.max_sequences * cache
+  held = count.layer_bytes(config, **load.form) + load.sequences * cache
   return held + stage_working(config, load, kind).layer

@@ -103,8 +103,7 @@ def _memory(model: ModelFile, config: ModelConfig) -> list[dict[str, Any]]:
         continue
       spans = _equal(config.num_layers, stages)
       held = [
-        count.span_bytes(config, span, dtype=dtype, weights=weights, ternary=forms)
-        for span in spans
+        count.span_bytes(config, span, dtype=dtype, weights=weights, forms=forms) for span in spans
       ]
       for context in contexts:
         capacity = capacity_for(context)

@@ -9,8 +9,8 @@ from typing import Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from neurojax.config import ModelConfig, Span
-from neurojax.forms import PREFILL, Forms, Weights
+from neurojax.config import ModelConfig, Serving, Span
+from neurojax.forms import PREFILL, Forms
 from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
@@ -28,19 +28,16 @@ class PipelineOptions:
   """How a pipeline is set up and how patient it is.
 
   Attributes:
-    ternary: Which matrices of the file are ternary, for `weights` that keep those packed.
-    programs: "model", "fused", or "auto": fused if every stage can, see `stage.programs.choose`.
+    serving: How the model is held and run, every choice made (`Serving.resolve`). Its programs are
+      fused by "auto" if every stage can, see `stage.programs.choose`.
+    forms: Forms of the file's matrices (`files.kept.stored_forms`), for weights that keep those.
     connect_s: For each answer to a first contact.
     load_s: For a stage to read and compile its layers.
     step_s: Longest time in which no stage finishes any step of a sequence that waits.
   """
 
-  dtype: str = "float32"
-  weights: Weights = "dense"
-  ternary: Forms | None = None
-  programs: str = "auto"
-  context_length: int = 2048
-  max_sequences: int = 4
+  serving: Serving
+  forms: Forms | None = None
   connect_s: float = 10.0
   load_s: float = 600.0
   step_s: float = 60.0
@@ -134,13 +131,7 @@ class Contact:
 
   async def load(self) -> None:
     """Have it load `span`. Raises as `meet` does; HandshakeError also if it refuses."""
-    request = pb.LoadRequest(
-      identity=self.identity,
-      first_layer=self.span.first_layer,
-      last_layer=self.span.last_layer,
-      weights=self.options.weights,
-      max_sequences=self.options.max_sequences,
-    )
+    request = messages.load_request(self.identity, self.span, self.options.serving)
     try:
       self.description = await self.stub.Load(request, timeout=self.options.load_s)
     except grpc.aio.AioRpcError as error:

@@ -10,7 +10,6 @@ from typing import Self
 
 import numpy as np
 
-from neurojax import forms
 from neurojax.config import ModelConfig, Sampling, Span
 from neurojax.count.serving import Load
 from neurojax.count.working import Kind
@@ -75,7 +74,7 @@ class PipelineEngine(DrivenEngine):
     config: ModelConfig,
     sha256: str,
     fleet: Fleet,
-    options: PipelineOptions = PipelineOptions(),
+    options: PipelineOptions,
     *,
     spans: Mapping[str, Span] | None = None,
   ) -> Self:
@@ -88,16 +87,15 @@ class PipelineEngine(DrivenEngine):
     Raises: HandshakeError, StageLost, StageTimeout: naming the host. ValueError: the fleet is too
       small, or the context is longer than the model's.
     """
-    if options.context_length > config.context_length:
-      raise ValueError(
-        f"context_length = {options.context_length}: the model was made for {config.context_length} positions"
-      )
+    serving = options.serving.resolve(config, options.forms)
+    options = dataclasses.replace(options, serving=serving)
+    assert serving.context is not None
     identity = messages.identity(
       config,
       sha256=sha256,
-      dtype=options.dtype,
-      context_length=options.context_length,
-      programs=options.programs,
+      dtype=serving.dtype,
+      context_length=serving.context,
+      programs=serving.programs,
     )
     self = cls(config, identity, options)
     try:
@@ -115,7 +113,7 @@ class PipelineEngine(DrivenEngine):
 
   @property
   def context_length(self) -> int:
-    return self._options.context_length
+    return self._options.serving.context
 
   async def reports(self) -> tuple[StageReport, ...]:
     return tuple(
@@ -165,14 +163,7 @@ class PipelineEngine(DrivenEngine):
       stage.host.address: min(stage.host.memory_bytes or 1 << 62, stage.description.memory_bytes)
       for stage in met
     }
-    load = Load(
-      dtype=self._options.dtype,
-      weights=self._options.weights,
-      capacity=forms.capacity_for(self._options.context_length),
-      max_sequences=self._options.max_sequences,
-      ternary=self._options.ternary,
-      working=True,
-    )
+    load = Load(serving=self._options.serving, forms=self._options.forms)
     kinds: dict[str, Kind] = {
       stage.host.address: "cpu" if stage.description.device == "cpu" else "cuda" for stage in met
     }

@@ -1,6 +1,10 @@
 """Between protobuf messages and what they mean. Everything that comes in is checked here."""
 
-from neurojax.config import ModelConfig, Sampling
+import typing
+
+from neurojax.config import ModelConfig, Sampling, Serving, Span
+from neurojax.config.serving import check_choice
+from neurojax.forms import Weights
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.stage.step import StepInput
 from neurojax.wire import tensor
@@ -14,9 +18,6 @@ SAME_MODEL = ("protocol", "package", "model_sha256", "num_layers")
 
 SAME_FORM = ("model_sha256", "num_layers", "dtype", "context_length")
 """What must be equal before any tensor crosses, and `programs`, once stages have become one kind."""
-
-MAX_CONTEXT = 1 << 24
-"""Positions beyond this are no longer exact in float32."""
 
 
 def step(sequence: str, index: int, given: StepInput) -> pb.Step:
@@ -87,6 +88,31 @@ def identity(
     context_length=context_length,
     programs=programs,
   )
+
+
+def load_request(identity: pb.Identity, span: Span, serving: Serving) -> pb.LoadRequest:
+  """The wish that a stage server load a span and run it as `serving` says."""
+  return pb.LoadRequest(
+    identity=identity,
+    first_layer=span.first_layer,
+    last_layer=span.last_layer,
+    weights=serving.weights,
+    max_sequences=serving.sequences,
+  )
+
+
+def serving(request: pb.LoadRequest) -> Serving:
+  """How a coordinator wants layers held and run. Raises: ValueError: as `Serving.check_engine` does."""
+  check_choice("weights", request.weights, typing.get_args(Weights))
+  found = Serving(
+    dtype=request.identity.dtype,
+    weights=request.weights,
+    context=request.identity.context_length,
+    sequences=request.max_sequences,
+    programs=request.identity.programs,
+  )
+  found.check_engine()
+  return found
 
 
 def message_limit(config: ModelConfig, positions: int) -> int:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from neurojax import forms
 from neurojax.config import Span
 from neurojax.count.serving import Load, stage_bytes
+from neurojax.count.working import Kind
 from neurojax.files.load import load_span, stored_forms
 from neurojax.files.model_file import ModelFile
 from neurojax.forms import PREFILL
@@ -230,19 +230,7 @@ class StageServer(rpc.StageServicer):
     )
     if difference := disagreement(mine, wanted, fields=messages.SAME_MODEL):
       raise _Refused(f"{difference}: run the same version on the same model file at both ends")
-    if wanted.dtype not in forms.DTYPE_BYTES:
-      raise ValueError(f"dtype {wanted.dtype[:40]!r}: choose one of {', '.join(forms.DTYPE_BYTES)}")
-    kinds = typing.get_args(forms.Weights)
-    if request.weights not in kinds:
-      raise ValueError(f"weights {request.weights[:40]!r}: choose one of {', '.join(kinds)}")
-    if wanted.programs not in (known := typing.get_args(programs.Wanted)):
-      raise ValueError(f"programs {wanted.programs[:40]!r}: choose one of {', '.join(known)}")
-    if not 1 <= wanted.context_length <= messages.MAX_CONTEXT:
-      raise ValueError(
-        f"context length {wanted.context_length}: choose 1 to {messages.MAX_CONTEXT}"
-      )
-    if not 1 <= request.max_sequences <= 4096:
-      raise ValueError(f"max_sequences {request.max_sequences}: choose 1 to 4096")
+    serving = messages.serving(request)
     span = Span(
       first_layer=request.first_layer, last_layer=request.last_layer, num_layers=wanted.num_layers
     )
@@ -254,13 +242,6 @@ class StageServer(rpc.StageServicer):
         f"{len(self._sequences)} sequences are open on layers {loaded.span if loaded else '?'}: "
         "wait until they end, or use another stage server"
       )
-    load = Load(
-      dtype=wanted.dtype,
-      weights=request.weights,
-      capacity=forms.capacity_for(wanted.context_length),
-      max_sequences=request.max_sequences,
-      ternary=stored_forms(self._file),
-    )
     reason = self._why_not_fused(wanted.dtype)
     if wanted.programs == "fused" and reason:
       raise ValueError(f"the fused programs cannot run this model: {reason}")
@@ -276,7 +257,10 @@ class StageServer(rpc.StageServicer):
     for link in self._next_links.values():
       await link.close()
     self._next_links.clear()
-    needed = stage_bytes(self._config, span, load)
+    device: Kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    needed = stage_bytes(
+      self._config, span, Load(serving=serving, forms=stored_forms(self._file)), device
+    )
     free = min(free_memory_bytes(), self._memory_bytes or 1 << 62)
     if needed > free:
       raise _Refused(f"layers {span} need {needed:,} bytes here and {free:,} are free")

@@ -86,7 +86,7 @@ class _Maker:
       batch=self.problem.batch,
       context=self.problem.context,
       prefill_tokens=self.tokens,
-      sequences=self.problem.load.max_sequences,
+      sequences=self.problem.load.sequences,
       in_flight=self.problem.in_flight,
     )
     return bounded(

@@ -1,7 +1,5 @@
 """Whether a model fits at all; and if not, what is missing and what would fit. Imports no JAX."""
 
-import dataclasses
-
 import numpy as np
 
 from neurojax import forms
@@ -67,7 +65,7 @@ def check(given: Problem) -> None:
   pinned = f", {sum(pins.values())} of them pinned to {number(len(pins), 'place')}" if pins else ""
   raise ValueError(
     f"the fleet is too small: {int(free.sum()):,} bytes are free on {number(len(free), 'place')} for "
-    f"{given.num_layers} layers of {layer:,} bytes each ({load.max_sequences} caches of {load.capacity} "
+    f"{given.num_layers} layers of {layer:,} bytes each ({load.sequences} caches of {load.capacity} "
     f"positions included){pinned}, {int(extra_R[FIRST] - working):,} for the embedding and "
     f"{int(extra_R[LAST] - working):,} for norm and head{each}; {fits}. {high:,} bytes more on {given.places[largest].label} would do; "
     + _smaller(given, free, pins)
@@ -80,22 +78,22 @@ def _smaller(given: Problem, free: np.ndarray, pins: dict[int, int]) -> str:
   found = []
 
   def fits(**changes: int) -> bool:
-    return _most(given, dataclasses.replace(load, **changes), free, pins) >= total
+    return _most(given, load.serve(**changes), free, pins) >= total
 
-  if fits(capacity=forms.KEY_BLOCK):
+  if fits(context=forms.KEY_BLOCK):
     low, high = 1, -(-load.capacity // forms.KEY_BLOCK)
     while high - low > 1:
       middle = (low + high) // 2
-      low, high = (middle, high) if fits(capacity=middle * forms.KEY_BLOCK) else (low, middle)
+      low, high = (middle, high) if fits(context=middle * forms.KEY_BLOCK) else (low, middle)
     found.append(f"a context of {low * forms.KEY_BLOCK}")
-  if load.max_sequences > 1 and fits(max_sequences=1):
-    low, high = 1, load.max_sequences
+  if load.sequences > 1 and fits(sequences=1):
+    low, high = 1, load.sequences
     while high - low > 1:
       middle = (low + high) // 2
-      low, high = (middle, high) if fits(max_sequences=middle) else (low, middle)
+      low, high = (middle, high) if fits(sequences=middle) else (low, middle)
     found.append(f"{low} sequences at once")
   if load.weights == "dense":
-    held = dataclasses.replace(load, weights="int8")
+    held = load.serve(weights="int8")
     if _most(given, held, free, pins) >= total:
       found.append("weights held as int8")
   if not found:

@@ -189,11 +189,11 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
         f"{_of(busy.share)}"
       )
     sequences = plan.batches * plan.batch
-    if sequences > given.load.max_sequences:
-      fewer = max(1, given.load.max_sequences // plan.batch)
+    if sequences > given.load.sequences:
+      fewer = max(1, given.load.sequences // plan.batch)
       rate = predict.pipeline_throughput(plan, micro_batches=fewer)
       found.append(
-        f"it takes {sequences} sequences in flight{' in each' if len(paces_s) > 1 else ''}, and caches for {given.load.max_sequences} are planned: "
+        f"it takes {sequences} sequences in flight{' in each' if len(paces_s) > 1 else ''}, and caches for {given.load.sequences} are planned: "
         f"with so many {short(rate)} tokens/s"
       )
   return tuple(found)

@@ -128,9 +128,9 @@ def problem(
   """Raises: ValueError: an unknown speed or memory, or a pin that cannot be kept, with the reason."""
   if in_flight is not None and in_flight < 1:
     raise ValueError(f"in_flight = {in_flight}: at least 1 batch, or None for as many as help")
-  if batch > load.max_sequences:
+  if batch > load.sequences:
     raise ValueError(
-      f"batch = {batch}: the caches of max_sequences = {load.max_sequences} sequences are planned; "
+      f"batch = {batch}: the caches of sequences = {load.sequences} are planned; "
       "plan more or make the batch smaller"
     )
   if context > load.capacity:
@@ -140,7 +140,7 @@ def problem(
   takes = stage_bytes(config, Span.whole(config), load)
   if takes > MOST_BYTES * 1000:
     raise ValueError(
-      f"the model takes {takes:,} bytes with {load.max_sequences} caches of {load.capacity} positions: "
+      f"the model takes {takes:,} bytes with {load.sequences} caches of {load.capacity} positions: "
       "more than any fleet that can be planned for has; make it, or these, smaller"
     )
   places = fleet.places()

@@ -78,7 +78,7 @@ def as_planned(
     needed = stage_bytes(config, span, load, kinds[host] if kinds else "cuda")
     if needed > free[host]:
       raise ValueError(
-        f"the plan gives {host} layers {span}: they take {needed:,} bytes with {load.max_sequences} "
+        f"the plan gives {host} layers {span}: they take {needed:,} bytes with {load.sequences} "
         f"caches of {load.capacity} positions ({load.weights}, {load.dtype}), and {free[host]:,} are "
         "free there: plan for the same weights, context and sequences, with what is free now"
       )
@@ -157,7 +157,7 @@ def _too_small(
   work = f", {base:,} for what the programs of each stage work in" if base else ""
   return (
     f"the fleet is too small: {len(free)} hosts have {sum(free):,} bytes free for {config.num_layers} "
-    f"layers of {layer_bytes(config, load, kinds[largest]):,} bytes each ({load.max_sequences} caches of "
+    f"layers of {layer_bytes(config, load, kinds[largest]):,} bytes each ({load.sequences} caches of "
     f"{load.capacity} positions included), embedding and head{work}; {high:,} bytes more on "
     f"{hosts[largest][0]} would do: add memory or a host, shorten the context, allow fewer sequences, "
     "or hold the weights as int8"

@@ -9,7 +9,7 @@ from neurojax.config import ModelConfig, Span
 from neurojax.count.rounded import number
 from neurojax.plan.fleet import Place
 from neurojax.scaling import fit
-from neurojax.scaling.fit import Need, Purpose, Serving, Training
+from neurojax.scaling.fit import Need, Purpose, ServePurpose, TrainPurpose
 from neurojax.scaling.ladder import ladder
 from neurojax.scaling.law import TERNARY_GAPS, TERNARY_SPECTRA11, Law, Loss, ternary_gap
 from neurojax.scaling.staging import Line, needs_of
@@ -69,7 +69,7 @@ def memory_lines(
   allowed: Sequence[int],
   headroom: float,
 ) -> list[Line]:
-  for_what = " for its programs to work in" if isinstance(purpose, Serving) else ""
+  for_what = " for its programs to work in" if isinstance(purpose, ServePurpose) else ""
   parameters = count.parameters(config)
   outer = config.vocab_size * config.model_dim * (1 if config.tied_embedding else 2)
   outer += config.model_dim
@@ -81,7 +81,7 @@ def memory_lines(
       f"{parameters:,}",
     )
   ]
-  if isinstance(purpose, Serving):
+  if isinstance(purpose, ServePurpose):
     load = purpose.load(config)
     weights = count.span_bytes(config, Span.whole(config), **load.form)
     cache = count.cache_bytes(config, config.num_layers, capacity=load.capacity, dtype=load.dtype)
@@ -178,17 +178,17 @@ def too_small(
   most = max(range(len(allowed)), key=lambda index: allowed[index])
   missing = missing_free_bytes(needed, allowed, headroom)
   tries: list[tuple[str, Purpose]] = []
-  if isinstance(purpose, Training) and not purpose.remat:
+  if isinstance(purpose, TrainPurpose) and not purpose.remat:
     tries.append(("layers rematerialized", dataclasses.replace(purpose, remat=True)))
   if purpose.sequences > 1:
-    tries.append(("one sequence at a time", dataclasses.replace(purpose, sequences=1)))
+    tries.append(("one sequence at a time", purpose.change(sequences=1)))
   for context in (1024, 256):
     if context < purpose.context:
-      less = dataclasses.replace(purpose, context=context, sequences=1)
+      less = purpose.change(context=context, sequences=1)
       tries.append((f"one sequence of {context}", less))
-  if isinstance(purpose, Serving) and purpose.scales is None:
+  if isinstance(purpose, ServePurpose) and purpose.scales is None:
     scales = forms.TERNARY_FORMATS["ternary-g128"]
-    tries.append(("ternary weights", dataclasses.replace(purpose, weights="w2a8", scales=scales)))
+    tries.append(("ternary weights", ServePurpose(purpose.change(weights="w2a8").serving, scales)))
   instead = next(
     (what for what, other in tries if fit.fits(needs_of(smallest, other, kinds), allowed)), None
   )

@@ -9,11 +9,12 @@ import functools
 import heapq
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
-from neurojax import count, forms
-from neurojax.config import ModelConfig, Span
+from neurojax import count
+from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.count.training import Optimizer, TrainBytes, train_bytes
 from neurojax.count.working import Kind
@@ -21,38 +22,57 @@ from neurojax.forms import Scales
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Serving:
-  """Stages that answer: weights, the caches of `sequences` places of `context` positions, and what
-  programs work in.
+@dataclasses.dataclass(frozen=True)
+class ServePurpose:
+  """Stages that answer: their weights, the caches of all sequences, and working memory.
 
   Attributes:
-    weights: "dense", "int8", or packed two-bit codes ("w2a8", "w2a16") with `scales` for every matrix.
-    dtype: Of activations and caches, and of dense weights.
+    serving: How the model is held and run; weights and context must be given.
+    scales: Scales of every matrix, where the weights are ternary.
   """
 
-  weights: forms.Weights = "dense"
+  serving: Serving = Serving(dtype="bfloat16", weights="dense", context=2048, sequences=1)
   scales: Scales | None = None
-  dtype: str = "bfloat16"
-  context: int = 2048
-  sequences: int = 1
+
+  @classmethod
+  def of(cls, *, scales: Scales | None = None, **serving: Any) -> Self:
+    """The default serving with these fields changed."""
+    return cls(serving=dataclasses.replace(cls.serving, **serving), scales=scales)
+
+  @property
+  def context(self) -> int:
+    assert self.serving.context is not None, "sizing needs a context"
+    return self.serving.context
+
+  @property
+  def sequences(self) -> int:
+    return self.serving.sequences
+
+  def change(self, **changes: Any) -> Self:
+    """The same with other fields of the serving."""
+    return dataclasses.replace(self, serving=dataclasses.replace(self.serving, **changes))
+
+  def table(self) -> dict[str, Any]:
+    """Plain values for JSON and TOML."""
+    return {
+      "weights": self.serving.weights,
+      "scales": None if self.scales is None else dataclasses.asdict(self.scales),
+      "dtype": self.serving.dtype,
+      "context": self.context,
+      "sequences": self.sequences,
+    }
 
   def load(self, config: ModelConfig) -> Load:
-    return Load(
-      dtype=self.dtype,
-      weights=self.weights,
-      capacity=forms.capacity_for(self.context),
-      max_sequences=self.sequences,
-      ternary=None if self.scales is None else count.uniform_ternary(config, self.scales),
-      working=True,
-    )
+    """What every stage of the architecture has to hold."""
+    forms = None if self.scales is None else count.uniform_ternary(config, self.scales)
+    return Load(serving=self.serving, forms=forms)
 
   def stage_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> int:
     return stage_bytes(config, span, self.load(config), kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainPurpose:
   """Stages that train: see `training.train_bytes`, whose arguments these are. `context` is the length
   of a sequence, `sequences` how many are in memory at once."""
 
@@ -62,6 +82,14 @@ class Training:
   remat: bool = True
   compute_dtype: str = "bfloat16"
   diloco: bool = False
+
+  def table(self) -> dict[str, Any]:
+    """Plain values for JSON and TOML."""
+    return dataclasses.asdict(self)
+
+  def change(self, **changes: Any) -> Self:
+    """The same with other fields."""
+    return dataclasses.replace(self, **changes)
 
   def train_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> TrainBytes:
     return train_bytes(
@@ -80,7 +108,7 @@ class Training:
     return self.train_bytes(config, span, kind).total
 
 
-Purpose = Serving | Training
+Purpose = ServePurpose | TrainPurpose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

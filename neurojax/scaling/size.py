@@ -20,7 +20,7 @@ from neurojax.scaling.account import (
   too_small,
   training_flops,
 )
-from neurojax.scaling.fit import Purpose, Serving
+from neurojax.scaling.fit import Purpose, ServePurpose
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
 from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, needs_of, serve, train
@@ -77,11 +77,11 @@ class Sized:
 
   def table(self) -> dict[str, Any]:
     """Plain values for JSON and TOML: the architecture's fields first, absent values left out."""
-    purpose = dataclasses.asdict(self.purpose)
+    purpose = self.purpose.table()
     table = {
       **dataclasses.asdict(self.config),
       "parameters": self.parameters,
-      "purpose": "serve" if isinstance(self.purpose, Serving) else "train",
+      "purpose": "serve" if isinstance(self.purpose, ServePurpose) else "train",
       **{name: value for name, value in purpose.items() if name != "context"},
       "kept": self.kept,
       "stages": [dataclasses.asdict(stage) for stage in self.stages],
@@ -147,7 +147,7 @@ def size(
   if config is None:
     raise ValueError(too_small(purpose, places, allowed, vocab_size, headroom))
   needed = needs_of(config, purpose, kinds)
-  if isinstance(purpose, Serving):
+  if isinstance(purpose, ServePurpose):
     stages, speed, lines = serve(
       config, purpose, fleet, places, allowed, needed, headroom, time_limit_s, notes
     )
@@ -181,7 +181,7 @@ def size(
       f"for {flops:.3g} FLOPs {law.name} prefers {n:.3g} parameters and {d:.3g} tokens; this has "
       f"{parameters / n:.2g} times those parameters"
     )
-  if isinstance(purpose, Serving) and (years := _cluster_years(flops)) > 1:
+  if isinstance(purpose, ServePurpose) and (years := _cluster_years(flops)) > 1:
     notes.append(
       f"this is what fits, not what someone has trained: {flops:.3g} FLOPs are {years:,.3g} years of "
       f"{YARDSTICK_GPUS:,} H100 at an MFU of {MFU:g}; --most-parameters leaves larger candidates out"

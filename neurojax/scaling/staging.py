@@ -12,7 +12,7 @@ from neurojax.plan.best import best
 from neurojax.plan.fleet import Device, Fleet, Place
 from neurojax.plan.problem import MOST_PLACES
 from neurojax.scaling import fit
-from neurojax.scaling.fit import Need, Purpose, Serving, Training
+from neurojax.scaling.fit import Need, Purpose, ServePurpose, TrainPurpose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Line:
 
 def serve(
   config: ModelConfig,
-  purpose: Serving,
+  purpose: ServePurpose,
   fleet: Fleet,
   places: Sequence[Place],
   allowed: Sequence[int],
@@ -131,7 +131,7 @@ def serve(
 
 def train(
   config: ModelConfig,
-  purpose: Training,
+  purpose: TrainPurpose,
   fleet: Fleet,
   places: Sequence[Place],
   allowed: Sequence[int],

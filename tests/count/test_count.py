@@ -116,7 +116,7 @@ def test_packed_bytes_equal_the_real_tree(path: Path, form: Scales, names: tuple
     end = config.num_layers - 1
     for first, last in ((0, end), (0, 0), (1, 3), (end, end)):
       span = Span(first_layer=first, last_layer=last, num_layers=config.num_layers)
-      counted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a8", ternary=ternary)
+      counted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a8", forms=ternary)
       assert counted == packed_bytes(config, span, "bfloat16", ternary)
 
 
@@ -126,10 +126,10 @@ def test_packed_bytes_cannot_be_counted_without_knowing_what_is_ternary():
   with pytest.raises(ValueError, match="is not said: see files"):
     count.span_bytes(config, span, dtype="float32", weights="w2a16")
   with pytest.raises(ValueError, match="choose 'dense' or 'int8'"):
-    count.span_bytes(config, span, dtype="float32", weights="w2a16", ternary={})
+    count.span_bytes(config, span, dtype="float32", weights="w2a16", forms={})
   # Whoever does not keep it packed need not know.
   for ternary in (None, {}, {"q_DNH": Scales(64, 2)}):
-    dense = count.span_bytes(config, span, dtype="float32", weights="dense", ternary=ternary)
+    dense = count.span_bytes(config, span, dtype="float32", weights="dense", forms=ternary)
     assert dense == 4 * count.parameters(config)
 
 
@@ -146,7 +146,7 @@ def test_parameters_of_published_models():
 def test_uniform_formats_equal_the_real_tree(name: str, config: ModelConfig):
   ternary = count.uniform_ternary(config, forms.TERNARY_FORMATS[name])
   span = Span.whole(config)
-  counted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a8", ternary=ternary)
+  counted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a8", forms=ternary)
   assert counted == packed_bytes(config, span, "bfloat16", ternary)
 
 

@@ -102,7 +102,7 @@ def test_narrow_matrices_of_any_kinds(config: ModelConfig, weights: forms.Weight
   ternary = count.uniform_ternary(config, forms.Scales(128, 2))
   span = Span.whole(config)
   state = nnx.state(random_model(config, span, weights=weights))
-  counted = count.span_bytes(config, span, dtype="float32", weights=weights, ternary=ternary)
+  counted = count.span_bytes(config, span, dtype="float32", weights=weights, forms=ternary)
   assert nbytes(state) == counted
 
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from neurojax.config import ModelConfig, Span
+from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.count.working import working
 from neurojax.forms import PREFILL
@@ -65,10 +65,8 @@ def test_it_is_part_of_a_stage_that_asks_for_it():
   assert BUCKETS[-1] == PREFILL
   config = ModelConfig.named("tinyllama-1.1b")
   whole = Span.whole(config)
-  form = dict(dtype="bfloat16", weights="dense", capacity=2048, max_sequences=1)
-  held = stage_bytes(config, whole, Load(**form))
-  on = {
-    kind: stage_bytes(config, whole, Load(**form, working=True), kind) for kind in ("cuda", "cpu")
-  }
+  serving = Serving(dtype="bfloat16", weights="dense", context=2048, sequences=1)
+  held = stage_bytes(config, whole, Load(serving=serving, working=False))
+  on = {kind: stage_bytes(config, whole, Load(serving=serving), kind) for kind in ("cuda", "cpu")}
   # A GPU copies a layer; a CPU all of them and the head, in float32.
   assert held < on["cuda"] < 1.1 * held and 2.7 * held < on["cpu"] < 3.3 * held

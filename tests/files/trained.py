@@ -9,6 +9,7 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.files.write.trained_weights import Weights
+from neurojax.model import params
 from neurojax.weights.quantize import absmean
 from neurojax.weights.ternary import TernaryArray
 from tests.files import tiny

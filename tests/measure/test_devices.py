@@ -36,7 +36,7 @@ def test_random_stages_take_what_is_counted(weights: forms.Weights, layers: tupl
   names = [name for name, _ in params.layer_names(CONFIG)]
   names += [name for name, _ in params.outer_names(CONFIG, Span.whole(CONFIG))]
   ternary = {name: Scales(GROUP, 2) for name in names if not name.endswith("norm_D")}
-  assert held == count.span_bytes(CONFIG, span, dtype="float32", weights=weights, ternary=ternary)
+  assert held == count.span_bytes(CONFIG, span, dtype="float32", weights=weights, forms=ternary)
 
 
 def test_working_memory_is_counted_beside_the_weights():

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from neurojax.config import Sampling
+from neurojax.config import Sampling, Serving
 from neurojax.engine.api import Request, Token
 from neurojax.engine.drive import DrivenEngine
 from neurojax.files.open import open_model
+from neurojax.forms import Forms
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.plan.fleet import Fleet, Host
 
@@ -79,10 +80,16 @@ class Cluster:
     return Fleet(hosts=tuple(Host(name=f"stage-{i}", address=self.addresses[i]) for i in chosen))
 
   async def connect(
-    self, *indices: int, model: Path | None = None, **options: object
+    self,
+    *indices: int,
+    model: Path | None = None,
+    forms: Forms | None = None,
+    step_s: float = 60.0,
+    **serving: object,
   ) -> PipelineEngine:
+    chosen = Serving(**{"context": 256, "weights": "dense", **serving})
     with open_model(model or self.model) as file:
-      setup = PipelineOptions(**{"context_length": 256, **options})
+      setup = PipelineOptions(serving=chosen, forms=forms, step_s=step_s)
       return await PipelineEngine.connect(file.config, file.sha256(), self.fleet(*indices), setup)
 
   def replace(self, index: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from neurojax.config import Sampling, Span
+from neurojax.config import Sampling, Serving, Span
 from neurojax.engine.api import EngineError
 from neurojax.files.open import open_model
 from neurojax.pipeline import messages
@@ -136,7 +136,7 @@ def test_a_stage_that_cannot_be_reached_is_named():
     fleet = Fleet(hosts=(Host(address=address, name="nobody"),))
     with pytest.raises(StageLost, match=f"nobody at {address}.*cannot be reached"):
       await PipelineEngine.connect(
-        tinymodel.CONFIG, "0" * 64, fleet, PipelineOptions(context_length=64)
+        tinymodel.CONFIG, "0" * 64, fleet, PipelineOptions(serving=Serving(context=64))
       )
 
   run(work())
@@ -270,7 +270,7 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
     fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
     with pytest.raises(HandshakeError, match=rf"old.*package is {PACKAGE} here and 0\.0\.9 there"):
       await PipelineEngine.connect(
-        tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(context_length=64)
+        tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(serving=Serving(context=64))
       )
     await server.stop(0)
 
@@ -375,7 +375,7 @@ def test_a_stage_that_computes_nan_says_so(tmp_path: Path):
 
 def test_no_more_sequences_than_places(three: Cluster):
   async def work():
-    engine = await three.connect(0, 1, max_sequences=2)
+    engine = await three.connect(0, 1, sequences=2)
     first, second = (engine.generate(request(max_tokens=100)) for _ in range(2))
     await anext(first)
     await anext(second)
@@ -423,7 +423,7 @@ def test_cancelled_requests_leave_nothing_and_harm_no_other(three: Cluster, seed
         await task
 
   async def work():
-    engine = await three.connect(max_sequences=8, step_s=10.0)
+    engine = await three.connect(sequences=8, step_s=10.0)
     whole = await collect(engine, request(max_tokens=8))
     await asyncio.gather(steady(engine, whole, 25), churn(engine, 25), churn(engine, 25))
     for address in three.addresses:
@@ -465,7 +465,7 @@ def test_a_model_file_that_was_replaced_is_not_vouched_for(tmp_path: Path):
     async def work():
       with open_model(path) as file:
         fleet = Fleet(hosts=(Host(address=address),))
-        options = PipelineOptions(context_length=64)
+        options = PipelineOptions(serving=Serving(context=64))
         with pytest.raises(EngineError, match="replaced, changed or removed"):
           await PipelineEngine.connect(file.config, file.sha256(), fleet, options)
 
@@ -492,7 +492,7 @@ def test_a_model_file_overwritten_in_place_after_its_digest_is_not_loaded(tmp_pa
         fleet = Fleet(hosts=(Host(address=address),))
         with pytest.raises(EngineError, match="replaced, changed or removed"):
           await PipelineEngine.connect(
-            file.config, sha256, fleet, PipelineOptions(context_length=64)
+            file.config, sha256, fleet, PipelineOptions(serving=Serving(context=64))
           )
 
     run(work())
@@ -509,11 +509,11 @@ def test_a_model_file_overwritten_in_place_after_its_digest_is_not_loaded(tmp_pa
     ({"first_layer": 4, "last_layer": 2}, "no range"),
     ({"last_layer": 6}, "no range"),
     ({"weights": "int3"}, "choose one of dense, int8, w2a16, w2a8"),
-    ({"max_sequences": 0}, "max_sequences"),
+    ({"max_sequences": 0}, "sequences = 0"),
     ({"dtype": "float8"}, "choose one of float32"),
     ({"programs": "fast"}, "choose one of auto, model, fused"),
     ({"programs": "fused"}, "fused programs cannot run this model: .* this is a cpu"),
-    ({"context_length": 0}, "context length"),
+    ({"context_length": 0}, "context = 0"),
     ({"context_length": 1 << 24, "max_sequences": 4096}, "are free"),
     ({"model_sha256": "0" * 64}, "model sha256"),
     ({"num_layers": 7}, "num layers is 6 here and 7 there"),
@@ -577,7 +577,7 @@ def test_a_fleet_that_is_too_small_says_by_how_much(three: Cluster):
   async def work():
     hosts = tuple(Host(address=a, memory_bytes=100_000) for a in three.addresses[:2])
     with open_model(three.model) as file:
-      options = PipelineOptions(context_length=256)
+      options = PipelineOptions(serving=Serving(context=256))
       with pytest.raises(ValueError, match=r"too small.*[\d,]+ bytes more on 127"):
         await PipelineEngine.connect(file.config, file.sha256(), Fleet(hosts=hosts), options)
     await serves(three)

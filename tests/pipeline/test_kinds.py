@@ -30,11 +30,11 @@ def test_short_convolutions_over_servers_give_the_local_tokens(tmp_path: Path):
 
   async def local() -> list[list[Token]]:
     with open_model(path) as file:
-      engine = LocalEngine(CompiledStage(load_span(file), context_length=128))
+      engine = LocalEngine(CompiledStage(load_span(file), context=128))
     return [await collect(engine, wanted) for wanted in REQUESTS]
 
   async def distributed() -> list[list[Token]]:
-    engine = await servers.connect(context_length=128)
+    engine = await servers.connect(context=128)
     # One that ends in the middle of its answer leaves nothing behind.
     stream = engine.generate(Request(prompt=PROMPT[:40], max_tokens=50, sampling=Sampling()))
     for _ in range(3):

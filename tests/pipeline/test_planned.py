@@ -8,7 +8,7 @@ import pytest
 
 from neurojax.cli import main
 from neurojax.cli.options import EngineOptions, open_engine
-from neurojax.config import Span
+from neurojax.config import Serving, Span
 from neurojax.count.serving import Load, stage_bytes, stage_working
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
@@ -121,7 +121,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
 def test_hosts_without_a_plan_have_room_for_what_programs_work_in(
   three: Cluster, tiny_path: Path, tmp_path: Path
 ):
-  load = Load(dtype="float32", weights="dense", capacity=256, max_sequences=4)
+  load = Load(serving=Serving(weights="dense", context=256, sequences=4), working=False)
   thirds = [Span(first_layer=2 * i, last_layer=2 * i + 1, num_layers=6) for i in range(3)]
   most = max(stage_bytes(tinymodel.CONFIG, span, load) for span in thirds)
   needs = stage_working(tinymodel.CONFIG, dataclasses.replace(load, working=True), "cpu").base

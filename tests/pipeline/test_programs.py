@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from neurojax.config import ModelConfig, Sampling
+from neurojax.config import ModelConfig, Sampling, Serving
 from neurojax.engine.api import Token
 from neurojax.engine.local import LocalEngine
 from neurojax.files.dummy import write_dummy
@@ -77,8 +77,10 @@ async def fleet(path: Path, *kinds: type[StageServer]):
 async def connect(path: Path, hosts: Fleet, programs: str = "auto") -> PipelineEngine:
   with open_model(path) as file:
     options = PipelineOptions(
-      dtype="bfloat16", weights="w2a8", ternary=ternary_matrices(file), programs=programs,
-      context_length=CONTEXT, max_sequences=1,
+      serving=Serving(
+        dtype="bfloat16", weights="w2a8", programs=programs, context=CONTEXT, sequences=1
+      ),
+      forms=ternary_matrices(file),
     )  # fmt: skip
     return await PipelineEngine.connect(file.config, file.sha256(), hosts, options)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neurojax import count
-from neurojax.config import ModelConfig, Sampling
+from neurojax.config import ModelConfig, Sampling, Serving
 from neurojax.count.serving import Load, layer_bytes, stage_working
 from neurojax.engine.api import Request, Token
 from neurojax.engine.local import LocalEngine
@@ -95,7 +95,7 @@ def test_a_stage_of_a_single_layer_gives_the_same_bits(tiny_path: Path, form: di
   with cluster(tiny_path, 3) as servers:
     # Room for 10, 40 and 10 layers, beside what programs work in, the embedding and, at the other
     # end, norm and head.
-    load = Load(dtype="float32", capacity=256, max_sequences=4, working=True, **form)
+    load = Load(serving=Serving(context=256, **form))
     layer = layer_bytes(tinymodel.CONFIG, load)
     working = stage_working(tinymodel.CONFIG, load)
     table = count.embedding_bytes(tinymodel.CONFIG, **load.form)
@@ -129,7 +129,7 @@ def test_packed_ternary_weights_give_the_same_bits_in_any_cut(ternary_path: Path
     for stages in (2, 3):
       with open_model(ternary_path) as file:
         ternary = ternary_matrices(file)
-      engine = await servers.connect(*range(stages), weights=weights, ternary=ternary)
+      engine = await servers.connect(*range(stages), weights=weights, forms=ternary)
       found.append({name: await collect(engine, wanted) for name, wanted in REQUESTS.items()})
       await engine.close()
     return found

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from neurojax.config import ModelConfig
+from neurojax.config import ModelConfig, Serving
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.plan.assemble import assemble
 from neurojax.plan.fleet import Device, Fleet, Host, Link
 from neurojax.plan.plan import Objective
 from neurojax.plan.problem import Problem
 
-LOAD = Load(dtype="float32", weights="dense", capacity=256, max_sequences=2)
+LOAD = Load(serving=Serving(weights="dense", context=256, sequences=2), working=False)
 
 
 def config(num_layers: int, tied: bool = True) -> ModelConfig:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurojax.config import ModelConfig, Span
+from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.forms import Scales
 from neurojax.plan.fleet import Fleet, Host, check_address, parse_bytes, read_fleet
@@ -25,7 +25,7 @@ def config(num_layers: int, tied: bool = True) -> ModelConfig:
   )
 
 
-LOAD = Load(dtype="float32", weights="dense", capacity=256, max_sequences=2)
+LOAD = Load(serving=Serving(weights="dense", context=256, sequences=2), working=False)
 
 
 @given(
@@ -39,11 +39,9 @@ LOAD = Load(dtype="float32", weights="dense", capacity=256, max_sequences=2)
 def test_a_plan_covers_each_layer_once_in_order_and_fits(layers, free, tied, weights, ternary):
   model = config(layers, tied)
   load = Load(
-    dtype="float32",
-    weights=weights,
-    capacity=256,
-    max_sequences=2,
-    ternary={name: Scales(64, 2) for name in ternary},
+    serving=Serving(weights=weights, context=256, sequences=2),
+    forms={name: Scales(64, 2) for name in ternary},
+    working=False,
   )
   hosts = [(f"h{i}", space) for i, space in enumerate(free)]
   try:

@@ -245,11 +245,11 @@ def test_what_it_says_would_fit_does(layers: int, sizes: list[int]):
     with contextlib.nullcontext() if enough else pytest.raises(ValueError, match="too small"):
       best.best(model, row(*[(size, 1e9) for size in grown]), LOAD)
   if found := re.search(r"a context of (\d+)", said):
-    best.best(model, fleet, dataclasses.replace(LOAD, capacity=int(found[1])))
+    best.best(model, fleet, LOAD.serve(context=int(found[1])))
   if found := re.search(r"(\d+) sequences at once", said):
-    best.best(model, fleet, dataclasses.replace(LOAD, max_sequences=int(found[1])))
+    best.best(model, fleet, LOAD.serve(sequences=int(found[1])))
   if "int8" in said:
-    best.best(model, fleet, dataclasses.replace(LOAD, weights="int8"))
+    best.best(model, fleet, LOAD.serve(weights="int8"))
 
 
 @given(st.integers(1, 30), st.integers(1, 12), OBJECTIVES, st.randoms(use_true_random=False))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neurojax import count
-from neurojax.config import ModelConfig, Span
+from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.serving import Load
 from neurojax.plan import best, predict
 from neurojax.plan.assemble import assemble
@@ -144,7 +144,9 @@ def test_a_place_that_a_placement_comes_back_to_is_busy_for_all_of_its_visits():
 
 def test_a_model_of_billions_reads_at_the_memorys_pace():
   model = ModelConfig.named("llama-8b")
-  load = Load(dtype="bfloat16", weights="dense", capacity=2048, max_sequences=1)
+  load = Load(
+    serving=Serving(dtype="bfloat16", weights="dense", context=2048, sequences=1), working=False
+  )
   gpu = Device(kind="cuda", memory_bytes=80 * 10**9, read_bytes_per_s=3.35e12, flops_per_s=9.9e14)
   cost = predict.stage_step_s(model, Span.whole(model), load, gpu, context=1)
   assert cost.limit == "reading"
@@ -160,7 +162,7 @@ def test_a_measured_decode_has_its_products_in_it_and_other_passes_have_not():
   one = predict.stage_step_s(model, span, LOAD, measured, context=100)
   assert one.compute_s == 0 and one.limit == "reading"
   assert predict.stage_step_s(model, span, LOAD, slow, context=100).compute_s > one.total
-  other = dataclasses.replace(LOAD, weights="int8")
+  other = LOAD.serve(weights="int8")
   assert predict.stage_step_s(model, span, other, measured, context=100).compute_s > 0
   for more in ({"batch": 2}, {"tokens": 2}):
     cost = predict.stage_step_s(model, span, LOAD, measured, context=100, **more)

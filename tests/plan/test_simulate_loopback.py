@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neurojax.config import Sampling
+from neurojax.config import Sampling, Serving
 from neurojax.count.serving import Load
 from neurojax.engine.api import Request
 from neurojax.files.open import open_model
@@ -40,7 +40,10 @@ async def measured(model: Path, addresses: list[str]) -> tuple[list[float], floa
       hosts.append(Host(name=f"stage-{number}", address=through))
     with open_model(model) as file:
       engine = await PipelineEngine.connect(
-        file.config, file.sha256(), Fleet(hosts=tuple(hosts)), PipelineOptions(context_length=256)
+        file.config,
+        file.sha256(),
+        Fleet(hosts=tuple(hosts)),
+        PipelineOptions(serving=Serving(context=256)),
       )
     stack.push_async_callback(engine.close)
     await decode(engine, 2)
@@ -116,7 +119,7 @@ def test_the_planner_reads_the_same_delays_from_a_fleet():
     ),
     coordinator="here",
   )
-  load = Load(dtype="float32", weights="dense", capacity=256, max_sequences=4)
+  load = Load(serving=Serving(weights="dense", context=256, sequences=4), working=False)
   made = best.best(tinymodel.CONFIG, fleet, load)
   # Either direction is as long: the way out by the one end is the way in by the other.
   assert [stage.host for stage in made.stages] in (

@@ -14,20 +14,20 @@ from neurojax.count.serving import stage_bytes
 from neurojax.count.working import Kind, working
 from neurojax.plan.fleet import Device, Fleet, Host, Link
 from neurojax.scaling import fit
-from neurojax.scaling.fit import Need, Serving, Training
+from neurojax.scaling.fit import Need, ServePurpose, TrainPurpose
 from neurojax.scaling.ladder import VOCAB_SIZE, ladder
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, CHINCHILLA_HOFFMANN, TERNARY_SPECTRA1
 from neurojax.scaling.size import HYSTERESIS, one_host, size
 from neurojax.scaling.staging import reserved
 from tests.scaling.shapes import configs
 
-PACKED = Serving(weights="w2a8", scales=forms.TERNARY_FORMATS["ternary-g128"])
+PACKED = ServePurpose.of(weights="w2a8", scales=forms.TERNARY_FORMATS["ternary-g128"])
 PURPOSES = [
   PACKED,
-  Serving(context=8192, sequences=16),
-  Serving(weights="int8", context=100),
-  Training(),
-  Training(sequences=4, context=512, optimizer="muon", remat=False, diloco=True),
+  ServePurpose.of(context=8192, sequences=16),
+  ServePurpose.of(weights="int8", context=100),
+  TrainPurpose(),
+  TrainPurpose(sequences=4, context=512, optimizer="muon", remat=False, diloco=True),
 ]
 
 sizes = st.floats(6, 13.5).map(lambda power: int(10**power))
@@ -124,7 +124,7 @@ def test_what_fits_is_what_brute_force_finds(needed: Need, free: list[int]):
 
 
 def test_what_no_integer_of_a_machine_holds_does_not_fit():
-  purpose = Serving(context=2**31, sequences=2**20)
+  purpose = ServePurpose.of(context=2**31, sequences=2**20)
   assert fit.largest(purpose, [2**50] * 3) is None
   needed = fit.need(ladder()[0], purpose)
   assert not fit.fits(needed, [2**50] * 3)
@@ -136,7 +136,7 @@ def test_what_no_integer_of_a_machine_holds_does_not_fit():
 
 def test_a_stage_has_room_for_what_its_programs_work_in():
   for kind, dtype in itertools.product(("cuda", "cpu"), ("float32", "bfloat16")):
-    purpose = Serving(dtype=dtype)
+    purpose = ServePurpose.of(dtype=dtype)
     hosts = (Host(name="a", devices=(Device(kind=kind, memory_bytes=10**9),)),)
     found = size(Fleet(hosts=hosts), purpose, headroom=0.0)
     [stage] = found.stages
@@ -169,10 +169,10 @@ def test_more_memory_never_trains_the_same_model_slower(free, at, more, data):
 
   grown = [space + more * (i == at % len(free)) for i, space in enumerate(free)]
   try:
-    here = size(machines(free), Training())
+    here = size(machines(free), TrainPurpose())
   except ValueError:
     reject()
-  there = size(machines(grown), Training(), current=here.config)
+  there = size(machines(grown), TrainPurpose(), current=here.config)
   if there.config == here.config:
     ours, theirs = here.speed.train_tokens_per_s, there.speed.train_tokens_per_s
     assert theirs >= ours * (1 - 1e-9)
@@ -255,7 +255,7 @@ def test_a_sized_model_keeps_within_memory_and_covers_its_layers(
     assert host.headroom_bytes == host.free_bytes - host.memory_bytes >= 0
   assert sum(h.memory_bytes for h in found.hosts) == sum(s.memory_bytes for s in found.stages)
   speed = found.speed
-  serving = isinstance(purpose, Serving)
+  serving = isinstance(purpose, ServePurpose)
   assert (speed.decode_tokens_per_s is not None) == (speed.prefill_tokens_per_s is not None)
   assert (speed.decode_tokens_per_s is not None) == (known and serving)
   assert (speed.train_tokens_per_s is not None) == (known and not serving)
@@ -300,19 +300,19 @@ def test_a_small_change_of_memory_does_not_change_the_answer(start: float, purpo
 
 def test_what_is_missing_is_enough():
   with pytest.raises(ValueError, match="memory is too small: 4,500,000 bytes") as caught:
-    size(one_host(5_000_000), Serving(sequences=4))
+    size(one_host(5_000_000), ServePurpose.of(sequences=4))
   message = str(caught.value)
   assert "14,386,432 parameters" in message and "ternary weights would fit" not in message
   more = int(message.split(" bytes more on host")[0].rsplit(" ", 1)[1].replace(",", ""))
-  size(one_host(5_000_000 + more), Serving(sequences=4))
+  size(one_host(5_000_000 + more), ServePurpose.of(sequences=4))
   with pytest.raises(ValueError, match="too small"):
-    size(one_host(5_000_000 + more - 4), Serving(sequences=4))
+    size(one_host(5_000_000 + more - 4), ServePurpose.of(sequences=4))
   with pytest.raises(ValueError, match="or ternary weights would fit as it is"):
-    size(one_host(12_000_000), Serving())
+    size(one_host(12_000_000), ServePurpose.of())
   with pytest.raises(ValueError, match="or one sequence at a time would fit as it is"):
-    size(one_host(40_000_000), Serving(sequences=64))
+    size(one_host(40_000_000), ServePurpose.of(sequences=64))
   with pytest.raises(ValueError, match="or layers rematerialized would fit as it is"):
-    size(one_host(1_580_000_000), Training(remat=False))
+    size(one_host(1_580_000_000), TrainPurpose(remat=False))
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -326,7 +326,7 @@ def test_what_is_missing_is_enough():
 ])  # fmt: skip
 def test_contradictory_input_is_refused(options: dict, said: str):
   with pytest.raises(ValueError, match=said):
-    size(one_host(10**11), Training(), **options)
+    size(one_host(10**11), TrainPurpose(), **options)
 
 
 def test_pinned_hosts_are_refused_and_hosts_kept_out_are_left_out():
@@ -346,14 +346,14 @@ def test_predictions_by_hand():
   found = size(machines, PACKED)
   weights = found.stages[0].memory_bytes
   assert 0.8 * weights / 1e11 < 1 / found.speed.decode_tokens_per_s < 1.2 * weights / 1e11
-  training = size(machines, Training(), days=10.0, mfu=0.5)
+  training = size(machines, TrainPurpose(), days=10.0, mfu=0.5)
   rate = training.speed.train_tokens_per_s
   per_token = count.flops_per_token(training.config, context=2048, mode="train")
   assert rate == pytest.approx(0.5 * 1e13 / per_token)
   assert training.losses.tokens == pytest.approx(10 * 86400 * rate)
   assert training.train_days == pytest.approx(10)
   for law in (CHINCHILLA_BESIROGLU, CHINCHILLA_HOFFMANN):
-    losses = size(machines, Training(), tokens=5e9, law=law).losses
+    losses = size(machines, TrainPurpose(), tokens=5e9, law=law).losses
     assert losses.bf16 == law.loss(training.parameters, 5e9)
     assert losses.ternary_low < losses.ternary_high
   capped = size(machines, PACKED, most_parameters=1e9)
@@ -369,18 +369,18 @@ def test_training_gives_fast_devices_more_layers_and_slow_links_set_the_pace():
   uneven = dataclasses.replace(
     machines, hosts=(dataclasses.replace(machines.hosts[0], devices=(fast,)), machines.hosts[1])
   )
-  even, found = size(machines, Training()), size(uneven, Training())
+  even, found = size(machines, TrainPurpose()), size(uneven, TrainPurpose())
   assert even.config == found.config
   # Memory has the slow one hold about half, and the fast one has the head beside its layers.
   assert [stage.label for stage in found.stages] == ["h1", "h0"]
   assert found.speed.train_tokens_per_s > even.speed.train_tokens_per_s
   roomy = [dataclasses.replace(h, devices=(dataclasses.replace(h.devices[0], memory_bytes=10**11),))
            for h in uneven.hosts]  # fmt: skip
-  ample = size(Fleet(hosts=tuple(roomy)), Training(), current=found.config, most_parameters=2e9)
+  ample = size(Fleet(hosts=tuple(roomy)), TrainPurpose(), current=found.config, most_parameters=2e9)
   layers = {s.label: s.last_layer - s.first_layer + 1 for s in ample.stages}
   assert ample.config == found.config and layers["h0"] >= 2 * layers.get("h1", 0)
   link = Link(hosts=("h0", "h1"), latency_s=0.0, bytes_per_s=1e5)
-  slow = size(dataclasses.replace(machines, links=(link,)), Training())
+  slow = size(dataclasses.replace(machines, links=(link,)), TrainPurpose())
   assert slow.speed.train_tokens_per_s == pytest.approx(1e5 / (2 * slow.config.model_dim))
   assert any(line.what == "slowest link" for line in slow.arithmetic)
 
@@ -399,7 +399,7 @@ def test_thousands_of_hosts_are_sized_in_seconds():
   # Each holds a few layers; only memory is known, so that planning is not what is timed.
   found = size(fleet([48 * 10**9, 12 * 10**9] * 1000), PACKED)
   assert found.parameters == count.parameters(ladder()[-1])
-  found = size(fleet([10**9] * 1000), Serving())
+  found = size(fleet([10**9] * 1000), ServePurpose.of())
   # No host holds a layer of a wider candidate, and deeper ones of this width are none.
   assert len(found.stages) == found.config.num_layers == found.config.model_dim / 64
   assert any("% of the memory is used" in note for note in found.notes)

@@ -174,7 +174,7 @@ def _decode(sizes: Sizes, dtype: str) -> tuple[DecodeRates, float, float, float]
     stages[form, "many"] = _Timed(_config(128, 128, many + 2), form, dtype)
     one = dataclasses.replace(sizes.wide, num_layers=1, vocab_size=_FEW, context_length=128)
     ternary = dict.fromkeys(count.layer_matrices(one), Scales(GROUP, 2))
-    per_layer = count.layer_bytes(one, dtype=dtype, weights=form, ternary=ternary)
+    per_layer = count.layer_bytes(one, dtype=dtype, weights=form, forms=ternary)
     layers = -(-sizes.wide_bytes // per_layer)
     stages[form, "wide"] = _Timed(dataclasses.replace(one, num_layers=layers + 2), form, dtype)
   # Drawing a token costs the same whatever form the head has: one that reads little.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from neurojax.config import ModelConfig
+from neurojax.config import ModelConfig, Serving
 from neurojax.engine.api import Request
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import ternary_matrices
@@ -55,11 +55,7 @@ async def stage_more_s(
     with open_model(path) as file:
       config, sha256, ternary = file.config, file.sha256(), ternary_matrices(file)
     options = PipelineOptions(
-      dtype="float32",
-      weights="w2a8",
-      ternary=ternary,
-      context_length=tokens + 64,
-      max_sequences=1,
+      serving=Serving(weights="w2a8", context=tokens + 64, sequences=1), forms=ternary
     )
     async with contextlib.AsyncExitStack() as stack:
       engines = {}
