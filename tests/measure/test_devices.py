@@ -69,7 +69,7 @@ def test_nothing_larger_than_an_eighth_of_what_is_free_is_measured():
 def test_devices_are_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch):
   asked = []
 
-  def child(arguments, environment):
+  def child(arguments, environment, say=None):
     asked.append((list(arguments), environment))
     if arguments == ["--list"]:
       return json.dumps(["cuda", "cuda"])

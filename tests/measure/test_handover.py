@@ -16,10 +16,10 @@ LOCAL = Measured(latency_s=2e-4, bytes_per_s=1e9)
 def test_hand_over_is_what_overhead_and_hop_leave_of_a_stage_more(
   more_s: float, left_s: float, monkeypatch: pytest.MonkeyPatch
 ):
-  async def measured() -> float:
+  async def measured(say) -> float:
     return more_s
 
-  monkeypatch.setattr(handover, "stage_more_s", measured)
+  monkeypatch.setattr(handover, "extra_stage_s", measured)
   gpu = dataclasses.replace(CPU, kind="cuda")
   found = asyncio.run(handover.with_handover([gpu, CPU], LOCAL))
   assert found[0] == gpu
@@ -31,5 +31,5 @@ def test_a_stage_more_is_measured_on_stage_servers():
     handover.MIDDLING, model_dim=128, num_layers=3, num_heads=2, num_kv_heads=1, ffn_dim=128
   )
   # Sign and size are the machine's: of so few tokens even less than nothing may come out.
-  more_s = asyncio.run(handover.stage_more_s(tiny, tokens=6, rounds=1))
+  more_s = asyncio.run(handover.extra_stage_s(tiny, tokens=6, rounds=1))
   assert more_s != 0 and math.isfinite(more_s) and abs(more_s) < 60

@@ -116,7 +116,10 @@ def test_probe_writes_a_fleet_that_reads_back(capsys, tmp_path: Path, peer: str)
   other.write_text(to_toml(Fleet(hosts=(theirs,))))
   arguments = ("--name", "here", "--quick", "--peers", peer, "--add", str(other), "--json")
   assert main(["probe", *arguments, "--out", str(out)]) == 0
-  printed = json.loads(capsys.readouterr().out)
+  out_text, err_text = capsys.readouterr()
+  printed = json.loads(out_text)
+  for said in (f"link to {peer}: ", "CPUs: reading memory", "CPUs: decoding: round 1 of at most 1"):
+    assert said in err_text
   fleet = read_fleet(str(out))
   assert out.read_text().startswith("# neurojax probe")
   assert [host.label for host in fleet.hosts] == ["here", "peer"] and fleet.coordinator == "here"

@@ -12,8 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import jax
@@ -37,6 +39,8 @@ FORMS: tuple[Weights, ...] = ("dense", "int8", "w2a16", "w2a8")
 _VOCAB, _FEW = 32_768, 512
 _CALM, _IDLE_S = 3, 0.005
 _LIMIT_S = 1800.0
+_SAID = "# "
+"""Begins a line in which a measuring process says what it does; its last line is the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +113,24 @@ GPU = Sizes(
 )
 
 
+def _nothing(_: str) -> None:
+  pass
+
+
 def probe_devices(
-  *, quick: bool = False, layers_of: ModelConfig | None = None, forms: Sequence[Weights] = FORMS
+  *,
+  quick: bool = False,
+  layers_of: ModelConfig | None = None,
+  forms: Sequence[Weights] = FORMS,
+  say: Callable[[str], None] = _nothing,
 ) -> tuple[Device, ...]:
-  """Every GPU that JAX sees here, then the CPUs. Takes a minute or two for each.
+  """Measure every GPU that JAX sees on this host, then its CPUs. Takes a minute or two for each.
 
   Args:
-    quick: Whether it works, not what the devices can do.
-    layers_of: Measure reading with layers of this shape; some of a middling size if absent.
+    quick: Measure for seconds: shows whether probing works, not what the devices can do.
+    layers_of: Architecture whose layers show the rate of decoding; a middling size if absent.
+    forms: Weights whose rate of decoding is measured.
+    say: Called with a few words before each part of the work.
   Raises: OSError: a measuring process failed.
   """
   # Where JAX is told to use the CPU, or finds nothing else, there is no GPU to a stage server either.
@@ -131,28 +145,41 @@ def probe_devices(
 
   for index, kind in enumerate(listed):
     if kind == "cuda":
-      devices.append(_child(arguments(GPU), {"CUDA_VISIBLE_DEVICES": names[index]}))
-  devices.append(_child(arguments(CPU), {"JAX_PLATFORMS": "cpu"}))
+      gpu = names[index]
+      one = _child(
+        arguments(GPU),
+        {"CUDA_VISIBLE_DEVICES": gpu},
+        lambda text, gpu=gpu: say(f"GPU {gpu}: {text}"),
+      )
+      devices.append(one)
+  devices.append(
+    _child(arguments(CPU), {"JAX_PLATFORMS": "cpu"}, lambda text: say(f"CPUs: {text}"))
+  )
   return tuple(from_dict(Device, json.loads(text), where="probe") for text in devices)
 
 
-def probe_device(sizes: Sizes) -> Device:
+def probe_device(sizes: Sizes, say: Callable[[str], None] = _nothing) -> Device:
   """Measure the default device of this process."""
   kind = "cuda" if jax.default_backend() == "gpu" else "cpu"
   dtype = "bfloat16" if kind == "cuda" else "float32"
   total, free = _memory(kind)
   sizes = sizes.within(free)
+  say("reading memory")
   read = timing.read_rate(sizes.read_bytes, runs=2 * sizes.rounds, pick=min)
-  decode, layer_s, step_s, entry_s = _decode(sizes, dtype)
+  decode, layer_s, step_s, entry_s = _decode(sizes, dtype, say)
+  say("multiplying matrices")
+  flops = _matrix_rate(sizes, dtype)
+  say("copying into its memory")
+  upload = _upload_rate(sizes)
   return Device(
     kind=kind,
     name=timing.device_name(),
     memory_bytes=total,
     used_bytes=total - free,
     read_bytes_per_s=read,
-    flops_per_s=_matrix_rate(sizes, dtype),
+    flops_per_s=flops,
     flops_dtype=dtype,
-    upload_bytes_per_s=_upload_rate(sizes),
+    upload_bytes_per_s=upload,
     decode_bytes_per_s=decode,
     layer_overhead_s=layer_s,
     step_overhead_s=step_s,
@@ -160,7 +187,9 @@ def probe_device(sizes: Sizes) -> Device:
   )
 
 
-def _decode(sizes: Sizes, dtype: str) -> tuple[DecodeRates, float, float, float]:
+def _decode(
+  sizes: Sizes, dtype: str, say: Callable[[str], None]
+) -> tuple[DecodeRates, float, float, float]:
   """Rates by form, and seconds for each layer, each stage and each entry of the vocabulary.
 
   For each form three stages from the middle of a model: two so narrow that their weights cost
@@ -170,6 +199,7 @@ def _decode(sizes: Sizes, dtype: str) -> tuple[DecodeRates, float, float, float]
   few, many, forms = 2, 18, sizes.forms
   stages: dict[tuple[Weights, str], _Timed] = {}
   for form in forms:
+    say(f"decoding, weights {form}: compiling")
     stages[form, "few"] = _Timed(_config(128, 128, few + 2), form, dtype)
     stages[form, "many"] = _Timed(_config(128, 128, many + 2), form, dtype)
     one = dataclasses.replace(sizes.wide, num_layers=1, vocab_size=_FEW, context_length=128)
@@ -180,7 +210,7 @@ def _decode(sizes: Sizes, dtype: str) -> tuple[DecodeRates, float, float, float]
   # Drawing a token costs the same whatever form the head has: one that reads little.
   head = forms[-1]
   last = _Timed(_config(128, 128, few + 2, vocab=_VOCAB), head, dtype, last=True)
-  _settle([*stages.values(), last], sizes)
+  _settle([*stages.values(), last], sizes, say)
   per_layer, per_step, rates = [], [], {}
   for form in forms:
     short, long = (stages[form, name].best_s for name in ("few", "many"))
@@ -199,10 +229,11 @@ def _decode(sizes: Sizes, dtype: str) -> tuple[DecodeRates, float, float, float]
   return DecodeRates(**rates), layer_s, step_s, max(0.0, drawing_s) / _VOCAB
 
 
-def _settle(stages: Sequence["_Timed"], sizes: Sizes) -> None:
+def _settle(stages: Sequence["_Timed"], sizes: Sizes, say: Callable[[str], None]) -> None:
   """Run them in turn until none of the shortest times still falls, or `rounds` are over."""
   calm = 0
-  for _ in range(sizes.rounds):
+  for number in range(1, sizes.rounds + 1):
+    say(f"decoding: round {number} of at most {sizes.rounds}")
     before = [stage.best_s for stage in stages]
     for stage in stages:
       stage.run(sizes.steps)
@@ -283,18 +314,51 @@ def _memory(kind: str) -> tuple[int, int]:
   return total, min(free, unused)
 
 
-def _child(arguments: Sequence[str], environment: dict[str, str]) -> str:
-  done = subprocess.run(
-    [sys.executable, "-m", "neurojax.measure.machine.devices", *arguments],
-    capture_output=True,
-    text=True,
-    timeout=_LIMIT_S,
-    env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **environment},
-  )
-  if done.returncode:
-    what = " ".join(f"{key}={value}" for key, value in environment.items()) or "JAX"
-    raise OSError(f"measuring with {what} failed: {done.stderr.strip()[-400:]}")
-  return done.stdout.splitlines()[-1]
+def _child(
+  arguments: Sequence[str], environment: dict[str, str], say: Callable[[str], None] = _nothing
+) -> str:
+  """Run this module in a process of its own.
+
+  Returns: The last line that it prints.
+  Raises: OSError: it fails, or takes longer than _LIMIT_S.
+  """
+  command = [sys.executable, "-m", "neurojax.measure.machine.devices", *arguments]
+  what = " ".join(f"{key}={value}" for key, value in environment.items()) or "JAX"
+  line, late = "", threading.Event()
+  with (
+    tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+    subprocess.Popen(
+      command,
+      stdout=subprocess.PIPE,
+      stderr=errors,
+      text=True,
+      env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **environment},
+    ) as process,
+  ):
+
+    def end() -> None:
+      late.set()
+      process.kill()
+
+    timer = threading.Timer(_LIMIT_S, end)
+    timer.start()
+    try:
+      assert process.stdout is not None
+      for line in process.stdout:
+        if line.startswith(_SAID):
+          say(line.removeprefix(_SAID).rstrip("\n"))
+      process.wait()
+    except BaseException:
+      process.kill()
+      raise
+    finally:
+      timer.cancel()
+    if late.is_set():
+      raise OSError(f"measuring with {what} took longer than {_LIMIT_S:.0f} s")
+    if process.returncode:
+      errors.seek(0)
+      raise OSError(f"measuring with {what} failed: {errors.read().strip()[-400:]}")
+  return line.rstrip("\n")
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -304,7 +368,8 @@ def _main(arguments: Sequence[str]) -> None:
     return
   own = {"cuda": GPU, "cpu": CPU}[kinds[0]]
   sizes = from_dict(Sizes, json.loads(arguments[0]), where="sizes") if arguments else own
-  device = dataclasses.asdict(probe_device(sizes))
+  found = probe_device(sizes, lambda text: print(f"{_SAID}{text}", flush=True))
+  device = dataclasses.asdict(found)
   rates = {key: value for key, value in device["decode_bytes_per_s"].items() if value is not None}
   device["decode_bytes_per_s"] = rates
   print(json.dumps({key: value for key, value in device.items() if value is not None}))

@@ -1,14 +1,15 @@
-"""What one stage more costs, measured on real stage servers of this machine."""
+"""Measures the time that each extra pipeline stage adds to a token, on stage servers of this machine."""
 
 import contextlib
 import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from neurojax.config import ModelConfig, Serving
+from neurojax.count import rounded
 from neurojax.engine.api import Request
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import ternary_matrices
@@ -31,21 +32,33 @@ MIDDLING = ModelConfig(
   ffn_dim=2048,
   tied_embedding=True,
 )
-"""Of a step of about a millisecond: threads fall asleep and caches are lost between a stage's turns."""
+"""A model whose step takes about 1 ms. Short steps matter: between its turns a stage's threads go to
+sleep and its caches go cold."""
 
 
-async def stage_more_s(
-  config: ModelConfig = MIDDLING, *, tokens: int = 64, rounds: int = 8
+def _nothing(_: str) -> None:
+  pass
+
+
+async def extra_stage_s(
+  config: ModelConfig = MIDDLING,
+  *,
+  tokens: int = 64,
+  rounds: int = 8,
+  say: Callable[[str], None] = _nothing,
 ) -> float:
-  """Seconds by which a token takes longer for each stage more, the layers being the same.
+  """Seconds that each extra stage adds to a token when the same layers are cut into more stages.
 
-  Step overhead, hop, and what no part measured alone shows: the thread that a step is handed to, the
-  report to the coordinator while the next stage works, caches and threads that went cold.
+  They contain the step overhead, the hop, and what no part shows when it is measured alone: the thread
+  that a step is handed to, the report to the coordinator while the next stage works, caches and threads
+  that went cold.
 
   Args:
-    config: A model of random ternary weights; at least `MANY` layers, widths multiples of 128.
-    tokens: Of each answer.
+    config: Architecture that gets random ternary weights: at least `MANY` layers, widths multiples of
+      128.
+    tokens: Length of each answer.
     rounds: Answers of either pipeline, in turn. The shortest token of each counts.
+    say: Called with a few words before each part of the work.
   Raises: EngineError: a stage server failed.
   """
   best_s: dict[int, float] = {}
@@ -60,11 +73,15 @@ async def stage_more_s(
     async with contextlib.AsyncExitStack() as stack:
       engines = {}
       for number in (FEW, MANY):
+        say(f"a pipeline of {rounded.number(number, 'stage server')}: starting")
         local = await stack.enter_async_context(LocalStages(path, number))
         assert local.fleet is not None
         engines[number] = await PipelineEngine.connect(config, sha256, local.fleet, options)
         stack.push_async_callback(engines[number].close)
-      for _, (number, engine) in itertools.product(range(rounds), engines.items()):
+      for turn, (number, engine) in itertools.product(range(rounds), engines.items()):
+        say(
+          f"a pipeline of {rounded.number(number, 'stage server')}: answer {turn + 1} of {rounds}"
+        )
         times = []
         async for _ in engine.generate(Request(prompt=[1], max_tokens=tokens)):
           times.append(time.perf_counter())
@@ -73,16 +90,20 @@ async def stage_more_s(
   return (best_s[MANY] - best_s[FEW]) / (MANY - FEW)
 
 
-async def with_handover(devices: Sequence[Device], local: Measured) -> tuple[Device, ...]:
-  """The CPUs with their `handover_s`: what a stage more costs and step overhead and hop do not say.
+async def with_handover(
+  devices: Sequence[Device], local: Measured, *, say: Callable[[str], None] = _nothing
+) -> tuple[Device, ...]:
+  """The devices, CPUs with their `handover_s`: the cost of an extra stage that neither the step overhead
+  nor the hop explains.
 
   GPUs stay as they are: stage servers are started on CPUs only.
 
   Args:
-    local: What lies between two processes here.
+    local: The link between two processes of this host.
+    say: Called with a few words before each part of the work.
   Raises: EngineError: a stage server failed.
   """
-  more_s = await stage_more_s()
+  more_s = await extra_stage_s(say=say)
   hop_s = local.latency_s + MIDDLING.model_dim * 4 / local.bytes_per_s
   return tuple(
     dataclasses.replace(device, handover_s=max(0.0, more_s - hop_s - device.step_overhead_s))
