@@ -23,6 +23,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import skips
+
 install_import_hook(["neurojax.model", "neurojax.weights"], "beartype.beartype")
 # No deadlines: on a busy machine they say nothing.
 hypothesis.settings.register_profile("neurojax", deadline=None)
@@ -35,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line(
     "markers", "optimized: programs of this module are compiled as users have them"
   )
+  if not hasattr(config, "workerinput"):  # xdist's workers report to the process that has the list
+    config.pluginmanager.register(skips.Skips())
 
 
 @pytest.fixture(autouse=True, scope="module")
