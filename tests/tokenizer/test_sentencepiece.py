@@ -200,6 +200,10 @@ def test_what_no_reader_can_do_is_named(models: dict[str, bytes]):
   with pytest.raises(NotImplementedError, match="treat_whitespace_as_suffix"):
     spec_from_sentencepiece(train(model_type="unigram", treat_whitespace_as_suffix=True))
   model = proto.ModelProto.FromString(models["unigram"])
+  model.normalizer_spec.precompiled_charsmap += b"a" * 65 + b"\0"
+  with pytest.raises(NotImplementedError, match="writes 65 bytes for one"):
+    spec_from_sentencepiece(model.SerializeToString())
+  model = proto.ModelProto.FromString(models["unigram"])
   model.denormalizer_spec.precompiled_charsmap = b"ab"
   with pytest.raises(NotImplementedError, match="map of characters for decoding"):
     spec_from_sentencepiece(model.SerializeToString())

@@ -19,6 +19,8 @@ PIECE_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 
 # Published files have 5 MB at most. The limits bound the memory that a hostile file can take.
 _MAX_BYTES = 16 << 20
 _MAX_PIECES = 1 << 20
+# NFKC writes 33 bytes for U+FDFA, its longest. Without a limit one letter could become a megabyte.
+_MAX_REPLACEMENT_BYTES = 64
 _AGAIN = "this is no tokenizer.model, or a damaged one: get it again"
 
 
@@ -31,7 +33,8 @@ def spec_from_sentencepiece(data: bytes) -> TokenizerSpec:
 
   Raises:
     ValueError: the file is damaged, or no such file.
-    NotImplementedError: the model spells spaces behind words, or changes text when it decodes.
+    NotImplementedError: the model spells spaces behind words, makes text many times as long, or changes
+      text when it decodes.
   """
   model = parse_model(data)
   if model.trainer_spec.treat_whitespace_as_suffix:
@@ -39,6 +42,12 @@ def spec_from_sentencepiece(data: bytes) -> TokenizerSpec:
   if model.denormalizer_spec.precompiled_charsmap:
     raise NotImplementedError("tokenizer.model with a map of characters for decoding: not here")
   rules = model.normalizer_spec
+  longest = _longest_replacement(rules.precompiled_charsmap)
+  if longest > _MAX_REPLACEMENT_BYTES:
+    raise NotImplementedError(
+      f"tokenizer.model with a map of characters that writes {longest} bytes for one: at most"
+      f" {_MAX_REPLACEMENT_BYTES} are here"
+    )
   plain = (
     model.trainer_spec.model_type == proto.TrainerSpec.BPE
     and rules.escape_whitespaces
@@ -102,6 +111,15 @@ def parse_model(data: bytes) -> Any:
   if _has_unknown(model.trainer_spec, proto.TrainerSpec.MODEL_TYPE_FIELD_NUMBER):
     raise ValueError(f"tokenizer.model has an unknown type of model; {_AGAIN}")
   return model
+
+
+def _longest_replacement(charsmap: bytes) -> int:
+  """Returns the bytes of the longest text that a normaliser's map of characters puts for another.
+
+  Source: sentencepiece's `normalizer.cc`: the size of a trie, the trie, texts that end in NUL.
+  """
+  trie_bytes = int.from_bytes(charsmap[:4], "little")
+  return max(map(len, charsmap[4 + trie_bytes :].split(b"\0")))
 
 
 def _has_unknown(message: Message, number: int) -> bool:
