@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat templates, stop strings. Imports no JAX."""
+"""Turns text into token ids and back; chat templates and stop strings."""
 
 from neurojax.tokenizer.chat.prompt import encode_chat
 from neurojax.tokenizer.chat.template import ChatTemplate

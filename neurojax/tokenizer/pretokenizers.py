@@ -1,4 +1,4 @@
-"""How each known vocabulary cuts text before merging, by the name that GGUF gives it.
+"""The rules by which known vocabularies cut text before merging, by the name that GGUF gives them.
 
 The names and the flags are llama.cpp's (`src/llama-vocab.cpp`), the regexes those that the models
 publish in their tokenizer.json. Where llama.cpp approximates a published regex (the letter cases of
@@ -61,8 +61,10 @@ _SPARK = (
 
 
 def _groups(digit: str) -> str:
-  """Cuts a piece of digits alone into threes from its end; one look at its length, then a chain of
-  matches, each where the one before ended."""
+  """Returns a regex that cuts a piece of digits alone into threes from its end.
+
+  It looks at the length once, then matches in a chain, each match where the one before ended.
+  """
   three = f"{digit}{{3}}"
   whole = rf"\A{digit}{{1,2}}(?=(?:{three})++\z)|\A{three}(?=(?:{three})*+\z)"
   return rf"{whole}|(?<={digit})\G{three}"
@@ -103,12 +105,12 @@ _BAILING = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreTokenizer:
-  """Rules before and around the merges of one family of "bpe" vocabularies.
+  """The rules before and around the merges of one family of "bpe" vocabularies.
 
   Attributes:
     patterns: Regexes (Oniguruma) applied in order: each cuts every piece that the one before left
       into its matches and what lies between them.
-    byte_level: Whether pieces are spelled in GPT-2's byte alphabet; otherwise they are plain text
+    byte_level: Whether pieces are spelled in GPT-2's byte alphabet. Otherwise they are plain text
       with U+2581 for a space and `<0xNN>` for bytes without a piece.
     whole_words: Whether a piece that is a token by itself is taken without merging.
     lines: Whether a run of newlines that is a token is taken whole (text only).
@@ -210,7 +212,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-  """The rules of a name. Raises NotImplementedError: the name is not known here."""
+  """Returns the rules of a name. Raises: NotImplementedError: the name is not known here."""
   try:
     return PRE_TOKENIZERS[name]
   except KeyError:

@@ -1,4 +1,4 @@
-"""A TokenizerSpec as a JSON file, nothing lost: every kind, every flag."""
+"""Stores a TokenizerSpec of any kind as JSON without loss."""
 
 import dataclasses
 import json
@@ -7,13 +7,13 @@ import typing
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 _FORMAT = "neurojax.tokenizer/1"
-# Fields that came later: absent at their defaults, so that the same vocabulary is the same text as before,
-# whose digest runs and their results go by.
+# Fields that came later are absent at their defaults: the same vocabulary stays the same text, whose
+# digest names prepared data and training runs.
 _LATER = {"strip_before_ids": frozenset(), "source": None}
 
 
 def dump_spec(spec: TokenizerSpec) -> str:
-  """JSON text that `parse_spec` reads back to an equal spec."""
+  """Returns JSON text that `parse_spec` reads back to an equal spec."""
   table = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
   table = {
     name: value for name, value in table.items() if name not in _LATER or value != _LATER[name]
@@ -23,9 +23,9 @@ def dump_spec(spec: TokenizerSpec) -> str:
 
 
 def parse_spec(text: str, *, where: str = "tokenizer") -> TokenizerSpec:
-  """The spec of a text that `dump_spec` wrote; `where` names the text in errors.
+  """Reads a text that `dump_spec` wrote; `where` names the text in errors.
 
-  Raises: ValueError: it is something else, or damaged.
+  Raises: ValueError: the text is something else, or damaged.
   """
   try:
     table = json.loads(text)

@@ -1,17 +1,16 @@
-"""Stop strings in text that arrives in pieces."""
+"""Finds stop strings in text that arrives in pieces."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-  """Passes text on until a stop string begins; however the text is cut, the same comes out.
+  """Passes text on up to the earliest stop string, however the text is cut into pieces.
 
-  What comes out is the text before the earliest occurrence of any stop string. Text that may yet
-  turn out to begin one is held back.
+  Text that may yet turn out to begin a stop string is held back.
 
   Attributes:
-    hit: Whether a stop was found. It can become true only at `finish`, when a longer stop that
-      began earlier was still possible until then.
+    hit: True once a stop was found. That can be as late as `finish`, while a longer stop that began
+      earlier is still possible.
 
   Raises: ValueError: a stop is empty or not a string.
   Source: Knuth, Morris and Pratt 1977; constant work per character and stop.
@@ -55,7 +54,7 @@ class StopStrings:
     return out, False
 
   def finish(self) -> str:
-    """The rest that was held back, without a stop that it holds; nothing may be pushed after."""
+    """Returns the text that was held back, up to a stop in it; nothing may be pushed after."""
     if self._found is not None:
       return self._stop()
     out, self._held = self._held, ""
@@ -82,7 +81,7 @@ class StopStrings:
 
 
 def _failures(stop: str) -> list[int]:
-  """For each prefix, the length of its longest proper prefix that is also its suffix."""
+  """Returns, for each prefix, the length of its longest proper prefix that is also its suffix."""
   failures = [0] * len(stop)
   matched = 0
   for i in range(1, len(stop)):

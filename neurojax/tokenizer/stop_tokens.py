@@ -1,6 +1,6 @@
-"""Tokens that end a generation where no file says which do, by their text.
+"""The texts of tokens that end a generation where no file says which do.
 
-Those of llama.cpp (`src/llama-vocab.cpp`).
+Source: llama.cpp (`src/llama-vocab.cpp`).
 """
 
 STOP_TEXTS = frozenset(

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Turns text into token ids and back."""
 
 import codecs
 import functools
@@ -28,12 +28,12 @@ _ASCII_SPACE = " \t\n\v\f\r"
 
 
 class Tokenizer:
-  """Encodes and decodes as llama.cpp does for the same vocabulary, one of kind "json" as the library
-  `tokenizers` does; safe to share among threads.
+  """Encodes and decodes by a vocabulary; safe to share among threads.
 
-  Where it differs on purpose: no merge ever spells a control, unknown or byte token, so that plain
-  text never injects one; unused tokens are rendered as their text; decoding keeps every space of
-  "bpe" text.
+  Ids are those of llama.cpp ("bpe" and "spm"), of the library `tokenizers` ("json") and of the library
+  `sentencepiece` ("sentencepiece"). It differs from llama.cpp on purpose: no merge ever spells a
+  control, unknown or byte token, so that plain text never injects one; unused tokens are rendered as
+  their text; decoding keeps every space of "bpe" text.
 
   Raises: ValueError: the spec contradicts itself. NotImplementedError: unknown pre-tokenizer.
   """
@@ -98,7 +98,10 @@ class Tokenizer:
     add_special: bool = False,
     guarded: bool = False,
   ) -> list[int]:
-    """The ids of a text.
+    """Returns the ids of a text.
+
+    A byte-level vocabulary that lacks a byte (StarCoder's lack those of far planes) leaves it out, as
+    llama.cpp and the library do.
 
     Args:
       parse_special: Whether control tokens spelled in the text are recognised; leave it off for
@@ -106,9 +109,6 @@ class Tokenizer:
       add_special: Whether BOS and EOS are added where the vocabulary says so, even if the text
         already spells them.
       guarded: Whether parts of the text went through `guard`, whose marks are then removed.
-    A byte-level vocabulary that lacks a byte (StarCoder's lack those of far planes) leaves it out, as
-    llama.cpp and the library do.
-
     Raises: ValueError: text is not a string, holds a lone surrogate, or has a character that the
       vocabulary cannot spell.
     """
@@ -129,17 +129,17 @@ class Tokenizer:
 
   @property
   def cuts_at_spaces(self) -> bool:
-    """Whether a text may be cut in front of a space between two letters, and its parts encoded alone.
+    """Tells whether a text may be cut in front of a space between two letters, its parts encoded alone.
 
-    So it is for byte-level vocabularies, nearly all of which start a piece there, unless they have
-    tokens that are recognised anywhere in a text.
+    Nearly all byte-level vocabularies start a piece there. Tokens that are recognised anywhere in a
+    text forbid it.
     """
     if self._fast is None or not pre_tokenizer(self.spec.pre).cuts_at_spaces:
       return False
     return not any(user for _, _, user in self._specials)
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text. Byte-level vocabularies use all cores. Raises as `encode` does."""
+    """Encodes each text, with most vocabularies on all cores. Raises as `encode` does."""
     if self._json is not None:
       for text in texts:
         _check_text(text)
@@ -156,17 +156,17 @@ class Tokenizer:
     return [self._known(each.ids) for each in encoded]
 
   def _known(self, ids: list[int]) -> list[int]:
-    """The ids without those that stand for a byte without a token."""
+    """Drops the ids that stand for a byte without a token."""
     if not self._lacks_bytes:
       return ids
     size = len(self.spec.tokens)
     return [i for i in ids if i < size]
 
   def guard(self, text: str) -> str:
-    """Marks text from a user that goes into a chat template, so that its spelling stays text.
+    """Marks a user's text for a chat template, so that control tokens that it spells stay text.
 
-    `encode(rendered, parse_special=True, guarded=True)` then recognises the template's control
-    tokens only. The marks sit inside the spelled tokens; other text comes back as it was.
+    `encode(rendered, parse_special=True, guarded=True)` then recognises only the template's control
+    tokens. The marks sit inside the spelled tokens; other text comes back as it was.
     """
     _check_text(text)
     text = text.replace(_GUARD, "")
@@ -176,12 +176,12 @@ class Tokenizer:
     return text
 
   def decode(self, ids: Iterable[int], *, special: bool = False, continues: bool = False) -> str:
-    """The text of ids; bytes that are not UTF-8 become U+FFFD.
+    """Returns the text of ids; bytes that are not UTF-8 become U+FFFD.
 
     Args:
       special: Whether control and unknown tokens are rendered as their text, or left out.
       continues: Whether other text comes before these ids. If not, the space that encoding puts in
-        front of the first text token is taken away ("spm" with `add_space_prefix`).
+        front of the first text token is taken away (with `add_space_prefix`).
     Raises: ValueError: an id is outside the vocabulary.
     """
     stream = self.stream(special=special, continues=continues)
@@ -190,14 +190,14 @@ class Tokenizer:
     return "".join(parts)
 
   def piece(self, token_id: int) -> bytes:
-    """The bytes of one token: possibly part of a character; control tokens as their text.
+    """Returns the bytes of one token, possibly part of a character. Control tokens give their text.
 
     Raises: ValueError: the id is outside the vocabulary.
     """
     return self._pieces[self._checked(token_id)]
 
   def stream(self, *, special: bool = False, continues: bool = False) -> "Detokenizer":
-    """A decoder that takes one id at a time; arguments as in `decode`."""
+    """Returns a decoder that takes one id at a time; arguments as in `decode`."""
     return Detokenizer(self, special=special, continues=continues)
 
   def _checked(self, token_id: int) -> int:
@@ -256,7 +256,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-  """Ids to text as they come: the strings returned, in order, are what `Tokenizer.decode` gives.
+  """Turns ids into text one at a time; the strings together are what `Tokenizer.decode` gives.
 
   A character is returned whole, once its last byte is known.
   """
@@ -269,7 +269,7 @@ class Detokenizer:
     self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
   def push(self, token_id: int) -> str:
-    """The text that this id completes, often "". Raises ValueError: id outside the vocabulary."""
+    """Returns the text that this id completes, often "". Raises ValueError: no id of the vocabulary."""
     token_id = self._tokenizer._checked(token_id)
     piece = self._tokenizer._pieces[token_id]
     if self._tokenizer._hidden[token_id]:
@@ -295,7 +295,7 @@ class Detokenizer:
     return self._utf8.decode(piece)
 
   def finish(self) -> str:
-    """What is left: U+FFFD for a character that was never completed, or ""."""
+    """Returns U+FFFD if the last character was never completed, else ""."""
     return self._utf8.decode(b"", final=True)
 
 

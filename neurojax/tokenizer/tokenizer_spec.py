@@ -1,4 +1,4 @@
-"""What a tokenizer is made of, as a model file states it."""
+"""The vocabulary and the rules of a tokenizer, as a model file states them."""
 
 import dataclasses
 import math
@@ -13,22 +13,20 @@ class TokenizerSpec:
   """A vocabulary and its rules, free of any file format.
 
   Attributes:
-    kind: "bpe" is BPE with merges; "spm" is SentencePiece BPE with scores; "json" is whatever the
-      tokenizer.json in its `source` says; "sentencepiece" is whatever the tokenizer.model in its
-      `source` says.
-    tokens: The piece of each id, in the spelling of the format (byte-level alphabet for "bpe",
+    kind: "bpe" is BPE with merges, "spm" SentencePiece's BPE with scores. "json" is any
+      tokenizer.json, "sentencepiece" any tokenizer.model; their `source` holds the file.
+    tokens: The piece of each id, in the spelling of the kind (byte-level alphabet for "bpe",
       U+2581 for a space in "spm"; a vocabulary without any U+2581 may use plain spaces). Byte
       tokens are spelled `<0xNN>`. Pieces are unique, but for empty ones, which no text produces.
-    types: One per id: "normal", "unknown", "control", "user", "unused" or "byte".
+    types: The type of each id: "normal", "unknown", "control", "user", "unused" or "byte".
     merges: Pairs "left right", best first ("bpe" only).
-    scores: One per id, higher merges first ("spm" only).
+    scores: The score of each id; the higher merges first ("spm" only).
     pre: The name of the pre-tokenizer (GGUF's `tokenizer.ggml.pre`), "bpe" only.
     bos_id, eos_id, unknown_id: Ids, or None where the vocabulary has none.
-    stop_ids: Every id that ends a generation (eos, end of turn, ...).
-    add_bos, add_eos: What `encode(..., add_special=True)` adds by itself.
-    add_space_prefix: Whether text gets a space in front at the start and after a special token
-      ("spm" only); decoding takes the first one away again (so it does for "json" and
-      "sentencepiece").
+    stop_ids: The ids that end a generation (eos, end of turn, ...).
+    add_bos, add_eos: Whether `encode(..., add_special=True)` adds BOS and EOS.
+    add_space_prefix: Whether encoding puts a space in front of text at the start and after a special
+      token ("spm" only), and decoding takes the first one away (all but "bpe").
     strip_after_ids: Special tokens that swallow the white space after them in parsed text.
     strip_before_ids: Special tokens that swallow the white space before them.
     chat_template: Jinja source, or None.

@@ -1,4 +1,4 @@
-"""From messages to the token ids of a prompt."""
+"""Turns messages into the token ids of a prompt."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,13 +13,13 @@ def encode_chat(
   add_generation_prompt: bool = True,
   **extra: object,
 ) -> list[int]:
-  """Render the vocabulary's own chat template and tokenize the result.
+  """Renders the vocabulary's own chat template and tokenizes the result.
 
-  Control tokens are recognised where the template writes them; spelled inside a message, a tool or a
-  document they are ordinary text, so that no message can end its turn or begin another's.
+  Control tokens are recognised where the template writes them. A message, a tool or a document that
+  spells one holds ordinary text, so that no message can end its turn or begin another's.
 
   Args:
-    extra: As for `ChatTemplate.render`: tools, documents, further variables.
+    extra: Tools, documents and further variables, as in `ChatTemplate.render`.
   Raises: ValueError: the vocabulary has no template, the template refuses the messages, or they are
     not messages.
   """
@@ -38,7 +38,7 @@ def encode_chat(
 
 
 def _guarded(tokenizer: Tokenizer, value: object) -> object:
-  """The same value with every text in it guarded, roles and keys left alone."""
+  """Returns the value with every text in it guarded, except roles and keys."""
   if isinstance(value, str):
     return tokenizer.guard(value)
   if isinstance(value, Mapping):

@@ -1,9 +1,9 @@
-"""Where chat templates run: without Python's attributes, and with bounded steps, text and time.
+"""A Jinja environment for untrusted chat templates, with bounded steps, text and time.
 
 A template comes with a model from anybody. Jinja's sandbox keeps it from Python's internals and from
-changing its arguments; here it also cannot use up the machine: every pass of a loop and every call is
-counted, every text or list that an operator, filter or call makes is charged before or when it is
-made, and a render ends after some seconds of its own.
+changing its arguments. This one also keeps it from using up the machine: every pass of a loop and every
+call is counted, every text or list that an operator, filter or call makes is charged before or when it
+is made, and a render ends after `MAX_SECONDS` of processor time.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SecurityError = jinja2.sandbox.SecurityError
 
 
 class Budget:
-  """What one render may still use."""
+  """The steps, text and time that one render may still use."""
 
   def __init__(self, given: int):
     self._steps = MAX_STEPS
@@ -61,7 +61,7 @@ _budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
 
 @contextlib.contextmanager
 def bounded(*given: object) -> Iterator[None]:
-  """What runs inside uses one budget, which grows with the text that a template is given."""
+  """Gives the code inside one budget, which grows with the text that a template is given."""
   token = _budget.set(Budget(_weight(given)))
   try:
     yield
@@ -70,7 +70,10 @@ def bounded(*given: object) -> Iterator[None]:
 
 
 def plain(value: object) -> Any:
-  """The same data in JSON's types alone, so that a template meets no methods but theirs."""
+  """Returns the same data in JSON's types alone, so that a template meets no methods but theirs.
+
+  Raises: ValueError: a value has no such type.
+  """
   if value is None or type(value) in (str, int, float, bool):
     return value
   for kind in (str, int, float):
@@ -96,7 +99,7 @@ def _weight(value: object) -> int:
 
 
 def _charged(value: Any) -> Any:
-  """The value, paid for by its length."""
+  """Charges a value's length to the budget and returns the value."""
   if isinstance(value, str | bytes | list | tuple | dict | set | frozenset):
     _budget.get().charge(len(value))
   elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
@@ -105,7 +108,7 @@ def _charged(value: Any) -> Any:
 
 
 class _Counted:
-  """What a loop goes through; each pass is a step."""
+  """The items of a loop; each pass is a step."""
 
   def __init__(self, items: Iterable):
     self._items = items
@@ -123,7 +126,7 @@ class _CountedSized(_Counted):
 
 
 class _Generator(jinja2.compiler.CodeGenerator):
-  """Jinja's own, but for texts made without a call that a sandbox could see."""
+  """Jinja's code generator, which also shows the sandbox texts that are made without a call."""
 
   def visit_Concat(self, node: jinja2.nodes.Concat, frame: Any) -> None:
     self.write("environment.join_texts((")
@@ -141,7 +144,7 @@ class _Generator(jinja2.compiler.CodeGenerator):
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """The environment; renders and compiles within `bounded` only."""
+  """The environment of templates. It renders and compiles within `bounded` only."""
 
   intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
   code_generator_class = _Generator
@@ -230,7 +233,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Namespace(jinja2.utils.Namespace):
-  """Jinja's, without names that begin with an underscore."""
+  """Jinja's namespace, without names that begin with an underscore."""
 
   def __init__(*args: Any, **kwargs: Any):
     self, args = args[0], args[1:]
@@ -255,7 +258,7 @@ def _counted(items: Any) -> Iterable:
 
 
 def _measured(name: str, call: Callable) -> Callable:
-  """A filter that pays for what it makes. Keeps Jinja's marks on the function."""
+  """Wraps a filter so that its results are charged. Keeps Jinja's marks on the function."""
   marked = getattr(call, "jinja_pass_arg", None) is not None
 
   @functools.wraps(call)
@@ -280,7 +283,7 @@ def _foresee(name: str, value: Any, arguments: tuple) -> None:
   """
   budget = _budget.get()
   if isinstance(value, str | bytes):
-    # Looking at it takes time, if little.
+    # To look at a text takes a little time.
     budget.charge(len(value) // 16)
   texts = [arg for arg in arguments if isinstance(arg, str | bytes)]
   if name in _WIDTHS:
@@ -322,5 +325,5 @@ def _foresee_percent(pattern: str, arguments: Any) -> None:
 
 
 def _shown(value: object) -> int:
-  """About how many characters a value's text has."""
+  """Estimates how many characters a value's text has."""
   return 4 * _weight(value)

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was trained to continue."""
+"""Chat templates turn messages into the text that a model was trained to continue."""
 
 import datetime
 import json
@@ -12,14 +12,14 @@ import jinja2.nodes
 from neurojax.tokenizer.chat.sandbox import Sandbox, SecurityError, bounded, plain
 
 _MAX_SOURCE = 1_000_000
-# Names under which a message's reasoning comes; templates read the first, gpt-oss's the second.
+# Names that clients give a message's reasoning. Templates read the first, gpt-oss's the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-  """A chat template as model files carry it, rendered in a sandbox.
+  """Renders a chat template of a model file in a sandbox.
 
-  The environment is the one that templates are written for (transformers' `apply_chat_template`):
+  Templates are written for the environment of transformers' `apply_chat_template`, which this is:
   trimmed blocks, `break` and `continue`, `raise_exception`, `strftime_now`, `{% generation %}`, and
   a `tojson` that does not escape HTML. A template cannot reach Python's attributes, change its
   arguments, or use up memory or time (`neurojax.tokenizer.chat.sandbox`).
@@ -56,17 +56,18 @@ class ChatTemplate:
     documents: Sequence[Mapping] | None = None,
     **extra: object,
   ) -> str:
-    """The text of a conversation.
+    """Returns the text of a conversation.
 
     Args:
-      messages: Each has a "role" (str) and a "content" (str, a list of parts, or None); an
+      messages: Mappings with a "role" (str) and a "content" (str, a list of parts, or None). An
         assistant's message with "tool_calls" may leave the content out. Other keys, such as
-        "reasoning_content", are passed on; those that are None are left out.
-      add_generation_prompt: Whether the text ends where the assistant's answer begins.
+        "reasoning_content", are passed on, unless they are None.
+      add_generation_prompt: Ends the text where the assistant's answer begins.
       tools: JSON schemas of functions, for templates that know them.
       documents: Tables with "title" and "text", for templates that know them.
       extra: Further variables of the template.
-    Raises: ValueError: a message is malformed, or the template refuses or fails; with its words.
+    Raises: ValueError: a message is malformed, or the template refuses or fails; the error has the
+      template's own words.
     """
     _check_messages(messages)
     variables = {
@@ -84,14 +85,13 @@ class ChatTemplate:
       raise ValueError(f"chat template tried what it may not: {error}; do not trust it") from error
     except _Refusal as error:
       raise ValueError(f"chat template refuses these messages: {error}") from error
-    # Whatever else goes wrong, from a missing key to a huge range, is the template's fault or the
-    # messages', never ours.
+    # Any other error, from a missing key to a huge range, comes from the template or the messages.
     except Exception as error:
       raise ValueError(f"chat template failed: {type(error).__name__}: {error}") from error
 
 
 def _message(message: Mapping) -> dict:
-  """A message as templates expect it: without None, its reasoning under each name that is read."""
+  """Returns a message without None, with its reasoning under each name that templates read."""
   message = {key: value for key, value in plain(message).items() if value is not None}
   reasoning = next((message[key] for key in _REASONING if key in message), None)
   if reasoning is None:
@@ -100,7 +100,7 @@ def _message(message: Mapping) -> dict:
 
 
 class _Refusal(jinja2.TemplateError):
-  """A template called `raise_exception`."""
+  """The error of a template that called `raise_exception`."""
 
 
 class _Generation(jinja2.ext.Extension):

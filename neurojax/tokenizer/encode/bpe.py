@@ -17,7 +17,7 @@ _UNSPELLED = frozenset({"control", "unknown", "byte"})
 
 
 def spelled_ids(spec: TokenizerSpec) -> dict[str, int]:
-  """The id of each piece that text may become."""
+  """Returns the id of each piece that text may become. Raises: ValueError: two tokens are alike."""
   ids: dict[str, int] = {}
   for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True)):
     if not token or kind in _UNSPELLED:
@@ -29,7 +29,7 @@ def spelled_ids(spec: TokenizerSpec) -> dict[str, int]:
 
 
 def _merges(spec: TokenizerSpec, ids: dict[str, int]) -> dict[tuple[str, str], int]:
-  """The rank of each merge, without those that would spell a control, unknown or byte token."""
+  """Returns the rank of each merge, without merges that would spell a control, unknown or byte token."""
   known = set(spec.tokens)
   ranks: dict[tuple[str, str], int] = {}
   for rank, line in enumerate(spec.merges):
@@ -59,7 +59,7 @@ def byte_level_bpe(spec: TokenizerSpec, rules: PreTokenizer) -> tokenizers.Token
 
 
 def byte_level_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
-  """The library's form of byte-level rules."""
+  """Returns byte-level rules as the library's pre-tokenizer."""
   return pre_tokenizers.Sequence(
     [
       *(pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in rules.patterns),
@@ -69,8 +69,11 @@ def byte_level_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
 
 
 def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], list[int]]:
-  """Pieces to ids, with a piece that has none spelled byte by byte; a run of what no byte tokens
-  spell is one unknown token, as in SentencePiece."""
+  """Returns a function from pieces to ids.
+
+  A piece without an id is spelled byte by byte. Where byte tokens are missing too, a run of such pieces
+  is one unknown token, as in SentencePiece.
+  """
   byte_ids = {
     int(match[1], 16): i
     for i, (token, kind) in enumerate(zip(spec.tokens, spec.types, strict=True))
@@ -104,7 +107,7 @@ def _speller(spec: TokenizerSpec, ids: dict[str, int]) -> Callable[[list[str]], 
 
 
 def text_bpe_encoder(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str], list[int]]:
-  """BPE on text itself (Gemma 4): merges by rank, line by line."""
+  """Returns the encoder of BPE on text itself (Gemma 4), which merges by rank, line by line."""
   ids = spelled_ids(spec)
   ranks = _merges(spec, ids)
   merger = Merger(lambda a, b: ranks.get((a, b)), {a[-1] + b[0] for a, b in ranks})
@@ -124,7 +127,9 @@ def text_bpe_encoder(spec: TokenizerSpec, rules: PreTokenizer) -> Callable[[str]
 
 
 def scored_bpe_encoder(spec: TokenizerSpec) -> Callable[[str], list[int]]:
-  """SentencePiece BPE: any two neighbours whose text is a piece join, best score first.
+  """Returns the encoder of SentencePiece's BPE: any two neighbours whose text is a piece join.
+
+  The best score joins first.
 
   Source: Kudo and Richardson, arXiv:1808.06226; llama.cpp orders equal scores from the left.
   """

@@ -1,10 +1,10 @@
-"""Long texts in parts that are encoded alone."""
+"""Cuts long texts into parts that can be encoded alone."""
 
 _PART = 1 << 17
 
 
 def parts_at_spaces(text: str) -> list[str]:
-  """Cuts a long text in front of spaces between two letters; short ones come back whole."""
+  """Cuts a long text in front of spaces between two letters; a short text comes back whole."""
   parts: list[str] = []
   start, cut = 0, _PART
   while (cut := text.find(" ", cut)) >= 0:

@@ -6,17 +6,17 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable
 
-# Longer stretches are hardly ever seen twice.
+# Longer parts are hardly ever seen twice.
 _CACHED_LENGTH = 64
 
 
 def merge(text: str, rank: Callable[[str, str], float | None]) -> tuple[str, ...]:
-  """Joins neighbouring pieces of text, lowest rank first and leftmost among equals.
+  """Joins neighbouring pieces of text, the lowest rank first, the leftmost among equals.
 
   Args:
-    text: Its characters are the first pieces.
-    rank: The rank of joining two neighbours, or None where they do not join.
-  Returns: The pieces that are left; together they are the text.
+    text: The text, whose characters are the first pieces.
+    rank: Returns the rank of joining two neighbours, or None where they do not join.
+  Returns: The pieces that are left, which make up the text.
   Source: Sennrich et al., arXiv:1508.07909; O(n log n) by a queue of candidate pairs.
   """
   size = len(text)
@@ -51,11 +51,11 @@ def merge(text: str, rank: Callable[[str, str], float | None]) -> tuple[str, ...
 
 
 class Merger:
-  """Merges whole texts quickly: it cuts where no merge can reach across and remembers the parts.
+  """Merges whole texts quickly: it cuts where no merge can reach across, and remembers the parts.
 
-  Attributes:
-    rank: As in `merge`.
-    joints: Two-character strings; a merge can only happen across a place in the text that is one.
+  Args:
+    rank: The function that `merge` takes.
+    joints: Two-character strings. A merge joins pieces only where the text has one of them.
   """
 
   def __init__(self, rank: Callable[[str, str], float | None], joints: Iterable[str]):
@@ -64,7 +64,7 @@ class Merger:
     self._cached = functools.lru_cache(maxsize=1 << 16)(functools.partial(merge, rank=rank))
 
   def pieces(self, text: str) -> list[str]:
-    """The pieces of `merge(text, rank)`."""
+    """Returns the pieces of `merge(text, rank)`."""
     pairs = map(operator.add, text, itertools.islice(text, 1, None))
     joints = self._joints
     cuts = [i for i, pair in enumerate(pairs, 1) if pair not in joints]

@@ -1,7 +1,7 @@
-"""A tokenizer.json run by the library that defines the format (`tokenizers`), free text kept free.
+"""Encodes the kind "json" by the library `tokenizers`, without special tokens from free text.
 
-Ids are the library's own. Decoding is ours, piece by piece, so that it can stream; it equals the
-library's on every text that is valid UTF-8.
+The ids are the library's own. Decoding is done here, piece by piece, so that it can stream. It equals
+the library's on every text that is valid UTF-8.
 """
 
 import json
@@ -24,11 +24,11 @@ _LONG = 1 << 16
 
 
 class JsonEncoder:
-  """Text to ids by a tokenizer.json; safe to share among threads.
+  """Turns text into ids by a tokenizer.json; safe to share among threads.
 
   Args:
-    source: Its text.
-    control: Spellings and ids of the special tokens.
+    source: The text of the tokenizer.json.
+    control: The ids of the special tokens by their spelling.
   Raises: ValueError: as `load`.
   """
 
@@ -38,7 +38,7 @@ class JsonEncoder:
     self._fast = load(source)
     self._plain: tokenizers.Tokenizer | None = None
     self._words: WordEncoder | Literal[False] | None = None
-    # No text can contain it but by knowing it.
+    # No text contains this token by chance or guess.
     self._start = f"<{secrets.token_hex(24)}>"
     table = read_table(source)
     self._parts = _splitter(table, control)
@@ -46,7 +46,7 @@ class JsonEncoder:
     self._cuts_at_spaces = _cuts_at_spaces(table)
 
   def encode(self, text: str, *, parse_special: bool) -> list[int]:
-    """The library's ids; without `parse_special` no special token is recognised."""
+    """Returns the library's ids; without `parse_special` no special token is recognised."""
     spelled = _spells(text, self._control)
     fast = self._without_control() if spelled and not parse_special else self._fast
     if len(text) > _LONG and not spelled and not _spells(text, self._others):
@@ -57,7 +57,7 @@ class JsonEncoder:
     return _run(fast, [text])
 
   def encode_guarded(self, text: str, guard: str) -> list[int]:
-    """Special tokens are recognised where no guard is inside them; guards are removed."""
+    """Recognises special tokens that have no guard inside, and removes the guards."""
     if guard not in text:
       return self.encode(text, parse_special=True)
     plain = self._without_control()
@@ -67,13 +67,13 @@ class JsonEncoder:
       if isinstance(part, int):
         ids.append(part)
       elif rest := part.replace(guard, ""):
-        # What comes after a special token is encoded as such: some rules differ at the start.
+        # Some rules differ at the start of a text, where this part is not.
         ids += _run(plain, [rest]) if first else _run(plain, [self._start + rest])[1:]
       first = False
     return ids
 
   def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text without special tokens, on all cores."""
+    """Encodes each text without special tokens, on all cores."""
     if any(_spells(text, self._control) for text in texts):
       return [self.encode(text, parse_special=False) for text in texts]
     return [each.ids for each in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
@@ -87,7 +87,7 @@ class JsonEncoder:
     return self._words or None
 
   def _without_control(self) -> tokenizers.Tokenizer:
-    """The same rules on a vocabulary without special tokens: nothing spells one."""
+    """Returns the same rules on a vocabulary that no text can spell a special token of."""
     if self._plain is None:
       table = json.loads(self._source)
       _rename(table, {token: f"<{i}{self._start}" for i, token in enumerate(self._control)})
@@ -98,7 +98,7 @@ class JsonEncoder:
 
 
 def encode_parts(fast: tokenizers.Tokenizer, parts: list[str]) -> list[int]:
-  """The ids of each part, in a row; several parts use all cores."""
+  """Encodes the parts of one text; several parts use all cores."""
   encoded = fast.encode_batch_fast(parts, add_special_tokens=False)
   return encoded[0].ids if len(encoded) == 1 else [i for each in encoded for i in each.ids]
 
@@ -110,7 +110,7 @@ def _spells(text: str, tokens: Collection[str]) -> bool:
 
 
 def _cuts_at_spaces(table: Mapping[str, Any]) -> bool:
-  """Whether the rules are known to begin a piece at each space between two letters."""
+  """Tells whether the rules are known to begin a piece at each space between two letters."""
   if table.get("normalizer") not in (
     None,
     {"type": "NFC"},
@@ -139,7 +139,7 @@ def _run(fast: tokenizers.Tokenizer, parts: list[str]) -> list[int]:
 
 
 def _rename(table: dict[str, Any], names: Mapping[str, str]) -> None:
-  """Spell the tokens of a tokenizer.json anew, with their ids, and drop the merges that make them."""
+  """Gives tokens of a tokenizer.json other spellings, and drops the merges that make them."""
   model = table["model"]
   for added in table.get("added_tokens") or ():
     added["content"] = names.get(added["content"], added["content"])
@@ -153,14 +153,17 @@ def _rename(table: dict[str, Any], names: Mapping[str, str]) -> None:
       model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
   else:
     model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
-  # It names tokens by their spelling, and is not used here.
+  # The post-processor names tokens by their spelling, and is not used here.
   table["post_processor"] = None
 
 
 def _splitter(
   table: Mapping[str, Any], control: Mapping[str, int]
 ) -> Callable[[str], Iterator[str | int]]:
-  """Cuts a text at special tokens as the library does: the leftmost first, of those the longest."""
+  """Returns a function that cuts a text at special tokens as the library does.
+
+  The leftmost token is cut out first, and the longest of those that begin there.
+  """
   flags = {added["content"]: added for added in table.get("added_tokens") or ()}
   patterns = []
   for token in sorted(control, key=len, reverse=True):
@@ -187,7 +190,7 @@ def _splitter(
 
 
 def piece_bytes(token: str, *, byte_level: bool, byte_fallback: bool) -> bytes:
-  """What a token adds to the text."""
+  """Returns the bytes that a token adds to the text."""
   if byte_level:
     alphabet = byte_alphabet()
     if all(char in alphabet for char in token):

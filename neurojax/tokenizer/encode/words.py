@@ -1,4 +1,4 @@
-"""tokenizer.json of SentencePiece's kind: text with U+2581 for a space, merged as a whole."""
+"""Encodes long texts fast by a tokenizer.json of SentencePiece's kind, which merges texts as a whole."""
 
 import itertools
 import json
@@ -11,9 +11,9 @@ from neurojax.tokenizer.read.json_rules import prefix_rule
 
 
 class WordEncoder:
-  """Long texts word by word, each encoded once: cut where no merge reaches across.
+  """Encodes a long text word by word, each word once. It cuts where no merge reaches across.
 
-  Raises: NotImplementedError: rules under which that could change an id.
+  Raises: NotImplementedError: under these rules a cut could change an id.
   """
 
   def __init__(self, source: str):
@@ -43,7 +43,7 @@ class WordEncoder:
     self._fast = tokenizers.Tokenizer.from_str(json.dumps(bare))
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text without added tokens, at its start."""
+    """Returns the ids of a whole text that spells no added token."""
     text = text.replace(" ", SPACE)
     if self._prefix == "prepend" or (self._prefix != "never" and not text.startswith(SPACE)):
       text = SPACE + text if text else text

@@ -1,8 +1,7 @@
-"""The tokenizer of a Hugging Face model folder.
+"""Reads the tokenizer of a model folder in the layout of Hugging Face's transformers.
 
-`tokenizer.json` decides ids where it is there (as in transformers), else `tokenizer.model`. What they
-do not say (special tokens, BOS and EOS, the chat template) is in `tokenizer_config.json` and the
-small files beside it.
+`tokenizer.json` decides the ids where there is one (as in transformers), else `tokenizer.model`. Special
+tokens, BOS and EOS and the chat template are in `tokenizer_config.json` and the small files beside it.
 """
 
 import dataclasses
@@ -20,11 +19,11 @@ _MAX_BYTES = 512 << 20
 
 
 def spec_from_folder(folder: str | Path) -> TokenizerSpec | None:
-  """The tokenizer of a folder, or None where it has neither tokenizer.json nor tokenizer.model.
+  """Reads the tokenizer of a folder; None where it has neither tokenizer.json nor tokenizer.model.
 
   Raises:
     ValueError: a file is damaged or contradicts itself.
-    NotImplementedError: a kind of tokenizer that is not here, by its name in the file.
+    NotImplementedError: this package lacks the kind of tokenizer that the file names.
   """
   folder = Path(folder)
   for name in ("tokenizer.json", "tokenizer.model"):
@@ -34,9 +33,9 @@ def spec_from_folder(folder: str | Path) -> TokenizerSpec | None:
 
 
 def spec_from_file(path: str | Path) -> TokenizerSpec:
-  """The tokenizer of a tokenizer.json or tokenizer.model, with what the files beside it say.
+  """Reads a tokenizer.json or tokenizer.model, and the files beside it.
 
-  Raises: as `spec_from_folder`; FileNotFoundError: no such file.
+  Raises: FileNotFoundError: no such file; otherwise as `spec_from_folder`.
   """
   path = Path(path)
   folder, config = path.parent, _config(path.parent)
@@ -49,7 +48,7 @@ def spec_from_file(path: str | Path) -> TokenizerSpec:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-  """tokenizer_config.json, with what only older files beside it say."""
+  """Reads tokenizer_config.json, completed by the older special_tokens_map.json."""
   config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
   if isinstance(config.get("added_tokens_decoder", {}), dict):
     return config
@@ -57,7 +56,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _extended(spec: TokenizerSpec, config: Mapping[str, Any]) -> TokenizerSpec:
-  """A tokenizer.model with the tokens and rules that tokenizer_config.json adds."""
+  """Returns the spec of a tokenizer.model with the tokens and rules of tokenizer_config.json."""
   tokens, types, scores = list(spec.tokens), list(spec.types), list(spec.scores)
   after, before = set(), set()
   entries = config.get("added_tokens_decoder", {})
@@ -101,7 +100,7 @@ def _extended(spec: TokenizerSpec, config: Mapping[str, Any]) -> TokenizerSpec:
 
 
 def _generation_stops(folder: Path, size: int) -> frozenset[int]:
-  """The ids that end a generation, by generation_config.json or else config.json."""
+  """Returns the ids that end a generation by generation_config.json, or else config.json."""
   for name in ("generation_config.json", "config.json"):
     value = _json(folder / name).get("eos_token_id")
     if value is None:
@@ -116,7 +115,7 @@ def _generation_stops(folder: Path, size: int) -> frozenset[int]:
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-  """The chat template; where there is another one for tools, the two become one."""
+  """Returns the chat template; a separate template for tools is joined to it."""
   named: dict[str, str] = {}
   value = config.get("chat_template")
   if isinstance(value, str):

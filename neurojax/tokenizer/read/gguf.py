@@ -1,7 +1,7 @@
-"""GGUF's `tokenizer.*` keys to a TokenizerSpec.
+"""Reads a TokenizerSpec from GGUF's `tokenizer.*` keys.
 
-The defaults for keys that a file leaves out, and the texts by which end-of-turn tokens are known
-where no key names them, are those of llama.cpp (`src/llama-vocab.cpp`).
+llama.cpp (`src/llama-vocab.cpp`) gives the defaults for keys that a file leaves out, and the texts by
+which end-of-turn tokens are known where no key names them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ _FILL_STOPS = {
 
 
 def spec_from_gguf(metadata: Mapping[str, object]) -> TokenizerSpec:
-  """The tokenizer of a GGUF file.
+  """Reads the tokenizer of a GGUF file.
 
   Args:
-    metadata: GGUF keys to plain Python values (str, int, float, bool, list); other keys than
-      `tokenizer.*` and `general.name` are not read.
+    metadata: Plain Python values (str, int, float, bool, list) by GGUF key. Only `tokenizer.*` and
+      `general.name` are read.
   Raises:
     ValueError: a key is missing, or its value has the wrong type, length or range.
-    NotImplementedError: a tokenizer or pre-tokenizer that this package does not have.
+    NotImplementedError: this package lacks the tokenizer or pre-tokenizer.
   """
   model = _read(metadata, "model", str)
   if model == "llama":
@@ -165,9 +165,12 @@ def _stops(
   merges: Sequence[str],
   eos_id: int | None,
 ) -> tuple[frozenset[int], list[str]]:
-  """The ids that end a generation, and the types with those known by text marked as control."""
+  """Returns the ids that end a generation, and the token types.
+
+  Tokens that are known by their text to end one become control tokens.
+  """
   size = len(tokens)
-  # What merges spell is text: Qwen2's "</s>" is a piece of HTML (llama.cpp stops there).
+  # A token that merges make is text: Qwen2's "</s>" is a piece of HTML (llama.cpp stops there).
   known = STOP_TEXTS.union(*_FILL_STOPS.values())
   spelled = {text for line in merges if (text := line.replace(" ", "", 1)) in known}
   by_text = {i: t for i, t in enumerate(tokens) if t in STOP_TEXTS and t not in spelled}
@@ -194,7 +197,7 @@ def _stops(
 
 
 def _strips_before(metadata: Mapping[str, object], tokens: Sequence[str]) -> frozenset[int]:
-  """Mask tokens that swallow the space before them, which no GGUF key says."""
+  """Returns mask tokens that swallow the space before them. No GGUF key names them."""
   pre, name = metadata.get(_PREFIX + "pre"), str(metadata.get("general.name", "")).lower()
   mask = "<mask>" if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") else None
   mask = "[MASK]" if mask is None and "modern-bert" in name else mask
@@ -204,7 +207,7 @@ def _strips_before(metadata: Mapping[str, object], tokens: Sequence[str]) -> fro
 def _strips(
   metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[str]
 ) -> frozenset[int]:
-  """Phi-3's special tokens swallow the space after them, which no GGUF key says."""
+  """Returns Phi-3's special tokens, which swallow the space after them. No GGUF key says so."""
   name = str(metadata.get("general.name", "")).lower()
   if "phi-3" not in name and "phi3" not in name:
     return frozenset()

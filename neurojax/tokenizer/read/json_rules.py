@@ -1,4 +1,4 @@
-"""The rules of a tokenizer.json in the words that GGUF has for them.
+"""Recognises the rules of a tokenizer.json that GGUF has names for.
 
 Format: https://github.com/huggingface/tokenizers.
 """
@@ -10,9 +10,9 @@ from typing import Any, Literal
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _FIRST = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o")
-"""Names that are preferred where several have the same rules."""
+"""Names to prefer where several have the same rules."""
 
-# What `ByteLevel(use_regex=True)` and `Digits(individual_digits=True)` cut by: the library's source.
+# `ByteLevel(use_regex=True)` and `Digits(individual_digits=True)` cut by these, in the library's source.
 _BYTE_LEVEL = PRE_TOKENIZERS["gpt-2"].patterns[0]
 _DIGIT = r"\p{N}"
 
@@ -23,6 +23,7 @@ Prefix = Literal["never", "prepend", "always", "first"]
 
 
 def check_model(model: Mapping[str, Any]) -> None:
+  """Raises NotImplementedError where a model is no plain BPE."""
   if model.get("type", "BPE") != "BPE":
     raise NotImplementedError(f"model {model['type']!r}: GGUF's 'gpt2' is BPE")
   for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
@@ -31,7 +32,10 @@ def check_model(model: Mapping[str, Any]) -> None:
 
 
 def pre_name(table: Mapping[str, Any] | None, *, whole_words: bool) -> str:
-  """The name of a pre-tokenizer that cuts as this one does."""
+  """Returns GGUF's name of a pre-tokenizer that cuts as this one does.
+
+  Raises: NotImplementedError: GGUF has no name for it.
+  """
   parts = [] if table is None else [table]
   while any(part["type"] == "Sequence" for part in parts):
     parts = [
@@ -71,19 +75,21 @@ def pre_name(table: Mapping[str, Any] | None, *, whole_words: bool) -> str:
 
 
 def _escaped(pattern: str) -> str:
-  """Line ends in a pattern may be themselves or written out."""
+  """Writes out the line ends of a pattern, which files have either way."""
   return pattern.replace("\r", r"\r").replace("\n", r"\n")
 
 
 def merge_line(merge: str | list[str]) -> str:
+  """Returns a merge as "left right"; newer files have a list of two."""
   return merge if isinstance(merge, str) else " ".join(merge)
 
 
 def decoding(decoder: Mapping[str, Any] | None) -> tuple[bool, bool]:
-  """What a tokenizer.json's decoder does: whether pieces are in GPT-2's byte alphabet (else spaces
-  are U+2581 and bytes `<0xNN>`), and whether a text's first space is taken away.
+  """Describes the decoder of a tokenizer.json.
 
-  Raises: NotImplementedError: a step that is neither.
+  Returns: Whether pieces are in GPT-2's byte alphabet (else spaces are U+2581 and bytes `<0xNN>`), and
+    whether a text's first space is taken away.
+  Raises: NotImplementedError: the decoder does something else.
   """
   steps = [decoder] if decoder is not None else []
   while any(step.get("type") == "Sequence" for step in steps):
@@ -116,10 +122,12 @@ def decoding(decoder: Mapping[str, Any] | None) -> tuple[bool, bool]:
 
 
 def prefix_rule(table: Mapping[str, Any]) -> Prefix:
-  """When such a tokenizer.json puts a space in front of a text: "prepend" always does; "always" and
-  "first" unless there is one, the latter only at the very start.
+  """Tells when a tokenizer.json of SentencePiece's kind puts a space in front of a text.
 
-  Raises: NotImplementedError: it does something else to a text.
+  "prepend" always does, "always" and "first" unless the text begins with one, and "first" only at the
+  very start.
+
+  Raises: NotImplementedError: the file does something else to a text.
   """
   normalizer, pre = table.get("normalizer"), table.get("pre_tokenizer")
   steps = (

@@ -26,16 +26,15 @@ def spec_from_json(
   unknown: str | None = None,
   chat_template: str | None = None,
 ) -> TokenizerSpec:
-  """The tokenizer of a tokenizer.json.
+  """Reads a byte-level BPE tokenizer.json in GGUF's terms, as a spec of kind "bpe".
 
   Args:
     text: The file's text.
     bos, eos, unknown: Spellings of special tokens, which the file does not tell apart. `eos` ends
       a generation.
   Raises:
-    ValueError: no tokenizer.json, ids with gaps, or a spelling that is no token.
-    NotImplementedError: a model, normalizer, pre-tokenizer or post-processor that GGUF has no name
-      for.
+    ValueError: this is no tokenizer.json, ids have gaps, or a spelling is no token.
+    NotImplementedError: GGUF has no name for the model, normalizer, pre-tokenizer or post-processor.
   """
   try:
     table = json.loads(text)
@@ -85,7 +84,7 @@ def spec_from_json(
 
 
 def _added(table: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-  """The tokens that are put in front of and behind every text."""
+  """Returns the tokens that a post-processor puts in front of and behind every text."""
   if table is None or table["type"] == "ByteLevel":
     return None, None
   if table["type"] == "Sequence":
@@ -106,7 +105,7 @@ def _kind(table: object) -> str:
 
 
 def load(source: str) -> tokenizers.Tokenizer:
-  """The library's tokenizer of a tokenizer.json, without truncation or padding.
+  """Loads a tokenizer.json by the library `tokenizers`, without truncation or padding.
 
   Raises: ValueError: the library does not read it.
   """
@@ -127,9 +126,9 @@ def load(source: str) -> tokenizers.Tokenizer:
 
 
 def read_table(source: str) -> dict[str, Any]:
-  """A tokenizer.json that the library has read, as data.
+  """Returns a tokenizer.json, which the library has read, as a table.
 
-  Raises: NotImplementedError: a normalizer that makes text much longer, which could take all memory.
+  Raises: NotImplementedError: a normalizer makes text much longer, which could take all memory.
   """
   table = json.loads(source)
   growth = 1
@@ -150,12 +149,13 @@ def read_table(source: str) -> dict[str, Any]:
 
 
 def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> TokenizerSpec:
-  """The tokenizer of a tokenizer.json's text, with ids as the library `tokenizers` gives them.
+  """Reads any tokenizer.json as a spec of kind "json", which the library `tokenizers` encodes.
 
   Args:
-    config: What tokenizer_config.json says: `bos_token`, `eos_token`, `unk_token`. Without it nothing
-      ends a generation but tokens known by their text. Its `add_bos_token` is not asked: the file's
-      own post-processor decides, as in transformers.
+    source: The file's text.
+    config: The table of tokenizer_config.json, for `bos_token`, `eos_token` and `unk_token`. Without it
+      only tokens known by their text end a generation. Its `add_bos_token` is not asked: the file's own
+      post-processor decides, as in transformers.
   Raises: ValueError, NotImplementedError: as `spec_from_folder`.
   """
   config = config or {}
@@ -209,7 +209,7 @@ def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> T
 
 
 def _ends(fast: Any) -> tuple[int | None, int | None]:
-  """The ids that the file's own rule puts in front of and behind a text."""
+  """Returns the ids that the file's own rule puts in front of and behind a text."""
   bare = fast.encode("a", add_special_tokens=False).ids
   full = fast.encode("a", add_special_tokens=True).ids
   for at in range(len(full) - len(bare) + 1):

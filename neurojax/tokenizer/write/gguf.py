@@ -1,4 +1,4 @@
-"""A TokenizerSpec to GGUF's `tokenizer.*` keys: the inverse of `from_gguf`, or a refusal."""
+"""Writes a TokenizerSpec as GGUF's `tokenizer.*` keys, the inverse of `read.gguf`."""
 
 import dataclasses
 from typing import Any
@@ -12,14 +12,14 @@ _NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "by
 
 
 def gguf_from_spec(spec: TokenizerSpec | None, vocab_size: int) -> dict[str, Any]:
-  """Keys and plain Python values of a tokenizer.
+  """Returns the plain Python values of a tokenizer by GGUF key.
 
   Args:
-    spec: None: a model that is fed with ids.
-    vocab_size: Rows of the embedding; ids that the tokenizer does not have become unused tokens.
+    spec: The tokenizer, or None for a model that is fed with ids.
+    vocab_size: Rows of the embedding. Ids that the tokenizer does not have become unused tokens.
   Raises:
     ValueError: the tokenizer has more tokens than the embedding has rows, or a "bpe" no merges.
-    NotImplementedError: something in the spec has no key, so that reading would give another one.
+    NotImplementedError: GGUF has no key for something in the spec, so that reading would give another.
   """
   if spec is None:
     return {_PREFIX + "model": "no_vocab"}
@@ -65,9 +65,9 @@ def gguf_from_spec(spec: TokenizerSpec | None, vocab_size: int) -> dict[str, Any
 
 
 def padded(spec: TokenizerSpec, vocab_size: int) -> TokenizerSpec:
-  """The same tokenizer with an entry for each row of an embedding.
+  """Returns the tokenizer with an unused token for each further row of an embedding.
 
-  Raises: ValueError: it has more tokens than that.
+  Raises: ValueError: the tokenizer has more tokens than the embedding has rows.
   """
   more = vocab_size - len(spec.tokens)
   if more < 0:

@@ -1,4 +1,4 @@
-"""A tokenizer.json in the terms of GGUF, or a refusal by name."""
+"""Expresses any tokenizer in the kinds that GGUF holds, "bpe" and "spm"."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 def in_gguf_terms(spec: TokenizerSpec) -> TokenizerSpec:
-  """The same tokenizer as "bpe" or "spm"; a spec of these kinds comes back as it is.
+  """Returns the same tokenizer as "bpe" or "spm"; a spec of these kinds comes back as it is.
 
-  Some things are lost, as in llama.cpp's own converter: NFC, which puts letters and their marks
-  together before cutting; which of two splits of one piece merges first ("spm"); and that newer files
-  put no space in front of a text that begins with one, or after a special token.
+  Some rules of a tokenizer.json are lost, as in llama.cpp's own converter: NFC, which puts letters and
+  their marks together before cutting; the order in which two splits of one piece merge ("spm"); and
+  that newer files put no space in front of a text that begins with one, or after a special token.
 
-  Raises: NotImplementedError: GGUF cannot say what the file says.
+  Raises: NotImplementedError: GGUF has no place for a rule of the tokenizer.
   """
   if spec.kind == "sentencepiece":
     raise NotImplementedError(
@@ -39,7 +39,7 @@ def in_gguf_terms(spec: TokenizerSpec) -> TokenizerSpec:
   model = table["model"]
   if model.get("type", "BPE") != "BPE":
     raise NotImplementedError(
-      f"model {model['type']!r} of tokenizer.json: GGUF takes BPE only here"
+      f"model {model['type']!r} of tokenizer.json: only BPE is written to GGUF"
     )
   byte_level, _ = decoding(table.get("decoder"))
   after, before = set(), set()
@@ -53,7 +53,7 @@ def in_gguf_terms(spec: TokenizerSpec) -> TokenizerSpec:
       )
   spec = dataclasses.replace(
     spec,
-    # Ids without a token: the library has none either.
+    # The library has no token for these ids either.
     tokens=tuple(token or f"[PAD{i}]" for i, token in enumerate(spec.tokens)),
     source=None,
     add_space_prefix=False,
@@ -94,9 +94,10 @@ def _model_name(spec: TokenizerSpec) -> str:
 
 
 def _scores(spec: TokenizerSpec, model: Mapping[str, Any]) -> tuple[float, ...]:
-  """Scores that merge as the merges do.
+  """Returns scores that merge as the merges do.
 
-  Raises: NotImplementedError: two pieces that make a third have no merge, or pieces take turns.
+  Raises: NotImplementedError: two pieces that make a third have no merge, or the merges that make one
+    piece are not in a row.
   """
   rank: dict[str, int] = {}
   merges = set()

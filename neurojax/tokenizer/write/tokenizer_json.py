@@ -1,4 +1,4 @@
-"""A TokenizerSpec to a tokenizer.json."""
+"""Writes a TokenizerSpec as a tokenizer.json."""
 
 import json
 from typing import Any
@@ -8,11 +8,13 @@ from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 def json_from_spec(spec: TokenizerSpec) -> str:
-  """A tokenizer.json with the same ids: the inverse of `spec_from_json`, or of `in_gguf_terms` for Gemma 4's;
-  a "json" spec's own source.
+  """Returns a tokenizer.json with the same ids.
 
-  Raises: NotImplementedError: a tokenizer other than byte-level BPE and Gemma 4's, or one of the latter
-    whose ids no tokenizer.json would give.
+  This is the inverse of `spec_from_json`, for Gemma 4's tokenizer the inverse of `in_gguf_terms`, and
+  for a "json" spec its own source.
+
+  Raises: NotImplementedError: the tokenizer is neither byte-level BPE nor Gemma 4's, or no
+    tokenizer.json would give its ids.
   """
   if spec.kind == "json":
     return spec.source
@@ -63,7 +65,7 @@ def _added_tokens(spec: TokenizerSpec) -> list[dict[str, Any]]:
 
 
 def _spaced_table(spec: TokenizerSpec) -> dict[str, Any]:
-  """BPE on text with U+2581 for a space, as Gemma's files have it."""
+  """Returns the table of BPE on text with U+2581 for a space, as Gemma's files have it."""
   vocab = {token: i for i, token in enumerate(spec.tokens)}
   if missing := [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocab]:
     raise NotImplementedError(
@@ -104,7 +106,7 @@ def _spaced_table(spec: TokenizerSpec) -> dict[str, Any]:
 
 
 def _post_processor(spec: TokenizerSpec) -> dict[str, Any]:
-  """Adds what the spec adds."""
+  """Returns the post-processor that adds the BOS and EOS that the spec adds."""
   bos = spec.tokens[spec.bos_id] if spec.add_bos and spec.bos_id is not None else None
   eos = spec.tokens[spec.eos_id] if spec.add_eos and spec.eos_id is not None else None
   if bos is None and eos is None:
