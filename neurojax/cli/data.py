@@ -1,4 +1,4 @@
-"""`neurojax data prepare` and `neurojax data check`."""
+"""The verbs `neurojax data prepare` and `neurojax data check`."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""`neurojax tokenize`: the token ids of a text."""
+"""The verb `neurojax tokenize`, which prints the token ids of a text."""
 
 import dataclasses
 import json
@@ -26,17 +26,17 @@ class Tokenize:
   """
 
   model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
-  """A model, as for `neurojax generate`, or a tokenizer.json or tokenizer.model."""
+  """A model, as for `neurojax generate`, or its tokenizer.json or tokenizer.model alone."""
   file: Annotated[str, tyro.conf.arg(metavar="FILE")]
-  """UTF-8 text; "-" is standard input."""
+  """The file of UTF-8 text, of 256 MiB at most; - is standard input."""
   special: bool = False
-  """Add BOS and EOS where the model says so."""
+  """Add BOS and EOS where the model says so, as `neurojax generate` does."""
   parse_special: bool = False
-  """Recognise control tokens that the text spells."""
+  """Recognise control tokens that the text spells, such as <|im_start|>."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-  """The tokenizer, for formats that keep it apart (llama2.c)."""
+  """The tokenizer's file, for model files that come without (llama2.c)."""
   json: bool = False
-  """Print one JSON list of ids."""
+  """Print one JSON list of ids instead of a table."""
 
   def run(self) -> int:
     from neurojax.cli.text import read_stdin, read_text
@@ -52,7 +52,7 @@ class Tokenize:
 
 
 def _open(model: str, apart: Path | None) -> "Tokenizer":
-  """The tokenizer of a model argument. Raises: ValueError: it has none."""
+  """Opens the tokenizer of a model argument. Raises: ValueError: it has none."""
   from neurojax.tokenizer.read.folder import spec_from_file, spec_from_folder
   from neurojax.tokenizer.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def _open(model: str, apart: Path | None) -> "Tokenizer":
 
 
 def _print(tokenizer: "Tokenizer", ids: list[int]) -> None:
-  """One line for each token: its place, its id, its bytes."""
+  """Prints one line for each token: its place, its id, its bytes."""
   write = sys.stdout.write
   write(f"{'':>8} {'id':>8}  piece\n")
   for i, token_id in enumerate(ids):
@@ -83,6 +83,6 @@ def _print(tokenizer: "Tokenizer", ids: list[int]) -> None:
 
 
 def _shown(piece: bytes) -> str:
-  """A piece in quotes, with what is not printable, and torn characters, written out."""
+  """Returns a piece in quotes; unprintable and torn characters are written out."""
   text = piece.decode("utf-8", "backslashreplace")
   return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,4 +1,4 @@
-"""Batches of windows over prepared tokens: shuffled by seed, resumable to the very batch."""
+"""Reads batches of windows over prepared tokens, shuffled by seed and resumable to the very batch."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -9,12 +9,12 @@ from jaxtyping import Int32
 
 from neurojax.data.token_shards import SplitName, Tokens
 
-# More batches than any run takes.
+# No run takes so many batches.
 _ENDLESS = 1 << 40
 
 
 class Reading(Protocol):
-  """What of a configuration says how data is read: `train.config.DataConfig`."""
+  """The fields of `train.config.DataConfig` that say how data is read."""
 
   folder: str
   batch_size: int
@@ -24,9 +24,9 @@ class Reading(Protocol):
 
 
 class Windows:
-  """Windows of seq_len + 1 tokens, one every seq_len: each token is predicted once in an epoch.
+  """Windows of seq_len + 1 tokens that begin every seq_len tokens.
 
-  The tokens after the last whole window are left out of an epoch.
+  Each token is predicted once in an epoch, except those after the last whole window.
   """
 
   def __init__(self, tokens: Tokens, seq_len: int):
@@ -42,18 +42,20 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Rows [first, end) of the global batch: what one process reads."""
+  """The rows [first, end) of the global batch that one process reads."""
 
   first: int
   end: int
 
 
 class Batches:
-  """An endless iterator of int32 [rows, T+1], `rows` of each global batch in the same order.
+  """An endless iterator of int32 [rows, T+1], the given rows of each global batch.
 
-  Row r of batch i is window i * batch_size + r of a sequence that goes through all windows in an
-  order of its own in each epoch, set by the seed alone: neither the number of processes nor that of
-  readers changes it.
+  Row r of batch i is window i * batch_size + r of a sequence that goes through all windows in another
+  order in each epoch. The seed alone sets the order, whatever the number of processes and readers.
+
+  Attributes:
+    epoch_batches: Batches in one epoch, a fraction.
   """
 
   def __init__(self, windows: Windows, batch_size: int, rows: Rows, seed: int, workers: int):
@@ -75,11 +77,11 @@ class Batches:
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    """Plain values; with it `set_state` goes on with the batch that would have come next."""
+    """Returns plain values with which `set_state` goes on with the batch that would have come next."""
     return dict(self._iterator.get_state())
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Raises: ValueError: this is no state of such an iterator."""
+    """Goes on from a state of `get_state`. Raises: ValueError: it is none."""
     position = state.get("next_index")
     if set(state) != {"next_index"} or not isinstance(position, int) or position < 0:
       raise ValueError(f"position in the data is {state!r}; expected {{'next_index': a number}}")
@@ -95,12 +97,12 @@ def open_dataset(
   accumulation: int = 1,
   rows: Rows | None = None,
 ) -> Batches:
-  """Batches of a prepared folder.
+  """Opens the batches of a prepared folder.
 
   Args:
-    process_index, process_count: Which equal share of each global batch to read, in order.
+    process_index, process_count: The equal share of each global batch to read, in order.
     accumulation: Batches joined into one: a global batch has accumulation * batch_size rows.
-    rows: Instead of an equal share, these rows.
+    rows: The rows to read instead of an equal share.
   Raises: FileNotFoundError or ValueError: no or damaged data, fewer windows than a batch has rows,
     a batch that does not divide among the processes.
   """

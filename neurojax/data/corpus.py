@@ -1,4 +1,4 @@
-"""Documents out of files: plain text or JSONL, as they are or compressed, in bounded memory."""
+"""Reads documents out of files of text or JSONL, plain or compressed, in bounded memory."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ Format = Literal["auto", "text", "jsonl"]
 _BLOCK = 1 << 20
 # A line longer than this is taken in parts (text) or refused as a row (JSONL).
 _LONGEST_LINE = 1 << 26
-# A document is handed on in parts of about _PART characters, cut where that changes no token; where
-# there is no such place for _LONGEST_PART, it is cut anyway and counted.
+# A document is handed on in parts of about _PART characters, cut where that changes no token. After
+# _LONGEST_PART characters without such a place it is cut anyway, and the cut is counted.
 _PART, _LONGEST_PART = 1 << 14, 1 << 23
 # A document that may not be cut is held in memory whole, and its tokens beside it.
 _LONGEST_DOCUMENT = 1 << 26
 _NAMED = 100
 _JSONL = (".jsonl", ".ndjson", ".jsonlines")
 _XZ, _GZIP = ARCHIVES = (b"\xfd7zXZ\x00", b"\x1f\x8b")
-"""What archives that can be read begin with."""
+"""The first bytes of the archives that can be read."""
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
   (b"\x28\xb5\x2f\xfd", "a zstd archive: decompress it into a pipe (zstdcat FILE | ... -)"),
   (b"BZh", "a bzip2 archive: decompress it into a pipe (bzcat FILE | ... -)"),
@@ -35,13 +35,13 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
   (b"\xff\xfe", "UTF-16: convert it (iconv -t UTF-8 FILE | ... -)"),
   (b"\xfe\xff", "UTF-16: convert it (iconv -t UTF-8 FILE | ... -)"),
 )
-# Of the first bytes of a file that is no text; a NUL here and there is a character like any other.
+# A larger share of NULs in its first bytes makes a file no text. A few are characters like any other.
 _NUL_SHARE = 0.1
 
 
 @dataclasses.dataclass(kw_only=True)
 class Tally:
-  """What was met in one file. Rows are lines of text, or JSON objects that are not blank lines."""
+  """The counts of one file. Rows are lines of text, or the lines of JSONL that are not blank."""
 
   file: str
   bytes: int = 0
@@ -53,20 +53,20 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Some text of a document, in order; `ends` marks the document's last part."""
+  """A part of a document's text; `ends` marks the document's last part."""
 
   text: str
   ends: bool
 
 
 class Corpus:
-  """The documents of some files, which can be read more than once; counts are of the last reading.
+  """The documents of some files, which can be read more than once.
 
-  Bad rows (not UTF-8, not JSON, no text) are left out, counted, and the first 100 named.
+  Bad rows (not UTF-8, not JSON, no text) are left out and counted, and the first 100 are named.
 
   Attributes:
-    tallies: One per file.
-    bad: "FILE, line N: reason", of the first bad rows.
+    tallies: The counts of each file at the last reading.
+    bad: "FILE, line N: reason" for each of the first bad rows.
     forced_cuts: Parts that ended where a token may have spanned the cut.
   """
 
@@ -83,13 +83,13 @@ class Corpus:
   ):
     """
     Args:
-      separator: Where it occurs in plain text one document ends and another begins; it and the line
-        ends around it are left out. Without one a file is one document.
-      text_field: Of the objects of JSONL.
-      joined: The files are parts of one, in this order, as `split` makes them.
+      separator: The text between two documents of a text file. It and the line ends around it are left
+        out. Without one a file is one document.
+      text_field: The field of a JSONL object that holds its text.
+      joined: Whether the files are parts of one, in this order, as `split` makes them.
       cut: Whether documents may be handed on in parts; see `Tokenizer.cuts_at_spaces`.
-      names: What to call a file in reports, if not by its path.
-    Raises: ValueError: no file, the same twice, one that does not exist or is no file.
+      names: Names of files in reports, instead of their paths.
+    Raises: ValueError: no file is given, one is given twice, does not exist or is no regular file.
     """
     if not paths:
       raise ValueError("no input: name at least one file")
@@ -117,7 +117,11 @@ class Corpus:
     self.forced_cuts = 0
 
   def parts(self) -> Iterator[Part]:
-    """Every document's text in parts. Raises: ValueError: a damaged archive, or none of text."""
+    """Yields every document's text in parts.
+
+    Raises: ValueError: an archive is damaged, a file is no text, or a document that may not be cut is
+      too long to be held in memory.
+    """
     self._reset()
     groups = [range(len(self._paths))] if self._joined else [[i] for i in range(len(self._paths))]
     for group in groups:
@@ -149,7 +153,7 @@ class Corpus:
       self.bad.append(f"{self._names[source]}, line {line}: {reason}")
 
   def _texts(self, group: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Runs of good lines of text."""
+    """Yields the good lines of text, many at a time."""
     for source, line, block in self._blocks(group):
       rows = block.count(b"\n") + (not block.endswith(b"\n"))
       self.tallies[source].rows += rows
@@ -166,7 +170,7 @@ class Corpus:
           self._refuse(source, line + i, f"not UTF-8 at byte {error.start} of the line")
 
   def _lines(self, group: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
-    """Lines, of one that is longer than any may be its first part alone."""
+    """Yields lines; of a line that is too long its first part alone."""
     refused = None
     for source, line, block in self._blocks(group):
       for i, row in enumerate(block.split(b"\n")):
@@ -177,7 +181,7 @@ class Corpus:
         yield source, line + i, row
 
   def _blocks(self, group: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
-    """Whole lines in blocks: whose, the number of the first, the bytes."""
+    """Yields blocks of whole lines: the number of their file, of their first line, and the bytes."""
     held, whose, line = b"", group[0], 1
     for source in group:
       first = True
@@ -203,7 +207,7 @@ class Corpus:
           line += whole.count(b"\n")
         else:
           held += block
-          # Its first part alone is too long for a row, wherever a character ends.
+          # The first part alone is too long for a row, wherever its last character ends.
           if len(held) > _LONGEST_LINE + 4:
             end = _boundary(held)
             yield whose, line, held[:end]
@@ -233,7 +237,7 @@ class Corpus:
 
 
 class _Documents:
-  """Text in, parts of documents out."""
+  """Cuts text that arrives in pieces into documents and their parts."""
 
   def __init__(self, corpus: Corpus, source: int, separator: str | None):
     self._corpus, self._separator = corpus, separator
@@ -260,7 +264,7 @@ class _Documents:
     yield from self._parts(_PART, len(self._separator or "") + 1)
 
   def _parts(self, least: int, spare: int) -> Iterator[Part]:
-    """Parts of what is held, while more than `least` and `spare` characters are left."""
+    """Yields parts of the held text, while more than `least` and `spare` characters are left."""
     if not self._corpus._cut:
       return
     start = 0
@@ -274,7 +278,7 @@ class _Documents:
     self._held = self._held[start:]
 
   def _place(self, start: int, limit: int) -> int | None:
-    """Where a part from `start` on may end, at most at `limit`; None where there is no such place."""
+    """Finds the end of a part from `start` on, at most `limit`; None where there is no place to cut."""
     held, at = self._held, start + _PART
     while (at := held.find(" ", at, limit)) >= 0:
       if held[at - 1].isalpha() and held[at + 1].isalpha():
@@ -336,7 +340,7 @@ def _format(path: Path, format: Format) -> Literal["text", "jsonl"]:
 
 
 def _unpacked(file: io.BufferedReader, path: Path, name: str) -> BinaryIO:
-  """The content, decompressed: its first bytes decide, never the name alone."""
+  """Returns the decompressed content. Its first bytes decide, never the name alone."""
   head = file.peek(8)[:8]
   if head.startswith(_XZ):
     return lzma.open(file)
@@ -374,7 +378,7 @@ def _blocks_of(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _boundary(held: bytes) -> int:
-  """The last place at which no character of UTF-8 is cut."""
+  """Returns the last place at which no character of UTF-8 is cut."""
   end = len(held) - 1
   while end > len(held) - 4 and held[end] & 0xC0 == 0x80:
     end -= 1
@@ -382,7 +386,7 @@ def _boundary(held: bytes) -> int:
 
 
 class _Watched(io.RawIOBase):
-  """A file that counts and hashes what is read."""
+  """A file that counts and hashes the bytes that are read."""
 
   def __init__(self, raw: BinaryIO, digest: "hashlib._Hash"):
     self._raw, self._digest = raw, digest

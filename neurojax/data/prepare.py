@@ -1,4 +1,4 @@
-"""Text files to a folder of token shards. A run that ends early leaves nothing that looks finished."""
+"""Turns text files into a folder of token shards, whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -36,33 +36,35 @@ from neurojax.tokenizer.vocabulary_training import train_bpe, train_sentencepiec
 from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 from neurojax.tokenizer.write.tokenizer_model import sentencepiece_from_spec
 
-# Characters encoded in one call: enough for every core, little enough for memory.
+# Characters encoded in one call: enough for all cores, and little memory.
 _BATCH = 1 << 21
 _MARK = ".neurojax-partial"
 
 VocabularyKind = Literal["bpe", "spm", "unigram"]
 
 Progress = Callable[[str, int], None]
-"""Called with what is going on and the characters done so far."""
+"""A function of the work in progress, in words, and the characters done so far."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-  """What to make of which files.
+  """The files to prepare, and how.
 
   Attributes:
     inputs: Files of text or JSONL, plain, .gz or .xz.
-    valid_inputs: Held-out files; if there are any, all of `inputs` is for training.
-    valid_fraction: Of the documents to hold out, chosen by number and seed.
-    tokenizer: A given vocabulary, which must have an end of text.
+    valid_inputs: Held-out files. If there are any, all of `inputs` is for training.
+    valid_fraction: The share of documents to hold out, chosen by their number and the seed.
+    tokenizer: A given vocabulary, which must have an end of text; None learns one.
     vocabulary: Without `tokenizer`, a vocabulary of this kind is learnt from the training documents:
       "bpe" merges bytes, "spm" is SentencePiece's BPE, "unigram" its unigram model.
     vocab_size: Tokens of the vocabulary to learn.
     pre: The pre-tokenizer of a "bpe" vocabulary to learn.
-    learn_bytes: UTF-8 bytes of training documents, from the first on, to learn it from.
-    format, separator, text_field, joined: As in `text.Corpus`.
-    names: What to call a file in reports, if not by its path.
-    made_with: Kept in meta.json.
+    learn_bytes: UTF-8 bytes of training documents to learn a vocabulary from, from the first on.
+    format, separator, text_field, joined: The arguments of `corpus.Corpus`.
+    seed: Chooses the documents to hold out.
+    shard_tokens: Tokens of a full shard.
+    names: Names of files in reports, instead of their paths.
+    made_with: The command line or program to name in meta.json.
   """
 
   inputs: tuple[Path, ...]
@@ -86,14 +88,18 @@ class Preparation:
     if not 0 <= self.valid_fraction < 1:
       raise ValueError(f"valid_fraction = {self.valid_fraction}: at least 0 and below 1")
     if self.learn_bytes < 1 or self.shard_tokens < 1:
-      raise ValueError("learn_bytes and shard_tokens: at least 1")
+      raise ValueError(
+        f"learn_bytes = {self.learn_bytes}, shard_tokens = {self.shard_tokens}: at least 1"
+      )
     if both := set(self.inputs) & set(self.valid_inputs):
       raise ValueError(f"{min(both)} is both for training and held out")
     if self.tokenizer is not None and self.tokenizer.eos_id is None:
-      raise ValueError("the tokenizer names no end of text (eos), which separates documents")
+      raise ValueError(
+        "the tokenizer names no end of text (eos), which ends a document: take another"
+      )
 
   def held_out(self, document: int) -> bool:
-    """Whether this document of `inputs` is held out."""
+    """Tells whether this document of `inputs` is held out."""
     if self.valid_inputs or not self.valid_fraction:
       return False
     digest = hashlib.blake2b(f"{self.seed}:{document}".encode(), digest_size=8).digest()
@@ -113,10 +119,10 @@ class Preparation:
 
 @contextlib.contextmanager
 def partial_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-  """A folder to fill that becomes `out` at the end of the block, unless the block fails.
+  """Gives a folder to fill, which becomes `out` at the end of the block, unless the block fails.
 
   Raises: ValueError: `out` exists (and `overwrite` is off, or it is no prepared data), or another
-    process is at it.
+    process is preparing it.
   """
   if out.exists() and not overwrite:
     raise ValueError(f"{out} exists: choose another folder, or give --overwrite")
@@ -132,13 +138,13 @@ def partial_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
       raise ValueError(f"{out} is being prepared by another process: wait for it") from error
     try:
-      # What a killed run left.
+      # A killed run left these.
       for old in partial.iterdir():
         if old.name != _MARK:
           old.unlink()
       yield partial
       if out.exists():
-        # First what makes it look finished.
+        # The file that makes it look finished goes first.
         (out / META).unlink(missing_ok=True)
         shutil.rmtree(out)
       partial.rename(out)
@@ -151,12 +157,12 @@ def partial_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def prepare(
   plan: Preparation, folder: Path, *, progress: Progress = lambda what, done: None
 ) -> Meta:
-  """Fill a folder (see `partial_folder`) with shards, tokenizer and meta.json.
+  """Fills a folder (see `partial_folder`) with shards, tokenizer and meta.json.
 
-  Memory is bounded: by the batch that is encoded, by the longest document if the tokenizer cannot
-  encode it in parts, and by the distinct words if a vocabulary is learnt.
+  Memory is bounded by the batch that is encoded, by the longest document if the tokenizer cannot encode
+  it in parts, and, while a vocabulary is learnt, by the distinct words ("bpe") or by `learn_bytes`.
 
-  Raises: ValueError: unreadable input, or a split without a document.
+  Raises: ValueError: the input cannot be read, or a split has no document.
   """
   spec = plan.tokenizer
   if spec is None:
@@ -259,7 +265,7 @@ def spool(stream: BinaryIO, path: Path) -> None:
 
 
 def _learned(plan: Preparation, corpus: Corpus, progress: Progress) -> Iterator[str]:
-  """Training text, up to `learn_bytes` of it."""
+  """Yields training text, up to `learn_bytes` of it."""
   document, done = 0, 0
   for part in corpus.parts():
     if not plan.held_out(document) and part.text:
@@ -278,7 +284,7 @@ def _encode(
   place: Callable[[int], ShardWriter],
   progress: Progress,
 ) -> None:
-  """Writes each document to its place, the end of text behind it."""
+  """Encodes documents and writes each to its split, with an end of text."""
   end, document, done = tokenizer.eos_id, 0, 0
   # Reading and decompressing go on while the library encodes on its own threads.
   with ThreadPoolExecutor(1) as pool:

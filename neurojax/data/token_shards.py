@@ -1,6 +1,6 @@
-"""The folder format of prepared tokens: written whole or not at all, checked when opened.
+"""The folder format of prepared tokens, which is checked when it is opened.
 
-    meta.json            what follows, with digests (`Meta`)
+    meta.json            the contents of the folder, with digests (`Meta`)
     tokenizer.spec.json  the vocabulary and its rules, as `tokenizer.spec_json` writes them
     tokenizer.json       the same for other programs, if it is byte-level BPE
     tokenizer.model      the same for other programs, if it is SentencePiece's
@@ -46,7 +46,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-  """Tokens count the ends of documents too."""
+  """The shards of one split; `tokens` counts the ends of documents too."""
 
   tokens: int
   documents: int
@@ -55,7 +55,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-  """One input file: its own bytes (compressed, if it was), and what was found in it."""
+  """The counts of one input file; `bytes` and `sha256` are those of the file as it lies on disk."""
 
   file: str
   bytes: int
@@ -67,12 +67,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Meta:
-  """What meta.json says.
+  """The contents of meta.json.
 
   Attributes:
-    vocab_size: Ids are below this.
-    eos_id: Ends every document.
-    text_bytes: UTF-8 bytes of all documents, by split.
+    vocab_size: The number of token ids.
+    eos_id: The id that ends every document.
+    train_text_bytes, valid_text_bytes: UTF-8 bytes of all documents of a split.
     bad_rows: The first rows that were left out, with file and line.
     forced_cuts: Places where a text without spaces was cut, perhaps through a token.
     made_with: The command line or program that wrote the folder.
@@ -97,7 +97,7 @@ class Meta:
     return self.train if name == "train" else self.valid
 
   def identity(self) -> str:
-    """A digest of the tokens, the split and the vocabulary: what a run depends on."""
+    """Returns a digest of all that a training run depends on: tokens, splits and vocabulary."""
     parts = [self.dtype, str(self.vocab_size), str(self.eos_id), self.tokenizer_sha256]
     for split in (self.train, self.valid):
       parts += [f"{shard.tokens}:{shard.sha256}" for shard in split.shards] + ["|"]
@@ -109,7 +109,7 @@ def dtype_for(vocab_size: int) -> Dtype:
 
 
 def read_meta(folder: str | Path) -> Meta:
-  """Raises: FileNotFoundError or ValueError: no prepared data, or a damaged meta.json."""
+  """Reads meta.json. Raises: FileNotFoundError or ValueError: it is absent or damaged."""
   path = Path(folder) / META
   if not path.is_file():
     raise FileNotFoundError(
@@ -135,7 +135,10 @@ def read_meta(folder: str | Path) -> Meta:
 
 
 def read_spec(folder: str | Path) -> TokenizerSpec:
-  """The tokenizer of prepared data. Raises: FileNotFoundError or ValueError: absent or damaged."""
+  """Reads the tokenizer of prepared data.
+
+  Raises: FileNotFoundError or ValueError: it is absent or damaged.
+  """
   path = Path(folder) / SPEC
   meta = read_meta(folder)
   if not path.is_file():
@@ -146,7 +149,7 @@ def read_spec(folder: str | Path) -> TokenizerSpec:
 
 
 def check_digests(folder: str | Path) -> None:
-  """Raises: ValueError: a shard is not, to the bit, what was prepared; all damaged ones named."""
+  """Compares every shard with its digest. Raises: ValueError: it names all damaged ones."""
   folder, meta = Path(folder), read_meta(folder)
   read_spec(folder)
   damaged = [
@@ -164,8 +167,7 @@ def check_digests(folder: str | Path) -> None:
 class Tokens:
   """The tokens of one split, memory-mapped, as one array over all its shards.
 
-  Raises: ValueError: the split is empty, or a shard is missing or has another size than meta.json
-    says.
+  Raises: ValueError: the split is empty, or a shard is missing or has another size than in meta.json.
   """
 
   def __init__(self, folder: str | Path, split: SplitName):
@@ -191,7 +193,7 @@ class Tokens:
     return self._starts[-1]
 
   def read(self, start: int, length: int) -> np.ndarray:
-    """int32 [length]: the tokens from `start` on, across shards."""
+    """Returns the tokens from `start` on, across shards, as int32 [length]."""
     if not 0 <= start <= start + length <= len(self):
       raise ValueError(f"tokens {start} to {start + length} are not within 0..{len(self)}")
     out = np.empty(length, np.int32)

@@ -1,4 +1,4 @@
-"""A given vocabulary, from whatever holds one."""
+"""Reads a vocabulary from any file or folder that holds one."""
 
 import dataclasses
 from pathlib import Path
@@ -15,11 +15,10 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
   """Reads the tokenizer of a model file, tokenizer.json, tokenizer.model or folder of prepared data.
 
   Args:
-    eos: The token that ends a text, for a tokenizer.json without a tokenizer_config.json beside it that
-      says so.
+    eos: The token that ends a text, for a tokenizer.json or tokenizer.model that does not say.
   Raises:
-    ValueError: it holds none, or names no end of text.
-    NotImplementedError: a tokenizer.json that the library reads and this implementation does not.
+    ValueError: the file holds no tokenizer, or names no end of text.
+    NotImplementedError: the tokenizer has rules that this package does not read.
     FileNotFoundError: no such file.
   """
   if path.is_dir() and (path / META).is_file():
@@ -43,7 +42,7 @@ def read_vocabulary(path: Path, *, eos: str | None = None) -> TokenizerSpec:
 
 
 def _from_json(path: Path, eos: str | None) -> TokenizerSpec:
-  """In GGUF's terms if nothing is lost, else as the library has it."""
+  """Reads a tokenizer.json in GGUF's terms if nothing is lost, else for its library."""
   spec = spec_from_file(path)
   if eos is None and spec.eos_id is not None:
     eos = spec.tokens[spec.eos_id]

@@ -38,15 +38,19 @@ def spec_from_sentencepiece(data: bytes) -> TokenizerSpec:
   """
   model = parse_model(data)
   if model.trainer_spec.treat_whitespace_as_suffix:
-    raise NotImplementedError("tokenizer.model with treat_whitespace_as_suffix: not here")
+    raise NotImplementedError(
+      "tokenizer.model with treat_whitespace_as_suffix is not read: convert it to a tokenizer.json"
+    )
   if model.denormalizer_spec.precompiled_charsmap:
-    raise NotImplementedError("tokenizer.model with a map of characters for decoding: not here")
+    raise NotImplementedError(
+      "tokenizer.model with a map of characters for decoding is not read: convert it to a tokenizer.json"
+    )
   rules = model.normalizer_spec
   longest = _longest_replacement(rules.precompiled_charsmap)
   if longest > _MAX_REPLACEMENT_BYTES:
     raise NotImplementedError(
-      f"tokenizer.model with a map of characters that writes {longest} bytes for one: at most"
-      f" {_MAX_REPLACEMENT_BYTES} are here"
+      f"tokenizer.model with a map of characters that writes {longest} bytes for one: no more than"
+      f" {_MAX_REPLACEMENT_BYTES} are allowed"
     )
   plain = (
     model.trainer_spec.model_type == proto.TrainerSpec.BPE
