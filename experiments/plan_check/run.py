@@ -38,7 +38,8 @@ from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.pipeline.spawn import LocalStages
 from neurojax.plan import predict
 from neurojax.plan.fleet import DecodeRates, Device, Fleet, Host
-from neurojax.plan.proportional import Placement, proportional
+from neurojax.plan.plan import Placement
+from neurojax.plan.proportional import proportional
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.runtime import StageRuntime
 

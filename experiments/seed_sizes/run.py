@@ -23,8 +23,8 @@ from neurojax.cli.size import Size, purpose_of, render
 from neurojax.config import ModelConfig
 from neurojax.forms import TERNARY_FORMATS
 from neurojax.plan.fleet import Fleet, read_fleet
-from neurojax.scaling import fit, seed
-from neurojax.scaling.fit import Purpose, ServePurpose, TrainPurpose
+from neurojax.scaling import fits, seed
+from neurojax.scaling.purpose import Purpose, ServePurpose, TrainPurpose
 from neurojax.scaling.size import HEADROOM, size
 
 HERE = Path(__file__).parent
@@ -48,10 +48,10 @@ def rows() -> Iterator[dict[str, Any]]:
 def _theirs(name: str, fleet: Fleet, whose: str, given: seed.SeedArchitecture) -> dict[str, Any]:
   free = [place.free_bytes for place in fleet.places()]
   valid = not seed.invalid(given)
-  fits: bool | None = None
+  has_room: bool | None = None
   if valid:
     allowed = [int(space * (1 - HEADROOM)) for space in free]
-    fits = fit.fits(fit.need(given.config(), TrainPurpose()), allowed)
+    has_room = fits.fits(fits.need(given.config(), TrainPurpose()), allowed)
   architecture = dataclasses.asdict(given)
   memory_gb = architecture.pop("memory_gb")
   return {
@@ -64,7 +64,7 @@ def _theirs(name: str, fleet: Fleet, whose: str, given: seed.SeedArchitecture) -
     "valid": valid,
     "bytes": round(seed.train_gib(given) * seed.GIB),
     "free_bytes": sum(free),
-    "fits": fits,
+    "fits": has_room,
     "wrong": "; ".join(seed.findings(given)),
   }
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from neurojax.config import Sampling, Serving
 from neurojax.count.serving import Load
-from neurojax.count.working import Kind
+from neurojax.count.working import DeviceKind
 from neurojax.files.find import model_path
 from neurojax.forms import Weights
 from neurojax.plan.proportional import proportional
@@ -155,7 +155,7 @@ async def open_engine(
   from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
   from neurojax.pipeline.spawn import LocalStages
   from neurojax.plan.fleet import read_fleet
-  from neurojax.plan.saved import read_plan, servers
+  from neurojax.plan.plan_file import read_plan, servers
 
   setup = PipelineOptions(
     serving=serving(file, options), forms=stored_forms(file), step_s=options.step_timeout
@@ -189,7 +189,7 @@ def _local_engine(file: "ModelFile", options: EngineOptions) -> "DrivenEngine":
   use_compilation_cache(cache_dir() / "xla")
   asked = serving(file, options)
   load = Load(serving=asked, forms=stored_forms(file))
-  device: Kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
+  device: DeviceKind = "cpu" if jax.default_backend() == "cpu" else "cuda"
   proportional(file.config, [("this process", free_memory_bytes())], load, [device])
   with Progress(console=stderr, transient=True) as progress:
     bar = progress.add_task("reading layers", total=file.config.num_layers)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from neurojax import count, forms
 from neurojax.config import MOST_SEQUENCES, ModelConfig, Serving, architectures, to_toml
-from neurojax.count.rounded import short
+from neurojax.count.wording import short
 from neurojax.forms import Weights
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.plan import PlanningOptions
-from neurojax.count.rounded import short
+from neurojax.count.wording import short
 
 if TYPE_CHECKING:
   from neurojax.plan.plan import Plan
@@ -49,7 +49,7 @@ class Simulate(PlanningOptions):
   """Print one JSON object."""
 
   def run(self) -> int:
-    from neurojax.plan.saved import read_plan
+    from neurojax.plan.plan_file import read_plan
     from neurojax.plan.simulate import simulate
 
     if self.plan_file is not None:

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.options import check_out
-from neurojax.count.rounded import short
+from neurojax.count.wording import short
 
 if TYPE_CHECKING:
   from neurojax.config import ModelConfig
   from neurojax.plan.fleet import Fleet
-  from neurojax.scaling.curve import Point
-  from neurojax.scaling.fit import Purpose
+  from neurojax.scaling.memory_curve import Point
+  from neurojax.scaling.purpose import Purpose
   from neurojax.scaling.seed import SeedArchitecture
   from neurojax.scaling.size import Sized
 
@@ -110,7 +110,7 @@ class Size:
     if self.mode != "ours":
       return self._seed()
     from neurojax.config import ModelConfig
-    from neurojax.scaling.ladder import VOCAB_SIZE
+    from neurojax.scaling.candidates import VOCAB_SIZE
     from neurojax.scaling.law import read_law
     from neurojax.scaling.size import size
 
@@ -127,7 +127,7 @@ class Size:
     }
     found = size(fleet, purpose, current=current, **options)
     if self.plot:
-      from neurojax.scaling.curve import curve
+      from neurojax.scaling.memory_curve import curve
 
       draw(curve(fleet, purpose, **options), self.plot)
     if self.out_config:
@@ -200,7 +200,7 @@ class Size:
 def purpose_of(options: Size) -> "Purpose":
   """Raises: ValueError: an unknown format."""
   from neurojax.forms import TERNARY_FORMATS
-  from neurojax.scaling.fit import ServePurpose, TrainPurpose
+  from neurojax.scaling.purpose import ServePurpose, TrainPurpose
 
   form: dict[str, Any]
   if options.format in ("bf16", "float32"):

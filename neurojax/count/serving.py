@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from neurojax import count
 from neurojax.config import ModelConfig, Serving, Span
-from neurojax.count.working import Kind, Working, working
+from neurojax.count.working import DeviceKind, Working, working
 from neurojax.forms import Forms, Weights
 
 
@@ -51,7 +51,7 @@ class Load:
     return dataclasses.replace(self, serving=dataclasses.replace(self.serving, **changes))
 
 
-def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: Kind = "cuda") -> int:
+def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: DeviceKind = "cuda") -> int:
   """Weights and all caches of one stage, and its programs' working memory where that is asked for.
 
   Args:
@@ -63,14 +63,14 @@ def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: Kind = "cuda"
   return weights + load.sequences * cache + work
 
 
-def stage_working(config: ModelConfig, load: Load, kind: Kind = "cuda") -> Working:
+def stage_working(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") -> Working:
   """Nothing where it is not asked for."""
   if not load.working:
     return Working()
   return working(config, dtype=load.dtype, weights=load.weights, capacity=load.capacity, kind=kind)
 
 
-def layer_bytes(config: ModelConfig, load: Load, kind: Kind = "cuda") -> int:
+def layer_bytes(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") -> int:
   """What one layer more takes, its caches included."""
   cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
   held = count.layer_bytes(config, **load.form) + load.sequences * cache

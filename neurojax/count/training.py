@@ -1,11 +1,11 @@
-"""Memory of a training step, by what is kept. Imports no JAX."""
+"""Memory of a training step, by what is kept."""
 
 import dataclasses
 from typing import Literal
 
 from neurojax import count
 from neurojax.config import ModelConfig, Span
-from neurojax.count.working import Kind
+from neurojax.count.working import DeviceKind
 from neurojax.forms import DTYPE_BYTES
 
 Optimizer = Literal["adamw", "muon", "sgd"]
@@ -51,7 +51,7 @@ def train_bytes(
   remat: bool = True,
   compute_dtype: str = "bfloat16",
   diloco: bool = False,
-  kind: Kind = "cuda",
+  kind: DeviceKind = "cuda",
 ) -> TrainBytes:
   """Memory of a stage that trains its span: master weights in float32, products in `compute_dtype`.
 

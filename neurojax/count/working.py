@@ -1,4 +1,4 @@
-"""What a stage's programs need beside weights and caches. Imports no JAX."""
+"""What a stage's programs need beside weights and caches."""
 
 import dataclasses
 from typing import Literal
@@ -7,7 +7,7 @@ from neurojax import count
 from neurojax.config import ModelConfig
 from neurojax.forms import DTYPE_BYTES, KEY_BLOCK, PREFILL, Weights
 
-Kind = Literal["cuda", "cpu"]
+DeviceKind = Literal["cuda", "cpu"]
 
 
 _FLOAT = DTYPE_BYTES["float32"]
@@ -35,7 +35,7 @@ def working(
   dtype: str,
   weights: Weights,
   capacity: int = KEY_BLOCK,
-  kind: Kind = "cpu",
+  kind: DeviceKind = "cpu",
   tokens: int = PREFILL,
 ) -> Working:
   """No less than what XLA allocates for the programs of a stage, nor much more.

@@ -12,7 +12,7 @@ import numpy as np
 
 from neurojax.config import ModelConfig, Sampling, Span
 from neurojax.count.serving import Load
-from neurojax.count.working import Kind
+from neurojax.count.working import DeviceKind
 from neurojax.engine.api import EngineError, StageReport
 from neurojax.engine.drive import DrivenEngine
 from neurojax.pipeline import messages
@@ -25,7 +25,8 @@ from neurojax.pipeline.errors import (
   StageTimeout,
 )
 from neurojax.plan.fleet import Fleet
-from neurojax.plan.proportional import Placement, as_planned, proportional
+from neurojax.plan.plan import Placement
+from neurojax.plan.proportional import as_planned, proportional
 from neurojax.stage.step import StepInput, StepOutput
 from neurojax.wire import tensor
 
@@ -82,7 +83,7 @@ class PipelineEngine(DrivenEngine):
 
     Args:
       sha256: Of the model file; every host must have the same.
-      spans: Layers by address, one for each host in the order of the fleet, as `plan.saved` has
+      spans: Layers by address, one for each host in the order of the fleet, as `plan.plan_file` has
         them of a plan; in proportion to free memory if None.
     Raises: HandshakeError, StageLost, StageTimeout: naming the host. ValueError: the fleet is too
       small, or the context is longer than the model's.
@@ -164,7 +165,7 @@ class PipelineEngine(DrivenEngine):
       for stage in met
     }
     load = Load(serving=self._options.serving, forms=self._options.forms)
-    kinds: dict[str, Kind] = {
+    kinds: dict[str, DeviceKind] = {
       stage.host.address: "cpu" if stage.description.device == "cpu" else "cuda" for stage in met
     }
     try:

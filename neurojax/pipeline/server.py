@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from neurojax.config import Span
 from neurojax.count.serving import Load, stage_bytes
-from neurojax.count.working import Kind
+from neurojax.count.working import DeviceKind
 from neurojax.files.load import load_span, stored_forms
 from neurojax.files.model_file import ModelFile
 from neurojax.forms import PREFILL
@@ -257,7 +257,7 @@ class StageServer(rpc.StageServicer):
     for link in self._next_links.values():
       await link.close()
     self._next_links.clear()
-    device: Kind = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    device: DeviceKind = "cpu" if jax.default_backend() == "cpu" else "cuda"
     needed = stage_bytes(
       self._config, span, Load(serving=serving, forms=stored_forms(self._file)), device
     )

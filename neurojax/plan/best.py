@@ -1,4 +1,4 @@
-"""Which host holds which layers. Imports no JAX.
+"""Which host holds which layers.
 
 `proportional` is what a pipeline does of which only memory is known. `best` needs speeds and links, and
 finds the plan that is predicted to be fastest, or says how far from it the plan can be.
@@ -13,38 +13,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from neurojax.config import ModelConfig
-from neurojax.count.serving import Load, layer_bytes, stage_bytes
-from neurojax.count.working import Kind
+from neurojax.count.serving import Load
 from neurojax.plan.assemble import assemble
 from neurojax.plan.baselines import BASELINES
-from neurojax.plan.capacity import check, most_layers
 from neurojax.plan.explain import explained
 from neurojax.plan.fleet import Fleet
-from neurojax.plan.plan import Hop, Objective, Plan, Reason, Stage, bounded
+from neurojax.plan.plan import Objective, Plan, bounded
 from neurojax.plan.problem import Problem, problem
-from neurojax.plan.proportional import Placement, as_planned, proportional
+from neurojax.plan.shortage import check, most_layers
 from neurojax.plan.solve.chain import interval_bound_s, least, paced, pinned_out
 from neurojax.plan.solve.replicas import replicated
-from neurojax.plan.solve.uniform import Sequence
-
-__all__ = [
-  "BASELINES",
-  "Hop",
-  "Kind",
-  "Load",
-  "Objective",
-  "Placement",
-  "Plan",
-  "Reason",
-  "Stage",
-  "as_planned",
-  "best",
-  "compared",
-  "layer_bytes",
-  "problem",
-  "proportional",
-  "stage_bytes",
-]
+from neurojax.plan.solve.uniform import Division
 
 MANY_PLACES = 16
 
@@ -292,7 +271,7 @@ def _side_by_side(
     if found is not None and time.monotonic() > deadline_s:
       break
     chains = []
-    solved: dict[bytes, Sequence] = {}
+    solved: dict[bytes, Division] = {}
     try:
       for deal, part in zip(deals, parts, strict=True):
         key = part.step_PRL.tobytes() + part.hop_PP.tobytes() + part.enter_P.tobytes()

@@ -1,11 +1,11 @@
-"""Why a plan is as it is, from the same numbers that made it. Imports no JAX."""
+"""Why a plan is as it is, from the same numbers that made it."""
 
 import dataclasses
 from collections import Counter
 
 import numpy as np
 
-from neurojax.count.rounded import short
+from neurojax.count.wording import short
 from neurojax.plan import predict
 from neurojax.plan.plan import Plan, Reason, Stage
 from neurojax.plan.problem import FIRST, LAST, MIDDLE, Problem

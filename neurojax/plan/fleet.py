@@ -1,4 +1,4 @@
-"""The machines at hand, and what they can do. Imports no JAX."""
+"""The machines at hand, and what they can do."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neurojax.config import from_toml, named_configs
+from neurojax.count.working import DeviceKind
 from neurojax.forms import Weights
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
@@ -62,7 +63,7 @@ class Device:
       caches go cold, and the report to the coordinator is sent while the next stage works.
   """
 
-  kind: Literal["cuda", "cpu"]
+  kind: DeviceKind
   name: str | None = None
   memory_bytes: int
   used_bytes: int = 0

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from neurojax.config import Span
+
 Objective = Literal["latency", "throughput"]
 
 
@@ -112,6 +114,21 @@ class Plan:
     """Smaller is better, by the objective and then by the other."""
     first, second = self.latency_s, -self.throughput
     return (first, second) if self.objective == "latency" else (second, first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+  """A stage of a running pipeline: a host, the span that it holds, and the memory that takes.
+
+  Attributes:
+    memory_bytes: Bytes of weights, of the caches of all sequences, and of working memory.
+    free_bytes: Bytes that the host has free.
+  """
+
+  host: str
+  span: Span
+  memory_bytes: int
+  free_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)

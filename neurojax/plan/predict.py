@@ -1,7 +1,7 @@
 """Seconds of a stage, of a hop and of a whole pipeline. The one predictor of all placements.
 
 A pass reads the stage's weights once and the keys and values of every sequence in it. It takes as long
-as the slower of reading and multiplying, and the device's overheads. Imports no JAX.
+as the slower of reading and multiplying, and the device's overheads.
 """
 
 import dataclasses

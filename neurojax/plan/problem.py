@@ -1,4 +1,4 @@
-"""A placement problem as tables of numbers: what each place takes for so many layers. Imports no JAX."""
+"""A placement problem as tables of numbers: what each place takes for so many layers."""
 
 import dataclasses
 import functools
@@ -8,9 +8,9 @@ import numpy as np
 
 from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
-from neurojax.count import rounded
+from neurojax.count import wording
 from neurojax.count.serving import Load, layer_bytes, stage_bytes, stage_working
-from neurojax.count.working import Kind
+from neurojax.count.working import DeviceKind
 from neurojax.plan import predict
 from neurojax.plan.fleet import MOST_BYTES, Fleet, Place
 
@@ -181,7 +181,9 @@ def problem(
   )
 
 
-def role_bytes(config: ModelConfig, load: Load, kind: Kind = "cuda") -> tuple[int, np.ndarray]:
+def role_bytes(
+  config: ModelConfig, load: Load, kind: DeviceKind = "cuda"
+) -> tuple[int, np.ndarray]:
   """Bytes of one layer, and those that each role adds to a stage of any layers."""
   layer = layer_bytes(config, load, kind)
   whole = stage_bytes(config, Span.whole(config), load, kind) - config.num_layers * layer
@@ -274,7 +276,7 @@ def _fix(
       raise ValueError(
         f"pin {label} = {pins[label]}: {pins[label]} layers take "
         f"{pins[label] * min(layers_of.values()):,} bytes or more, and "
-        f"{free:,} are free on its {rounded.number(len(inside), 'place')}; at most {most} fit"
+        f"{free:,} are free on its {wording.counted(len(inside), 'place')}; at most {most} fit"
       )
   for index, place in enumerate(places):
     layers = pins.get(place.label)

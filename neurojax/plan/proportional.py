@@ -1,33 +1,20 @@
-"""Layers in proportion to free memory: the placement that needs to know nothing else. Imports no JAX."""
+"""Layers in proportion to free memory: the placement that needs to know nothing else."""
 
-import dataclasses
 import heapq
 from collections.abc import Mapping, Sequence
 
 from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
 from neurojax.count.serving import Load, layer_bytes, stage_bytes, stage_working
-from neurojax.count.working import Kind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-  """One stage of a plan: a host and the span it holds, with the bytes that takes.
-
-  memory_bytes counts weights and the caches of all sequence places; free_bytes is what the host has.
-  """
-
-  host: str
-  span: Span
-  memory_bytes: int
-  free_bytes: int
+from neurojax.count.working import DeviceKind
+from neurojax.plan.plan import Placement
 
 
 def proportional(
   config: ModelConfig,
   hosts: Sequence[tuple[str, int]],
   load: Load,
-  kinds: Sequence[Kind] | None = None,
+  kinds: Sequence[DeviceKind] | None = None,
 ) -> tuple[Placement, ...]:
   """Contiguous layers in proportion to free memory, each layer exactly once.
 
@@ -67,7 +54,7 @@ def as_planned(
   spans: Mapping[str, Span],
   free: Mapping[str, int],
   load: Load,
-  kinds: Mapping[str, Kind] | None = None,
+  kinds: Mapping[str, DeviceKind] | None = None,
 ) -> tuple[Placement, ...]:
   """What a plan gives each host, held to what the host has free now.
 
@@ -87,7 +74,7 @@ def as_planned(
 
 
 def _shares(
-  config: ModelConfig, free: list[int], load: Load, kinds: Sequence[Kind]
+  config: ModelConfig, free: list[int], load: Load, kinds: Sequence[DeviceKind]
 ) -> list[tuple[int, int]] | None:
   """(index of the host, its layers) for those that get any; None if the layers do not fit."""
   indices = list(range(len(free)))
@@ -105,7 +92,7 @@ def _shares(
 
 
 def _counts(
-  config: ModelConfig, free: list[int], load: Load, kinds: Sequence[Kind]
+  config: ModelConfig, free: list[int], load: Load, kinds: Sequence[DeviceKind]
 ) -> list[int] | None:
   """Layers of each host, some perhaps 0, if all of them hold their part; None if they cannot."""
   layers = {kind: layer_bytes(config, load, kind) for kind in set(kinds)}
@@ -142,7 +129,7 @@ def _counts(
 
 
 def _too_small(
-  config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load, kinds: Sequence[Kind]
+  config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load, kinds: Sequence[DeviceKind]
 ) -> str:
   """How much is missing: the least that the largest host needs more for a plan to exist."""
   free = [space for _, space in hosts]

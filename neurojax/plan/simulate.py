@@ -1,4 +1,4 @@
-"""A plan at work, event by event, for more hosts than there are. Imports no JAX.
+"""A plan at work, event by event, for more hosts than there are.
 
 Every stage computes one pass at a time and every link carries one message at a time, both in the order of
 arrival; a link's latency holds nobody up. A prompt goes through in parts that follow each other at once; a

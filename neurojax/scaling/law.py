@@ -1,4 +1,4 @@
-"""Loss as a function of parameters and tokens: published laws, and fits of one's own. Imports no JAX."""
+"""Loss as a function of parameters and tokens: published laws, and fits of one's own."""
 
 import dataclasses
 import math

@@ -4,7 +4,7 @@ python -m neurojax.scaling.presets bonsai-8b configs/model/bonsai-8b.toml
 
 The numbers of published ones are those of each model's published config.json (Hugging Face's names in brackets): model_dim
 [hidden_size], num_layers [num_hidden_layers], ffn_dim [intermediate_size], rope_base [rope_theta],
-norm_eps [rms_norm_eps], context_length [max_position_embeddings unless a note says otherwise]. Imports no JAX.
+norm_eps [rms_norm_eps], context_length [max_position_embeddings unless a note says otherwise].
 """
 
 from collections.abc import Mapping

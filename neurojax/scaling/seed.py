@@ -1,6 +1,6 @@
 """The seed's scaling formula and table, as printed, and what is wrong with each configuration.
 
-Source: NeuroLLM's architecture page, "Architecture Scaling" and "Memory Estimation". Imports no JAX.
+Source: NeuroLLM's architecture page, "Architecture Scaling" and "Memory Estimation".
 """
 
 import dataclasses
@@ -196,8 +196,3 @@ def _differences(given: SeedArchitecture, other: SeedArchitecture) -> str:
     for name in ("model_dim", "num_layers", "ffn_dim", "num_heads", "num_kv_heads")
     if getattr(given, name) != getattr(other, name)
   )
-
-
-def invalid_share(most_gb: int = 8192) -> float:
-  """The share of whole gigabytes, from 1 on, for which the formula gives no architecture."""
-  return sum(bool(invalid(formula(gb))) for gb in range(1, most_gb + 1)) / most_gb

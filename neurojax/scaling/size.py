@@ -1,4 +1,4 @@
-"""From a fleet to an architecture: the largest that provably fits, and what it will do. Imports no JAX."""
+"""From a fleet to an architecture: the largest that provably fits, and what it will do."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 from neurojax import count
 from neurojax.config import ModelConfig
-from neurojax.count.working import Kind
+from neurojax.count.working import DeviceKind
 from neurojax.plan.fleet import Device, Fleet, Host, Place
 from neurojax.plan.tiers import CARDS
-from neurojax.scaling import fit
-from neurojax.scaling.account import (
+from neurojax.scaling import fits
+from neurojax.scaling.arithmetic import (
   Losses,
   caveats,
   loss_line,
@@ -20,10 +20,10 @@ from neurojax.scaling.account import (
   too_small,
   training_flops,
 )
-from neurojax.scaling.fit import Purpose, ServePurpose
-from neurojax.scaling.ladder import VOCAB_SIZE, ladder
+from neurojax.scaling.candidates import VOCAB_SIZE, candidates
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
-from neurojax.scaling.staging import Line, Speed, Stage, allowed_bytes, needs_of, serve, train
+from neurojax.scaling.purpose import Purpose, ServePurpose
+from neurojax.scaling.stages import Line, SizedStage, Speed, allowed_bytes, needs_of, serve, train
 
 HEADROOM = 0.1
 """Left free on each place: what a process takes beside weights, caches and its programs' working memory."""
@@ -66,7 +66,7 @@ class Sized:
   config: ModelConfig
   parameters: int
   purpose: Purpose
-  stages: tuple[Stage, ...]
+  stages: tuple[SizedStage, ...]
   hosts: tuple[HostMemory, ...]
   speed: Speed
   train_days: float | None
@@ -115,7 +115,7 @@ def size(
   mfu: float = MFU,
   time_limit_s: float = 5.0,
 ) -> Sized:
-  """The candidate of `ladder` with the most parameters that fits the fleet's memory.
+  """The candidate of `candidates` with the most parameters that fits the fleet's memory.
 
   Without `current`, more memory anywhere or another host never gives a smaller model. With it, the
   answer stays until `HYSTERESIS` times its parameters fit, or it no longer fits itself.
@@ -136,10 +136,10 @@ def size(
   allowed = [allowed_bytes(place.free_bytes, headroom) for place in places]
   notes: list[str] = []
   kinds = [place.device.kind for place in places]
-  found = fit.largest(purpose, allowed, vocab_size, most_parameters, kinds)
+  found = fits.largest(purpose, allowed, vocab_size, most_parameters, kinds)
   config, kept = _settle(found, current, purpose, kinds, allowed, notes)
   if config is None and most_parameters is not None:
-    least = count.parameters(ladder(vocab_size, purpose.context)[0])
+    least = count.parameters(candidates(vocab_size, purpose.context)[0])
     if most_parameters < least:
       raise ValueError(
         f"most_parameters = {most_parameters:g}: the smallest candidate has {least:,}"
@@ -253,7 +253,7 @@ def _settle(
   found: ModelConfig | None,
   current: ModelConfig | None,
   purpose: Purpose,
-  kinds: Sequence[Kind],
+  kinds: Sequence[DeviceKind],
   allowed: Sequence[int],
   notes: list[str],
 ) -> tuple[ModelConfig | None, bool]:
@@ -266,8 +266,8 @@ def _settle(
       "--current out, and ask `neurojax plan` whether it fits"
     )
   needs = needs_of(current, purpose, kinds)
-  if not fit.fits(needs, allowed):
-    missing = fit.missing_bytes(needs, allowed)
+  if not fits.fits(needs, allowed):
+    missing = fits.missing_bytes(needs, allowed)
     notes.append(f"the current architecture no longer fits: {missing:,} bytes more would do")
     return found, False
   now = count.parameters(current)
@@ -284,7 +284,7 @@ def _settle(
   return current, True
 
 
-def _hosts(stages: Sequence[Stage], places: Sequence[Place]) -> tuple[HostMemory, ...]:
+def _hosts(stages: Sequence[SizedStage], places: Sequence[Place]) -> tuple[HostMemory, ...]:
   taken: dict[str, int] = {}
   free: dict[str, int] = {}
   for stage in stages:

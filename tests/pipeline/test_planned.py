@@ -13,8 +13,8 @@ from neurojax.count.serving import Load, stage_bytes, stage_working
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
 from neurojax.files.open import open_model
+from neurojax.plan.plan_file import read_plan, servers
 from neurojax.plan.proportional import as_planned
-from neurojax.plan.saved import read_plan, servers
 from neurojax.stage.compile import CompiledStage
 from tests import tinymodel
 from tests.pipeline.servers import Cluster, collect, request, run

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
 from neurojax.count.serving import stage_bytes
-from neurojax.count.working import Kind, working
+from neurojax.count.working import DeviceKind, working
 from neurojax.plan.fleet import Device, Fleet, Host, Link
-from neurojax.scaling import fit
-from neurojax.scaling.fit import Need, ServePurpose, TrainPurpose
-from neurojax.scaling.ladder import VOCAB_SIZE, ladder
+from neurojax.scaling import fits
+from neurojax.scaling.candidates import VOCAB_SIZE, candidates
+from neurojax.scaling.fits import Need
 from neurojax.scaling.law import CHINCHILLA_BESIROGLU, CHINCHILLA_HOFFMANN, TERNARY_SPECTRA1
+from neurojax.scaling.purpose import ServePurpose, TrainPurpose
 from neurojax.scaling.size import HYSTERESIS, one_host, size
-from neurojax.scaling.staging import reserved
+from neurojax.scaling.stages import reserved
 from tests.scaling.shapes import configs
 
 PACKED = ServePurpose.of(weights="w2a8", scales=forms.TERNARY_FORMATS["ternary-g128"])
@@ -34,7 +35,7 @@ sizes = st.floats(6, 13.5).map(lambda power: int(10**power))
 rooms = st.lists(sizes, min_size=1, max_size=12)
 
 
-def fleet(free: list[int], kind: Kind = "cuda", **speeds: float) -> Fleet:
+def fleet(free: list[int], kind: DeviceKind = "cuda", **speeds: float) -> Fleet:
   return Fleet(
     hosts=tuple(
       Host(name=f"h{i}", devices=(Device(kind=kind, memory_bytes=space, **speeds),))
@@ -45,10 +46,10 @@ def fleet(free: list[int], kind: Kind = "cuda", **speeds: float) -> Fleet:
 
 @pytest.mark.parametrize("vocab_size", [50257, VOCAB_SIZE, 151936])
 def test_every_candidate_is_valid_and_they_are_in_order(vocab_size: int):
-  candidates = ladder(vocab_size)
-  parameters = [count.parameters(config) for config in candidates]
-  assert parameters == sorted(parameters) and len(set(candidates)) == len(candidates)
-  for config in candidates:
+  every = candidates(vocab_size)
+  parameters = [count.parameters(config) for config in every]
+  assert parameters == sorted(parameters) and len(set(every)) == len(every)
+  for config in every:
     assert config.head_dim in (64, 128)
     assert config.num_heads * config.head_dim == config.model_dim
     assert config.num_heads % config.num_kv_heads == 0 and config.num_kv_heads < config.num_heads
@@ -57,7 +58,7 @@ def test_every_candidate_is_valid_and_they_are_in_order(vocab_size: int):
     assert config.num_layers <= config.model_dim / 64 <= 2 * max(2, config.num_layers)
     assert 8 / 3 <= config.ffn_dim / config.model_dim < 8 / 3 + 256 / config.model_dim
   # The order of candidates does not depend on the context, and steps are small once models are.
-  assert [count.parameters(config) for config in ladder(vocab_size, 8192)] == parameters
+  assert [count.parameters(config) for config in candidates(vocab_size, 8192)] == parameters
   steps = [b / a for a, b in itertools.pairwise(parameters) if a > 500e6]
   assert max(steps) < 1.2 and parameters[-1] > 31e12, "8 TB hold no more in two bits"
 
@@ -73,7 +74,7 @@ def test_any_stage_is_linear_in_its_layers(config, purpose, first, length):
   first %= config.num_layers
   last = min(first + length, config.num_layers) - 1
   span = Span(first_layer=first, last_layer=last, num_layers=config.num_layers)
-  needed = fit.need(config, purpose)
+  needed = fits.need(config, purpose)
   counted = needed.stage(len(span), first=span.is_first, last=span.is_last)
   assert counted == purpose.stage_bytes(config, span)
   assert needed.total == purpose.stage_bytes(config, Span.whole(config))
@@ -108,13 +109,13 @@ def brute_force(needed: Need, free: list[int]) -> bool:
 @settings(max_examples=600, deadline=None)
 def test_what_fits_is_what_brute_force_finds(needed: Need, free: list[int]):
   possible = brute_force(needed, free)
-  assert fit.fits(needed, free) == possible
+  assert fits.fits(needed, free) == possible
   for speeds in (None, [1.0 + i for i in range(len(free))]):
-    placed = fit.place(needed, free, speeds)
+    placed = fits.place(needed, free, speeds)
     assert (placed is not None) == possible
     if placed is not None:
       check_placed(needed, free, placed)
-  missing = fit.missing_bytes(needed, free)
+  missing = fits.missing_bytes(needed, free)
   assert (missing == 0) == possible
   if missing:
     most = max(range(len(free)), key=lambda i: free[i])
@@ -125,10 +126,10 @@ def test_what_fits_is_what_brute_force_finds(needed: Need, free: list[int]):
 
 def test_what_no_integer_of_a_machine_holds_does_not_fit():
   purpose = ServePurpose.of(context=2**31, sequences=2**20)
-  assert fit.largest(purpose, [2**50] * 3) is None
-  needed = fit.need(ladder()[0], purpose)
-  assert not fit.fits(needed, [2**50] * 3)
-  missing = fit.missing_bytes(needed, [2**50])
+  assert fits.largest(purpose, [2**50] * 3) is None
+  needed = fits.need(candidates()[0], purpose)
+  assert not fits.fits(needed, [2**50] * 3)
+  missing = fits.missing_bytes(needed, [2**50])
   assert needed.total > 2**60 and missing == needed.total - 2**50
   with pytest.raises(ValueError, match="memory is too small"):
     size(one_host(2**50), purpose)
@@ -194,26 +195,26 @@ def check_placed(needed: Need, free: list[int], placed: list[tuple[int, int]]) -
 )
 @settings(max_examples=700, deadline=None)
 def test_more_memory_never_gives_a_smaller_model(free, purpose, at, more):
-  here = fit.largest(purpose, free)
+  here = fits.largest(purpose, free)
   at %= len(free)
   grown = [space + more * (i == at) for i, space in enumerate(free)]
   for other in (grown, [*free, more], [*free, free[at]]):
-    there = fit.largest(purpose, other)
+    there = fits.largest(purpose, other)
     if here is not None:
       assert there is not None
       assert count.parameters(there) >= count.parameters(here)
   if here is None:
-    assert not fit.fits(fit.need(ladder(context_length=purpose.context)[0], purpose), free)
+    assert not fits.fits(fits.need(candidates(context_length=purpose.context)[0], purpose), free)
     reject()
   # It fits by the count of each stage, and no candidate above it does.
-  needed = fit.need(here, purpose)
-  placed = fit.place(needed, free)
+  needed = fits.need(here, purpose)
+  placed = fits.place(needed, free)
   assert placed is not None
   check_placed(needed, free, placed)
-  candidates = ladder(context_length=purpose.context)
-  larger = candidates[candidates.index(here) + 1 :]
+  every = candidates(context_length=purpose.context)
+  larger = every[every.index(here) + 1 :]
   for above in (*larger[:2], *larger[7::150]):
-    assert not fit.fits(fit.need(above, purpose), free)
+    assert not fits.fits(fits.need(above, purpose), free)
 
 
 @given(
@@ -234,7 +235,7 @@ def test_a_sized_model_keeps_within_memory_and_covers_its_layers(
   except ValueError as error:
     assert "memory is too small" in str(error)
     allowed = [int(space * (1 - headroom)) for space in free]
-    assert fit.largest(purpose, allowed, kinds=[kind] * len(free)) is None
+    assert fits.largest(purpose, allowed, kinds=[kind] * len(free)) is None
     reject()
   assert found.parameters == count.parameters(found.config)
   covered = [i for s in found.stages for i in range(s.first_layer, s.last_layer + 1)]
@@ -286,7 +287,7 @@ def test_a_small_change_of_memory_does_not_change_the_answer(start: float, purpo
     current = found.config
   assert all(ratio >= HYSTERESIS for ratio in changes)
   # And with less memory it is kept while it fits, replaced by the largest that does then.
-  needed = fit.need(current, purpose).total
+  needed = fits.need(current, purpose).total
   just = math.ceil(needed / 0.9) + 1
   assert size(one_host(just), purpose, current=current).kept
   less = one_host(int((needed - 1) / 0.9))
@@ -398,7 +399,7 @@ def test_reserved_memory_is_the_headroom_of_each_place():
 def test_thousands_of_hosts_are_sized_in_seconds():
   # Each holds a few layers; only memory is known, so that planning is not what is timed.
   found = size(fleet([48 * 10**9, 12 * 10**9] * 1000), PACKED)
-  assert found.parameters == count.parameters(ladder()[-1])
+  assert found.parameters == count.parameters(candidates()[-1])
   found = size(fleet([10**9] * 1000), ServePurpose.of())
   # No host holds a layer of a wider candidate, and deeper ones of this width are none.
   assert len(found.stages) == found.config.num_layers == found.config.model_dim / 64

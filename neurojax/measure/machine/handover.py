@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from neurojax.config import ModelConfig, Serving
-from neurojax.count import rounded
+from neurojax.count import wording
 from neurojax.engine.api import Request
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import ternary_matrices
@@ -73,14 +73,14 @@ async def extra_stage_s(
     async with contextlib.AsyncExitStack() as stack:
       engines = {}
       for number in (FEW, MANY):
-        say(f"a pipeline of {rounded.number(number, 'stage server')}: starting")
+        say(f"a pipeline of {wording.counted(number, 'stage server')}: starting")
         local = await stack.enter_async_context(LocalStages(path, number))
         assert local.fleet is not None
         engines[number] = await PipelineEngine.connect(config, sha256, local.fleet, options)
         stack.push_async_callback(engines[number].close)
       for turn, (number, engine) in itertools.product(range(rounds), engines.items()):
         say(
-          f"a pipeline of {rounded.number(number, 'stage server')}: answer {turn + 1} of {rounds}"
+          f"a pipeline of {wording.counted(number, 'stage server')}: answer {turn + 1} of {rounds}"
         )
         times = []
         async for _ in engine.generate(Request(prompt=[1], max_tokens=tokens)):

@@ -1,4 +1,4 @@
-"""The best chain of places for a model: one stage after the other, each layer once. Imports no JAX.
+"""The best chain of places for a model: one stage after the other, each layer once.
 
 `least` finds the chain of least latency, `paced` the one with the shortest cycle of a stream; both say
 what no chain can be better than.
@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
-from neurojax.plan.capacity import most_layers
 from neurojax.plan.problem import FIRST, MIDDLE, Problem
+from neurojax.plan.shortage import most_layers
 from neurojax.plan.solve import exact, search, uniform
-from neurojax.plan.solve.uniform import Sequence
+from neurojax.plan.solve.uniform import Division
 
 ORDERLESS = "dynamic programming over layers, hops between hosts being alike"
 ORDERED = "dynamic programming over layers and sets of places"
@@ -28,7 +28,7 @@ class Found:
   """A chain, empty if there is none. bound_s: No chain within the same limits has less latency."""
 
   latency_s: float
-  chain: Sequence
+  chain: Division
   bound_s: float
   method: str
 
@@ -160,7 +160,7 @@ def _shared(latency_s: float, in_flight: int | None) -> float:
   return latency_s if math.isinf(latency_s) else 0.0
 
 
-def _proven(solved: tuple[float, Sequence] | None, method: str) -> Found:
+def _proven(solved: tuple[float, Division] | None, method: str) -> Found:
   if solved is None:
     return Found(math.inf, [], math.inf, method)
   return Found(solved[0], solved[1], solved[0], method)
@@ -188,7 +188,7 @@ def _divided(given: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray) -> np.nda
   return step_PRL
 
 
-def _busiest_s(given: Problem, chain: Sequence) -> float:
+def _busiest_s(given: Problem, chain: Division) -> float:
   last = len(chain) - 1
   steps = [given.step_PRL[p, (k == 0) | ((k == last) << 1), n] for k, (p, n) in enumerate(chain)]
   hops = [given.transfer_PP[a[0], b[0]] for a, b in itertools.pairwise(chain)]

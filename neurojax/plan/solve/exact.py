@@ -1,4 +1,4 @@
-"""The best order and division for few places, or few kinds of place. Imports no JAX.
+"""The best order and division for few places, or few kinds of place.
 
 Dynamic programming over how many places of each kind are used, the kind of the last one, and the layers
 that are placed (Held and Karp, J. SIAM 10(1), 1962, with a partition of the layers). Places that can be
@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from neurojax.plan.problem import FIRST, LAST, MIDDLE, WHOLE, Problem
-from neurojax.plan.solve.uniform import Sequence
+from neurojax.plan.solve.uniform import Division
 
 MAX_OPERATIONS = 6e8
 MAX_ENTRIES = 2e7
@@ -46,7 +46,7 @@ def is_small(sizes: list[int], num_layers: int) -> bool:
 
 def solve_exact(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray, groups: list[list[int]]
-) -> tuple[float, Sequence] | None:
+) -> tuple[float, Division] | None:
   """Least latency and who holds how much, in order; None if the layers cannot be placed.
 
   Pins that bind several places together are not kept.
@@ -109,7 +109,7 @@ def _walk_back(
   stride_C: np.ndarray,
   groups: list[list[int]],
   total: int,
-) -> Sequence:
+) -> Division:
   state, kind, layers = end
   chain = [(kind, layers)]
   state, placed = state - stride_C[kind], total - layers

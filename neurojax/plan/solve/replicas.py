@@ -1,4 +1,4 @@
-"""Several places for the same layers: as many tokens per second as all of them can give. Imports no JAX.
+"""Several places for the same layers: as many tokens per second as all of them can give.
 
 A place holds one range of layers. A sequence goes through any places whose ranges join, and its caches lie
 there: what flows from layer to layer is a flow through a network, of which a place takes at most one pass in

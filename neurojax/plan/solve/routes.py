@@ -1,4 +1,4 @@
-"""Which way sequences go between places that share layers. Imports no JAX."""
+"""Which way sequences go between places that share layers."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Good orders of many unlike places, and how far from the best they can be. Imports no JAX.
+"""Good orders of many unlike places, and how far from the best they can be.
 
 For a given order of the places, dynamic programming finds the best of all ways to use some of them in
 that order; the search is over orders. The bound leaves out which hop goes where: a place pays for the
@@ -10,12 +10,12 @@ import time
 import numpy as np
 
 from neurojax.plan.problem import FIRST, LAST, MIDDLE, WHOLE, Problem
-from neurojax.plan.solve.uniform import Sequence, unordered
+from neurojax.plan.solve.uniform import Division, unordered
 
 
 def along(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray, order: np.ndarray
-) -> tuple[float, Sequence] | None:
+) -> tuple[float, Division] | None:
   """The best use of places in the given order, some left out. O(K^2 L + K L^2) for K places."""
   total, width = problem.num_layers, problem.num_layers + 1
   number = len(order)
@@ -78,7 +78,7 @@ def along(
 
 def bound_s(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray
-) -> tuple[float, list[Sequence]]:
+) -> tuple[float, list[Division]]:
   """What no order can be faster than, and the places that the bounds would use."""
   apart_PP = hop_PP.copy()
   np.fill_diagonal(apart_PP, np.inf)
@@ -108,10 +108,10 @@ def search(
   step_PRL: np.ndarray,
   hop_PP: np.ndarray,
   *,
-  starts: list[Sequence],
+  starts: list[Division],
   deadline_s: float,
   runs: int,
-) -> tuple[float, Sequence] | None:
+) -> tuple[float, Division] | None:
   """The best of several orders, each improved by moving places as long as that helps.
 
   Args:
@@ -120,7 +120,7 @@ def search(
     runs: At most so many orders.
   """
   number = len(step_PRL)
-  best: tuple[float, Sequence] | None = None
+  best: tuple[float, Division] | None = None
   left = runs
 
   def attempt(order: np.ndarray) -> bool:

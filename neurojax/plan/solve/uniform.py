@@ -1,4 +1,4 @@
-"""The best division of layers where the order of hosts does not matter. Imports no JAX.
+"""The best division of layers where the order of hosts does not matter.
 
 A table has, for each role (bits: 1 embedding, 2 head) and number of layers, the least seconds in which a
 group of places can do that. Two groups join by a (min, +) convolution; after the last one the entry of
@@ -11,7 +11,7 @@ import numpy as np
 
 from neurojax.plan.problem import FIRST, LAST, MIDDLE, WHOLE, Problem
 
-Sequence = list[tuple[int, int]]
+Division = list[tuple[int, int]]
 """(place, layers) along the pipeline."""
 
 _PAIRS = [(a, b) for a in range(4) for b in range(4) if not a & b]
@@ -148,7 +148,7 @@ def contenders(problem: Problem, step_PRL: np.ndarray) -> list[int] | None:
 
 def solve_uniform(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray
-) -> tuple[float, Sequence] | None:
+) -> tuple[float, Division] | None:
   """The optimum where `uniform_hop_s` is not None: least latency, and who holds how much.
 
   The places of a host lie next to each other, for hops between hosts are the longer ones; only a host
@@ -202,7 +202,7 @@ def solve_uniform(
     table_RL[MIDDLE, 0] = nothing
     tables.append(table_RL)
     inner.append(joined)
-  best: tuple[float, Sequence] | None = None
+  best: tuple[float, Division] | None = None
   if np.isfinite(alone[0]):
     parts = [(alone[1], WHOLE, total)]
     best = alone[0], _ordered(problem, inner, parts)
@@ -224,11 +224,11 @@ def _pinned_hosts(problem: Problem, step_PRL: np.ndarray) -> set[int]:
 
 def _ordered(
   problem: Problem, inner: list[_Joined | None], parts: list[tuple[int, int, int]]
-) -> Sequence:
+) -> Division:
   """Hosts with the embedding first, with the head last; so too their places."""
-  front: Sequence = []
-  middle: Sequence = []
-  back: Sequence = []
+  front: Division = []
+  middle: Division = []
+  back: Division = []
   for host, role, layers in parts:
     places, joined = problem.hosts[host], inner[host]
     split = joined.split(role, layers) if joined else [(role, layers)]

@@ -1,10 +1,10 @@
-"""Whether a model fits at all; and if not, what is missing and what would fit. Imports no JAX."""
+"""Whether a model fits at all; and if not, what is missing and what would fit."""
 
 import numpy as np
 
 from neurojax import forms
-from neurojax.count.rounded import number
 from neurojax.count.serving import Load
+from neurojax.count.wording import counted
 from neurojax.plan.problem import FIRST, LAST, MIDDLE, WHOLE, Problem, role_bytes
 
 
@@ -62,9 +62,9 @@ def check(given: Problem) -> None:
     low, high = (low, middle) if enough else (middle, high)
   working = int(extra_R[MIDDLE])
   each = f", {working:,} for the working memory of each stage" if working else ""
-  pinned = f", {sum(pins.values())} of them pinned to {number(len(pins), 'place')}" if pins else ""
+  pinned = f", {sum(pins.values())} of them pinned to {counted(len(pins), 'place')}" if pins else ""
   raise ValueError(
-    f"the fleet is too small: {int(free.sum()):,} bytes are free on {number(len(free), 'place')} for "
+    f"the fleet is too small: {int(free.sum()):,} bytes are free on {counted(len(free), 'place')} for "
     f"{given.num_layers} layers of {layer:,} bytes each ({load.sequences} caches of {load.capacity} "
     f"positions included){pinned}, {int(extra_R[FIRST] - working):,} for the embedding and "
     f"{int(extra_R[LAST] - working):,} for norm and head{each}; {fits}. {high:,} bytes more on {given.places[largest].label} would do; "

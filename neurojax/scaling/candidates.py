@@ -1,4 +1,4 @@
-"""The architectures that sizing chooses from: a fixed list, whatever the fleet. Imports no JAX."""
+"""The architectures that sizing chooses from: a fixed list, whatever the fleet."""
 
 import functools
 
@@ -24,7 +24,7 @@ _WIDTHS = (
 
 
 @functools.lru_cache(maxsize=16)
-def ladder(vocab_size: int = VOCAB_SIZE, context_length: int = 2048) -> tuple[ModelConfig, ...]:
+def candidates(vocab_size: int = VOCAB_SIZE, context_length: int = 2048) -> tuple[ModelConfig, ...]:
   """All candidates, in the order of their parameters.
 
   Valid by construction: heads of 64 or 128 whose number times width is model_dim, a whole number of

@@ -1,10 +1,10 @@
-"""What a fleet of another size would give: points of a plot. Imports no JAX."""
+"""What a fleet of another size would give: points of a plot."""
 
 import dataclasses
 from typing import Any
 
 from neurojax.plan.fleet import Device, Fleet
-from neurojax.scaling.fit import Purpose
+from neurojax.scaling.purpose import Purpose
 from neurojax.scaling.size import size
 
 FACTORS = tuple(2 ** (step / 2) for step in range(-8, 9))

@@ -1,6 +1,6 @@
 import pytest
 
-from neurojax.count.rounded import short
+from neurojax.count.wording import short
 
 
 @pytest.mark.parametrize(

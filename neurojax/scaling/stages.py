@@ -1,4 +1,4 @@
-"""The stages of a sized model, and how fast they are predicted to be. Imports no JAX."""
+"""The stages of a sized model, and how fast they are predicted to be."""
 
 import dataclasses
 import itertools
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 from neurojax import count
 from neurojax.config import ModelConfig, Span
-from neurojax.count.rounded import number, short
-from neurojax.count.working import Kind
+from neurojax.count.wording import counted, short
+from neurojax.count.working import DeviceKind
 from neurojax.plan.best import best
 from neurojax.plan.fleet import Device, Fleet, Place
 from neurojax.plan.problem import MOST_PLACES
-from neurojax.scaling import fit
-from neurojax.scaling.fit import Need, Purpose, ServePurpose, TrainPurpose
+from neurojax.scaling import fits
+from neurojax.scaling.fits import Need
+from neurojax.scaling.purpose import Purpose, ServePurpose, TrainPurpose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class SizedStage:
   """Layers on one place.
 
   Attributes:
@@ -67,7 +68,7 @@ def serve(
   headroom: float,
   time_limit_s: float,
   notes: list[str],
-) -> tuple[tuple[Stage, ...], Speed, list[Line]]:
+) -> tuple[tuple[SizedStage, ...], Speed, list[Line]]:
   """The fastest placement where speeds are known, else any."""
   load = purpose.load(config)
   unknown = [place.label for place in places if place.device.decode_rate(load.weights) is None]
@@ -90,7 +91,7 @@ def serve(
   )
   free = {place.label: place.free_bytes for place in places}
   stages = tuple(
-    Stage(
+    SizedStage(
       host=stage.host,
       label=stage.label,
       first_layer=stage.first_layer,
@@ -106,7 +107,7 @@ def serve(
   lines = [
     Line(
       what="decode",
-      how=f"{number(batch, 'sequence')} of {purpose.context} / ({short(passes_s * 1e3, 4)} ms in {number(len(stages), 'stage')} + "
+      how=f"{counted(batch, 'sequence')} of {purpose.context} / ({short(passes_s * 1e3, 4)} ms in {counted(len(stages), 'stage')} + "
       f"{short((plan.latency_s - passes_s) * 1e3, 4)} ms on the way) = {short(decode, 4)} tokens/s; {plan.method}",
     )
   ]
@@ -138,7 +139,7 @@ def train(
   needed: Sequence[Need],
   mfu: float,
   notes: list[str],
-) -> tuple[tuple[Stage, ...], Speed, list[Line]]:
+) -> tuple[tuple[SizedStage, ...], Speed, list[Line]]:
   """Layers so that the slowest stage takes the least, where speeds are known."""
   unknown = [place.label for place in places if place.device.flops_per_s is None]
   if unknown:
@@ -189,9 +190,9 @@ def train(
   return tuple(timed), Speed(train_tokens_per_s=1 / per_token_s), lines
 
 
-def needs_of(config: ModelConfig, purpose: Purpose, kinds: Sequence[Kind]) -> list[Need]:
+def needs_of(config: ModelConfig, purpose: Purpose, kinds: Sequence[DeviceKind]) -> list[Need]:
   """Of each place, by the kind of its device."""
-  by_kind = {kind: fit.need(config, purpose, kind) for kind in set(kinds)}
+  by_kind = {kind: fits.need(config, purpose, kind) for kind in set(kinds)}
   return [by_kind[kind] for kind in kinds]
 
 
@@ -201,15 +202,15 @@ def _by_memory(
   allowed: Sequence[int],
   speeds: Sequence[float] | None = None,
   head: float = 0.0,
-) -> tuple[Stage, ...]:
-  placed = fit.place(needed, allowed, speeds, head)
+) -> tuple[SizedStage, ...]:
+  placed = fits.place(needed, allowed, speeds, head)
   assert placed is not None
   stages, first = [], 0
   for order, (index, layers) in enumerate(placed):
     place = places[index]
     memory = needed[index].stage(layers, first=order == 0, last=order == len(placed) - 1)
     stages.append(
-      Stage(
+      SizedStage(
         host=place.host.label,
         label=place.label,
         first_layer=first,
@@ -242,7 +243,7 @@ def reserved(fleet: Fleet, headroom: float) -> Fleet:
   )
 
 
-def _span(config: ModelConfig, stage: Stage) -> Span:
+def _span(config: ModelConfig, stage: SizedStage) -> Span:
   return Span(
     first_layer=stage.first_layer, last_layer=stage.last_layer, num_layers=config.num_layers
   )

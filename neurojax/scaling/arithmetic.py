@@ -1,4 +1,4 @@
-"""The arithmetic behind a sized model, its losses, and what is missing where none fits. Imports no JAX."""
+"""The arithmetic behind a sized model, its losses, and what is missing where none fits."""
 
 import dataclasses
 import math
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
-from neurojax.count.rounded import number
+from neurojax.count.wording import counted
 from neurojax.plan.fleet import Place
-from neurojax.scaling import fit
-from neurojax.scaling.fit import Need, Purpose, ServePurpose, TrainPurpose
-from neurojax.scaling.ladder import ladder
+from neurojax.scaling import fits
+from neurojax.scaling.candidates import candidates
+from neurojax.scaling.fits import Need
 from neurojax.scaling.law import TERNARY_GAPS, TERNARY_SPECTRA11, Law, Loss, ternary_gap
-from neurojax.scaling.staging import Line, needs_of
+from neurojax.scaling.purpose import Purpose, ServePurpose, TrainPurpose
+from neurojax.scaling.stages import Line, needs_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def memory_lines(
       Line(what="weights", how=f"{weights:,} bytes, {bits:.3f} bits a parameter"),
       Line(
         what="caches",
-        how=f"{number(purpose.sequences, 'sequence')} x 2 x {config.num_layers} layers x {config.num_kv_heads} heads "
+        how=f"{counted(purpose.sequences, 'sequence')} x 2 x {config.num_layers} layers x {config.num_kv_heads} heads "
         f"x {load.capacity} positions x {config.head_dim} x {forms.DTYPE_BYTES[load.dtype]} bytes = "
         f"{purpose.sequences * cache:,}",
       ),
@@ -115,7 +116,7 @@ def memory_lines(
   lines.append(
     Line(
       what="memory",
-      how=f"{free:,} bytes free on {number(len(places), 'place')}, {sum(allowed):,} of them after {headroom:.0%} "
+      how=f"{free:,} bytes free on {counted(len(places), 'place')}, {sum(allowed):,} of them after {headroom:.0%} "
       "headroom",
     )
   )
@@ -150,8 +151,8 @@ def next_larger(
 ) -> str:
   """What the next candidate lacks."""
   now = count.parameters(config)
-  candidates = ladder(config.vocab_size, purpose.context)
-  larger = next((c for c in candidates if count.parameters(c) > now), None)
+  every = candidates(config.vocab_size, purpose.context)
+  larger = next((c for c in every if count.parameters(c) > now), None)
   if larger is None:
     return "none: this is the largest candidate, whatever the memory"
   kinds = [place.device.kind for place in places]
@@ -172,7 +173,7 @@ def too_small(
   headroom: float,
 ) -> str:
   """Which constraint, by how much, and the nearest that would fit."""
-  smallest = ladder(vocab_size, purpose.context)[0]
+  smallest = candidates(vocab_size, purpose.context)[0]
   kinds = [place.device.kind for place in places]
   needed = needs_of(smallest, purpose, kinds)
   most = max(range(len(allowed)), key=lambda index: allowed[index])
@@ -190,11 +191,11 @@ def too_small(
     scales = forms.TERNARY_FORMATS["ternary-g128"]
     tries.append(("ternary weights", ServePurpose(purpose.change(weights="w2a8").serving, scales)))
   instead = next(
-    (what for what, other in tries if fit.fits(needs_of(smallest, other, kinds), allowed)), None
+    (what for what, other in tries if fits.fits(needs_of(smallest, other, kinds), allowed)), None
   )
   remedy = f"; or {instead} would fit as it is" if instead else ""
   return (
-    f"memory is too small: {sum(allowed):,} bytes are free on {number(len(places), 'place')} after {headroom:.0%} "
+    f"memory is too small: {sum(allowed):,} bytes are free on {counted(len(places), 'place')} after {headroom:.0%} "
     f"headroom, and the smallest candidate ({smallest.num_layers} layers of {smallest.model_dim}, "
     f"{count.parameters(smallest):,} parameters) takes {needed[most].total:,} on one; {missing:,} bytes more on "
     f"{_largest(places)} would do{remedy}"
@@ -203,7 +204,7 @@ def too_small(
 
 def missing_free_bytes(needed: Sequence[Need], allowed: Sequence[int], headroom: float) -> int:
   """What the largest place needs more, of which `headroom` stays free too; 0 if the model fits."""
-  missing = fit.missing_bytes(needed, allowed)
+  missing = fits.missing_bytes(needed, allowed)
   return missing and math.ceil(missing / (1 - headroom)) + 1
 
 

@@ -1,4 +1,4 @@
-"""A plan as running stage servers can have it. Imports no JAX."""
+"""A plan as running stage servers can have it."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Whether a model fits a fleet's memory, and a placement that shows it. Imports no JAX.
+"""Whether a model fits a fleet's memory, and a placement that shows it.
 
 Layers are contiguous and the order of places is free, so memory alone asks for a number of layers for
 each place, one place that also holds the embedding and another that holds the head (or one for all).
@@ -9,106 +9,14 @@ import functools
 import heapq
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Self
 
 import numpy as np
 
 from neurojax import count
-from neurojax.config import ModelConfig, Serving, Span
-from neurojax.count.serving import Load, stage_bytes
-from neurojax.count.training import Optimizer, TrainBytes, train_bytes
-from neurojax.count.working import Kind
-from neurojax.forms import Scales
-from neurojax.scaling.ladder import VOCAB_SIZE, ladder
-
-
-@dataclasses.dataclass(frozen=True)
-class ServePurpose:
-  """Stages that answer: their weights, the caches of all sequences, and working memory.
-
-  Attributes:
-    serving: How the model is held and run; weights and context must be given.
-    scales: Scales of every matrix, where the weights are ternary.
-  """
-
-  serving: Serving = Serving(dtype="bfloat16", weights="dense", context=2048, sequences=1)
-  scales: Scales | None = None
-
-  @classmethod
-  def of(cls, *, scales: Scales | None = None, **serving: Any) -> Self:
-    """The default serving with these fields changed."""
-    return cls(serving=dataclasses.replace(cls.serving, **serving), scales=scales)
-
-  @property
-  def context(self) -> int:
-    assert self.serving.context is not None, "sizing needs a context"
-    return self.serving.context
-
-  @property
-  def sequences(self) -> int:
-    return self.serving.sequences
-
-  def change(self, **changes: Any) -> Self:
-    """The same with other fields of the serving."""
-    return dataclasses.replace(self, serving=dataclasses.replace(self.serving, **changes))
-
-  def table(self) -> dict[str, Any]:
-    """Plain values for JSON and TOML."""
-    return {
-      "weights": self.serving.weights,
-      "scales": None if self.scales is None else dataclasses.asdict(self.scales),
-      "dtype": self.serving.dtype,
-      "context": self.context,
-      "sequences": self.sequences,
-    }
-
-  def load(self, config: ModelConfig) -> Load:
-    """What every stage of the architecture has to hold."""
-    forms = None if self.scales is None else count.uniform_ternary(config, self.scales)
-    return Load(serving=self.serving, forms=forms)
-
-  def stage_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> int:
-    return stage_bytes(config, span, self.load(config), kind)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainPurpose:
-  """Stages that train: see `training.train_bytes`, whose arguments these are. `context` is the length
-  of a sequence, `sequences` how many are in memory at once."""
-
-  context: int = 2048
-  sequences: int = 1
-  optimizer: Optimizer = "adamw"
-  remat: bool = True
-  compute_dtype: str = "bfloat16"
-  diloco: bool = False
-
-  def table(self) -> dict[str, Any]:
-    """Plain values for JSON and TOML."""
-    return dataclasses.asdict(self)
-
-  def change(self, **changes: Any) -> Self:
-    """The same with other fields."""
-    return dataclasses.replace(self, **changes)
-
-  def train_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> TrainBytes:
-    return train_bytes(
-      config,
-      span,
-      batch=self.sequences,
-      sequence=self.context,
-      optimizer=self.optimizer,
-      remat=self.remat,
-      compute_dtype=self.compute_dtype,
-      diloco=self.diloco,
-      kind=kind,
-    )
-
-  def stage_bytes(self, config: ModelConfig, span: Span, kind: Kind = "cuda") -> int:
-    return self.train_bytes(config, span, kind).total
-
-
-Purpose = ServePurpose | TrainPurpose
+from neurojax.config import ModelConfig, Span
+from neurojax.count.working import DeviceKind
+from neurojax.scaling.candidates import VOCAB_SIZE, candidates
+from neurojax.scaling.purpose import Purpose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +45,7 @@ Needs = Need | Sequence[Need]
 """One for all places, or each place's own."""
 
 
-def need(config: ModelConfig, purpose: Purpose, kind: Kind = "cuda") -> Need:
+def need(config: ModelConfig, purpose: Purpose, kind: DeviceKind = "cuda") -> Need:
   """From the bytes of five stages of a model of the same widths: all of them are linear in layers."""
   # Four layers show every kind of stage, whatever the model's depth.
   four = dataclasses.replace(config, num_layers=4)
@@ -173,7 +81,7 @@ def largest(
   free: Sequence[int],
   vocab_size: int = VOCAB_SIZE,
   most_parameters: float | None = None,
-  kinds: Sequence[Kind] | None = None,
+  kinds: Sequence[DeviceKind] | None = None,
 ) -> ModelConfig | None:
   """The candidate with the most parameters that fits; None if none does.
 
@@ -183,13 +91,13 @@ def largest(
   Args:
     kinds: Of the places' devices; GPUs if absent.
   """
-  candidates = ladder(vocab_size, purpose.context)
+  every = candidates(vocab_size, purpose.context)
   kinds = ["cuda"] * len(free) if kinds is None else kinds
-  tables = {kind: _ladder_table(purpose, vocab_size, kind) for kind in set(kinds)}
+  tables = {kind: _candidate_table(purpose, vocab_size, kind) for kind in set(kinds)}
   fitting = _fitting(tables, kinds, free)
   if most_parameters is not None:
-    fitting = fitting & np.array([count.parameters(c) <= most_parameters for c in candidates])
-  return candidates[int(fitting.nonzero()[0][-1])] if fitting.any() else None
+    fitting = fitting & np.array([count.parameters(c) <= most_parameters for c in every])
+  return every[int(fitting.nonzero()[0][-1])] if fitting.any() else None
 
 
 def missing_bytes(needed: Needs, free: Sequence[int]) -> int:
@@ -370,8 +278,8 @@ def _table(needs: Sequence[Need]) -> _Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _ladder_table(purpose: Purpose, vocab_size: int, kind: Kind) -> _Table:
-  return _table([need(config, purpose, kind) for config in ladder(vocab_size, purpose.context)])
+def _candidate_table(purpose: Purpose, vocab_size: int, kind: DeviceKind) -> _Table:
+  return _table([need(config, purpose, kind) for config in candidates(vocab_size, purpose.context)])
 
 
 def _fitting(
