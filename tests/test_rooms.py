@@ -28,6 +28,7 @@ ROOMS = (
   "engine",
   "pipeline",
   "measure",
+  "api",
   "cli",
 )
 """A new room chooses its place here."""

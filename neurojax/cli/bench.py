@@ -113,6 +113,7 @@ class Decode(EngineOptions):
         raise ValueError(f"--{name.replace('_', '-')} means nothing for {source}: leave it out")
 
   async def _bench_file(self) -> int:
+    from neurojax.api.opening import resolve
     from neurojax.kernels import timing
     from neurojax.measure.speed import engine as engine_speed
 
@@ -131,14 +132,15 @@ class Decode(EngineOptions):
     assert self.model is not None
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(EngineOptions)}
     values["context"] = self.context[0] if self.context else max(prefill, self.decode) + 2
-    values["weights"] = self.weights or "dense"
+    values["weights"] = self.weights or "auto"
     options = EngineOptions(**values)
     with ModelOptions(model=self.model, tokenizer=self.tokenizer).open() as file:
+      chosen = resolve(file, options.serving()).weights
       async with open_engine(file, options) as engine:
         work = engine_speed.decode_and_prefill(
           engine,
           model=file.path,
-          weights=f"dense {self.dtype}" if options.weights == "dense" else options.weights,
+          weights=f"dense {self.dtype}" if chosen == "dense" else chosen,
           stages=len(await engine.reports()),
           prefill=prefill,
           decode=self.decode,

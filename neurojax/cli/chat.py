@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,11 +12,15 @@ from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
   SamplingOptions,
-  open_engine,
-  open_tokenizer,
+  check_max_tokens,
+  open_face,
   stderr,
 )
 from neurojax.cli.text import lines_of_stdin
+from neurojax.config import Sampling
+
+if TYPE_CHECKING:
+  from neurojax.api.model import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,43 +39,25 @@ class Chat(ModelOptions, EngineOptions, SamplingOptions):
   """Of each answer."""
 
   def run(self) -> int:
-    return asyncio.run(self._chat())
+    sampling = self.sampling()
+    check_max_tokens(self.max_tokens)
+    with open_face(self) as model:
+      return asyncio.run(self._talk(model, sampling))
 
-  async def _chat(self) -> int:
-    from neurojax.engine.api import Request
-    from neurojax.engine.text import stream_text
-    from neurojax.tokenizer.chat.prompt import encode_chat
-
-    with self.open() as file:
-      tokenizer = open_tokenizer(file)
-      messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-      async with open_engine(file, self) as engine:
-        _prompt()
-        async for line in lines_of_stdin():
-          if not line.strip():
-            return 0
-          messages.append({"role": "user", "content": line})
-          prompt = encode_chat(tokenizer, messages)
-          room = engine.context_length - len(prompt)
-          if room < 1:
-            raise ValueError(
-              f"the talk has grown to {len(prompt)} tokens and the context is {engine.context_length}: "
-              "start with a longer --context"
-            )
-          request = Request(
-            prompt=prompt,
-            max_tokens=min(self.max_tokens, room),
-            sampling=self.sampling(),
-            stop_ids=tokenizer.stop_ids,
-          )
-          answer = []
-          async with contextlib.aclosing(stream_text(engine, tokenizer, request)) as stream:
-            async for piece in stream:
-              print(piece.text, end="", flush=True)
-              answer.append(piece.text)
-          print(flush=True)
-          messages.append({"role": "assistant", "content": "".join(answer)})
-          _prompt()
+  async def _talk(self, model: "Model", sampling: Sampling) -> int:
+    messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+    _prompt()
+    async for line in lines_of_stdin():
+      if not line.strip():
+        return 0
+      messages.append({"role": "user", "content": line})
+      stream = model.aio.stream_chat(messages, max_tokens=self.max_tokens, sampling=sampling)
+      async with contextlib.aclosing(stream):
+        async for piece in stream:
+          print(piece, end="", flush=True)
+      print(flush=True)
+      messages.append({"role": "assistant", "content": stream.completion.text})
+      _prompt()
     return 0
 
 

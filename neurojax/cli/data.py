@@ -86,7 +86,7 @@ class Prepare:
         if sys.stdin is None:
           raise ValueError("standard input is closed: name a file")
         spool(sys.stdin.buffer, piped)
-      preparation = Preparation(
+      plan = Preparation(
         inputs=inputs,
         valid_inputs=self.valid,
         valid_fraction=self.valid_fraction,
@@ -106,14 +106,14 @@ class Prepare:
       with Progress(console=stderr, transient=True) as progress:
         bar = progress.add_task("", total=None)
         meta = prepare(
-          preparation,
+          plan,
           folder,
           progress=lambda what, done: progress.update(
             bar, description=f"{what}, {done / 1e6:.0f} MB"
           ),
         )
       piped.unlink(missing_ok=True)
-    for remark in remarks(preparation, meta):
+    for remark in remarks(plan, meta):
       print(f"neurojax: warning: {remark}", file=sys.stderr)
     if self.json:
       print((self.out / "meta.json").read_text(encoding="utf-8"), end="")

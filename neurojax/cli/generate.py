@@ -1,11 +1,8 @@
 """`neurojax generate`: continue a text."""
 
-import asyncio
-import contextlib
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +12,8 @@ from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
   SamplingOptions,
-  open_engine,
-  open_tokenizer,
+  check_max_tokens,
+  open_face,
 )
 from neurojax.cli.text import read_stdin, read_text
 
@@ -44,8 +41,33 @@ class Generate(ModelOptions, EngineOptions, SamplingOptions):
   """Print one JSON object with text, tokens, log-probabilities and times."""
 
   def run(self) -> int:
-    text = self._text()
-    return asyncio.run(self._generate(text))
+    text, sampling = self._text(), self.sampling()
+    check_max_tokens(self.max_tokens)
+    with open_face(self) as model:
+      stream = model.stream(
+        text,
+        max_tokens=self.max_tokens,
+        sampling=sampling,
+        stop=self.stop,
+        ignore_eos=self.ignore_eos,
+        special=self.special,
+      )
+      for piece in stream:
+        if not self.json:
+          print(piece, end="", flush=True)
+    answer = stream.completion
+    if self.json:
+      table = dataclasses.asdict(answer)
+      times = table.pop("times")
+      print(
+        json.dumps(
+          {**table, "first_token_s": times["first_token_s"], "total_s": times["total_s"]},
+          ensure_ascii=False,
+        )
+      )
+    elif sys.stdout.isatty():
+      print()
+    return 0
 
   def _text(self) -> str:
     if (self.prompt is None) == (self.prompt_file is None):
@@ -53,43 +75,3 @@ class Generate(ModelOptions, EngineOptions, SamplingOptions):
     if self.prompt_file is not None:
       return read_text(self.prompt_file)
     return read_stdin() if self.prompt == "-" else self.prompt or ""
-
-  async def _generate(self, text: str) -> int:
-    from neurojax.engine.api import Request
-    from neurojax.engine.text import stream_text
-
-    with self.open() as file:
-      tokenizer = open_tokenizer(file)
-      request = Request(
-        prompt=tokenizer.encode(text, parse_special=self.special, add_special=True),
-        max_tokens=self.max_tokens,
-        sampling=self.sampling(),
-        stop_ids=frozenset() if self.ignore_eos else tokenizer.stop_ids,
-      )
-      async with open_engine(file, self) as engine:
-        began_s = time.perf_counter()
-        first_s, pieces, tokens, reason = None, [], [], None
-        stream = stream_text(engine, tokenizer, request, stops=self.stop)
-        async with contextlib.aclosing(stream):
-          async for piece in stream:
-            first_s = first_s or time.perf_counter() - began_s
-            pieces.append(piece.text)
-            reason = piece.finish_reason
-            tokens.append(piece.token)
-            if not self.json:
-              print(piece.text, end="", flush=True)
-        total_s = time.perf_counter() - began_s
-        if self.json:
-          answer = {
-            "text": "".join(pieces),
-            "prompt_tokens": list(request.prompt),
-            "tokens": [token.id for token in tokens],
-            "logprobs": [token.logprob for token in tokens],
-            "finish_reason": reason,
-            "first_token_s": first_s,
-            "total_s": total_s,
-          }
-          print(json.dumps(answer, ensure_ascii=False))
-        elif sys.stdout.isatty():
-          print()
-    return 0

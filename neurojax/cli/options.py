@@ -4,26 +4,26 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from neurojax.config import Sampling, Serving
-from neurojax.count.serving import Load
-from neurojax.count.working import DeviceKind
+from neurojax.config import MOST_SEQUENCES, Sampling, Serving
 from neurojax.files.find import model_path
 from neurojax.forms import Weights
-from neurojax.plan.proportional import proportional
 
 if TYPE_CHECKING:
+  from neurojax.api.model import Model
+  from neurojax.api.opening import OnProgress
+  from neurojax.api.opening import Progress as Event
   from neurojax.engine.drive import DrivenEngine
   from neurojax.files.model_file import ModelFile
-  from neurojax.tokenizer.tokenizer import Tokenizer
-
+  from neurojax.plan.plan import Plan
+  from neurojax.tokenizer import Tokenizer
 
 stderr = Console(stderr=True)
 
@@ -53,10 +53,11 @@ class EngineOptions:
   """Use the stage servers of a plan that `neurojax plan --toml` printed, with the layers it gives them."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of activations and caches, and of dense weights."""
-  weights: Weights = "dense"
-  """"dense" keeps matrices in the dtype; "int8" as 8-bit integers with scales: smaller and faster;
-  "w2a16" and "w2a8" keep a file's ternary matrices in two bits, for activations as they are or
-  rounded to 8 bits; "stored" keeps every matrix as its file has it, exactly."""
+  weights: Weights | Literal["auto"] = "auto"
+  """Form of the matrices. "auto" is the form that the file is made for, exactly. "dense" expands them to
+  the dtype; "int8" rounds them to 8-bit integers with scales; "w2a16" and "w2a8" keep a file's ternary
+  matrices in two bits, with activations as they are or rounded to 8 bits; "stored" keeps every matrix as
+  its file has it."""
   programs: Literal["auto", "model", "fused"] = "auto"
   """"fused" runs few large kernels on a GPU, for ternary weights in bfloat16; "model" runs any model
   anywhere; "auto" is fused where it can be."""
@@ -72,12 +73,30 @@ class EngineOptions:
       raise ValueError(f"--stages {self.stages}: at least 1")
     if not 0 < self.step_timeout < math.inf:
       raise ValueError(f"--step-timeout {self.step_timeout}: a positive number of seconds")
-    if not 1 <= self.sequences <= 4096:
-      raise ValueError(f"--sequences {self.sequences}: between 1 and 4096")
+    if not 1 <= self.sequences <= MOST_SEQUENCES:
+      raise ValueError(f"--sequences {self.sequences}: between 1 and {MOST_SEQUENCES}")
     if self.hosts is not None and self.stages != 1:
       raise ValueError("--stages starts servers and --hosts uses running ones: give one of them")
     if self.plan is not None and (self.hosts is not None or self.stages != 1):
       raise ValueError("--plan says which stage servers are used: leave --hosts and --stages out")
+
+  def serving(self) -> Serving:
+    """How the model is to be held and run."""
+    return Serving(
+      dtype=self.dtype,
+      weights=self.weights,
+      context=self.context,
+      sequences=self.sequences,
+      programs=self.programs,
+    )
+
+  def where(self) -> "str | Plan | None":
+    """Running stage servers to use, if any. Raises: ValueError: the plan's file is none."""
+    if self.plan is None:
+      return self.hosts
+    from neurojax.plan.plan_file import read_plan
+
+    return read_plan(self.plan)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +117,12 @@ class SamplingOptions:
     )
 
 
+def check_max_tokens(number: int) -> None:
+  """Raises: ValueError: an answer of no token."""
+  if number < 1:
+    raise ValueError(f"--max-tokens {number}: at least 1")
+
+
 def check_out(flag: str, path: Path | None) -> None:
   """Before the work is done: whether its result can be written.
 
@@ -113,93 +138,78 @@ def check_out(flag: str, path: Path | None) -> None:
     raise ValueError(f"{flag} {path}: it may not be written: choose another place")
 
 
-def serving(file: "ModelFile", options: EngineOptions) -> Serving:
-  """How the options want the file's model held and run, every choice made.
-
-  Raises: ValueError: as `Serving.resolve` does.
-  """
-  from neurojax.files.kept import stored_forms
-
-  asked = Serving(
-    dtype=options.dtype,
-    weights=options.weights,
-    context=options.context,
-    sequences=options.sequences,
-    programs=options.programs,
-  )
-  return asked.resolve(file.config, stored_forms(file))
-
-
 def open_tokenizer(file: "ModelFile") -> "Tokenizer":
   """Raises: ValueError: the file has none."""
-  from neurojax.tokenizer.tokenizer import Tokenizer
+  from neurojax.api import opening
 
-  if file.tokenizer is None:
-    raise ValueError(f"{file.path} has no tokenizer: give one with --tokenizer")
-  return Tokenizer(file.tokenizer)
+  return opening.open_tokenizer(file)
+
+
+@contextlib.contextmanager
+def drawn() -> Iterator["OnProgress"]:
+  """A callback that draws the progress of opening a model on standard error, if that is a terminal."""
+  with Progress(
+    TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+    console=stderr, transient=True, disable=not stderr.is_terminal,
+  ) as progress:  # fmt: skip
+    bars: dict[str, TaskID] = {}
+
+    def draw(event: "Event") -> None:
+      if event.what not in bars:
+        for bar in bars.values():
+          progress.update(bar, visible=False)
+        bars[event.what] = progress.add_task(event.what, total=event.total)
+      progress.update(bars[event.what], completed=event.done, total=event.total)
+
+    yield draw
+
+
+def open_face(options: "ModelOptions | EngineOptions") -> "Model":
+  """The model that the options ask for, its progress drawn."""
+  from neurojax.api.model import connect, load
+
+  assert isinstance(options, ModelOptions) and isinstance(options, EngineOptions)
+  held: dict[str, Any] = {
+    name: getattr(options, name)
+    for name in ("weights", "dtype", "context", "sequences", "programs", "tokenizer")
+  }
+  with drawn() as progress:
+    if (where := options.where()) is not None:
+      model = connect(
+        where, options.model, **held, step_timeout_s=options.step_timeout, progress=progress
+      )
+    else:
+      model = load(
+        options.model, **held, stages=options.stages, step_timeout_s=options.step_timeout,
+        progress=progress,
+      )  # fmt: skip
+  say_weights(options, model.serving)
+  return model
+
+
+def say_weights(options: EngineOptions, serving: Serving) -> None:
+  """Say in one line which weights "auto" became."""
+  if options.weights == "auto" and serving.weights != "dense" and stderr.is_terminal:
+    stderr.print(f"weights: {serving.weights}, the form that the file is made for", style="dim")
 
 
 @contextlib.asynccontextmanager
 async def open_engine(
   file: "ModelFile", options: EngineOptions
 ) -> AsyncGenerator["DrivenEngine", None]:
-  """The engine that the options ask for; it is closed, and servers are ended, on the way out."""
-  if options.hosts is None and options.plan is None and options.stages == 1:
-    engine = _local_engine(file, options)
-    try:
-      yield engine
-    finally:
-      await engine.close()
-    return
-  from neurojax.files.load import stored_forms
-  from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
-  from neurojax.pipeline.spawn import LocalStages
-  from neurojax.plan.fleet import read_fleet
-  from neurojax.plan.plan_file import read_plan, servers
+  """The engine that the options ask for, its progress drawn; it is closed on the way out."""
+  from neurojax.api import opening
 
-  setup = PipelineOptions(
-    serving=serving(file, options), forms=stored_forms(file), step_s=options.step_timeout
-  )
-  spans = None
-  if options.plan is not None:
-    fleet, spans = servers(read_plan(options.plan), file.config)
   async with contextlib.AsyncExitStack() as stack:
-    with stderr.status("waiting for stage servers to start, read their layers and compile"):
-      if options.hosts is not None:
-        fleet = read_fleet(options.hosts)
-      elif spans is None:
-        stages = await stack.enter_async_context(LocalStages(file.path, options.stages))
-        assert stages.fleet is not None
-        fleet = stages.fleet
-      engine = await PipelineEngine.connect(file.config, file.sha256(), fleet, setup, spans=spans)
-    stack.push_async_callback(engine.close)
+    with drawn() as progress:
+      engine = await stack.enter_async_context(
+        opening.open_engine(
+          file,
+          options.serving(),
+          stages=options.stages,
+          where=options.where(),
+          step_timeout_s=options.step_timeout,
+          progress=progress,
+        )
+      )
     yield engine
-
-
-def _local_engine(file: "ModelFile", options: EngineOptions) -> "DrivenEngine":
-  import jax
-  import jax.numpy as jnp
-
-  from neurojax.engine.local import LocalEngine
-  from neurojax.files.load import load_span, stored_forms
-  from neurojax.folders import cache_dir
-  from neurojax.stage.compile import CompiledStage, use_compilation_cache
-  from neurojax.stage.memory import free_memory_bytes
-
-  use_compilation_cache(cache_dir() / "xla")
-  asked = serving(file, options)
-  load = Load(serving=asked, forms=stored_forms(file))
-  device: DeviceKind = "cpu" if jax.default_backend() == "cpu" else "cuda"
-  proportional(file.config, [("this process", free_memory_bytes())], load, [device])
-  with Progress(console=stderr, transient=True) as progress:
-    bar = progress.add_task("reading layers", total=file.config.num_layers)
-    model = load_span(
-      file,
-      dtype=jnp.dtype(asked.dtype),
-      weights=asked.weights,
-      progress=lambda done: progress.update(bar, completed=done),
-    )
-    progress.update(progress.add_task("compiling", total=None))
-    assert asked.context is not None
-    stage = CompiledStage(model, context_length=asked.context, programs=asked.programs)
-  return LocalEngine(stage, max_sequences=asked.sequences)

@@ -155,7 +155,7 @@ def partial_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def prepare(
-  preparation: Preparation, folder: Path, *, progress: Progress = lambda what, done: None
+  plan: Preparation, folder: Path, *, progress: Progress = lambda what, done: None
 ) -> Meta:
   """Fills a folder (see `partial_folder`) with shards, tokenizer and meta.json.
 
@@ -164,33 +164,31 @@ def prepare(
 
   Raises: ValueError: the input cannot be read, or a split has no document.
   """
-  spec = preparation.tokenizer
+  spec = plan.tokenizer
   if spec is None:
-    corpus = preparation.corpus(preparation.inputs, cut=True)
-    texts = _learned(preparation, corpus, progress)
+    corpus = plan.corpus(plan.inputs, cut=True)
+    texts = _learned(plan, corpus, progress)
     first = next(texts, None)
     if first is None:
       raise ValueError(_nothing("training", corpus.tallies, corpus.bad))
-    spec = _learn(preparation, itertools.chain([first], texts))
+    spec = _learn(plan, itertools.chain([first], texts))
   assert spec.eos_id is not None
   tokenizer = Tokenizer(spec)
   dtype = dtype_for(len(spec.tokens))
   train, valid = (
-    ShardWriter(folder, split, dtype, preparation.shard_tokens) for split in ("train", "valid")
+    ShardWriter(folder, split, dtype, plan.shard_tokens) for split in ("train", "valid")
   )
   cut = tokenizer.cuts_at_spaces
-  corpora = [preparation.corpus(preparation.inputs, cut=cut)]
-  _encode(
-    tokenizer, corpora[0].parts(), lambda i: valid if preparation.held_out(i) else train, progress
-  )
-  if preparation.valid_inputs:
-    corpora.append(preparation.corpus(preparation.valid_inputs, cut=cut))
+  corpora = [plan.corpus(plan.inputs, cut=cut)]
+  _encode(tokenizer, corpora[0].parts(), lambda i: valid if plan.held_out(i) else train, progress)
+  if plan.valid_inputs:
+    corpora.append(plan.corpus(plan.valid_inputs, cut=cut))
     _encode(tokenizer, corpora[1].parts(), lambda i: valid, progress)
   tallies = [tally for corpus in corpora for tally in corpus.tallies]
   bad = [row for corpus in corpora for row in corpus.bad]
   if not train.documents:
     raise ValueError(_nothing("training", tallies, bad))
-  if not valid.documents and (preparation.valid_inputs or preparation.valid_fraction):
+  if not valid.documents and (plan.valid_inputs or plan.valid_fraction):
     raise ValueError(_nothing("held-out", tallies, bad))
   text = dump_spec(spec)
   write_synced(folder / SPEC, text.encode())
@@ -212,15 +210,15 @@ def prepare(
     sources=tuple(Source(**dataclasses.asdict(tally)) for tally in tallies),
     bad_rows=tuple(bad),
     forced_cuts=sum(corpus.forced_cuts for corpus in corpora),
-    separator=preparation.separator,
-    made_with=preparation.made_with,
+    separator=plan.separator,
+    made_with=plan.made_with,
   )
   table = {key: value for key, value in dataclasses.asdict(meta).items() if value is not None}
   write_synced(folder / META, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
   return meta
 
 
-def remarks(preparation: Preparation, meta: Meta) -> list[str]:
+def remarks(plan: Preparation, meta: Meta) -> list[str]:
   """Returns what a user should know before training, in one line each."""
   found = []
   bad = sum(source.bad_rows for source in meta.sources)
@@ -230,23 +228,23 @@ def remarks(preparation: Preparation, meta: Meta) -> list[str]:
     found.append(
       f"{bad:,} of {rows:,} rows ({bad / rows:.1%}) were bad and left out, first {first}"
     )
-  if preparation.tokenizer is None and meta.vocab_size < preparation.vocab_size:
+  if plan.tokenizer is None and meta.vocab_size < plan.vocab_size:
     found.append(
-      f"the vocabulary has {meta.vocab_size:,} tokens where {preparation.vocab_size:,} were asked"
-      " for: the text that it was learnt from gives no more"
+      f"the vocabulary has {meta.vocab_size:,} tokens where {plan.vocab_size:,} were asked for: the"
+      " text that it was learnt from gives no more"
     )
-  if preparation.tokenizer is None and preparation.vocabulary == "unigram":
+  if plan.tokenizer is None and plan.vocabulary == "unigram":
     found.append(
       "a GGUF file cannot hold a unigram vocabulary: export the trained model as a folder"
     )
   return found
 
 
-def _learn(preparation: Preparation, texts: Iterator[str]) -> TokenizerSpec:
-  if preparation.vocabulary == "bpe":
-    return train_bpe(texts, vocab_size=preparation.vocab_size, pre=preparation.pre)
-  model = "bpe" if preparation.vocabulary == "spm" else "unigram"
-  return train_sentencepiece(texts, vocab_size=preparation.vocab_size, model=model)
+def _learn(plan: Preparation, texts: Iterator[str]) -> TokenizerSpec:
+  if plan.vocabulary == "bpe":
+    return train_bpe(texts, vocab_size=plan.vocab_size, pre=plan.pre)
+  model = "bpe" if plan.vocabulary == "spm" else "unigram"
+  return train_sentencepiece(texts, vocab_size=plan.vocab_size, model=model)
 
 
 def spool(stream: BinaryIO, path: Path) -> None:
@@ -266,15 +264,15 @@ def spool(stream: BinaryIO, path: Path) -> None:
     shutil.copyfileobj(stream, file, 1 << 20)
 
 
-def _learned(preparation: Preparation, corpus: Corpus, progress: Progress) -> Iterator[str]:
+def _learned(plan: Preparation, corpus: Corpus, progress: Progress) -> Iterator[str]:
   """Yields training text, up to `learn_bytes` of it."""
   document, done = 0, 0
   for part in corpus.parts():
-    if not preparation.held_out(document) and part.text:
+    if not plan.held_out(document) and part.text:
       yield part.text
       done += len(part.text.encode())
       progress("reading text to learn a vocabulary", done)
-      if done >= preparation.learn_bytes:
+      if done >= plan.learn_bytes:
         break
     document += part.ends
   progress("learning a vocabulary", done)

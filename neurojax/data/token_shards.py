@@ -25,7 +25,6 @@ import numpy as np
 from neurojax.config import from_dict
 from neurojax.files.digest import sha256_of
 from neurojax.files.put import stored
-from neurojax.tokenizer.read.bounded import read_bounded
 from neurojax.tokenizer.spec_json import parse_spec
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
@@ -33,7 +32,6 @@ FORMAT = "neurojax.tokens/1"
 META, SPEC = "meta.json", "tokenizer.spec.json"
 TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 SHARD_TOKENS = 1 << 28
-_MAX_META_BYTES, _MAX_SPEC_BYTES = 64 << 20, 512 << 20
 
 SplitName = Literal["train", "valid"]
 Dtype = Literal["uint16", "uint32"]
@@ -118,7 +116,7 @@ def read_meta(folder: str | Path) -> Meta:
       f"{path}: no such file: {folder} holds no prepared data; make it with `neurojax data prepare`"
     )
   try:
-    table = json.loads(_read(path, _MAX_META_BYTES).decode("utf-8"))
+    table = json.loads(path.read_bytes().decode("utf-8"))
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: damaged: {error}: prepare the data again") from error
   if not isinstance(table, dict) or table.get("format") != FORMAT:
@@ -147,16 +145,7 @@ def read_spec(folder: str | Path) -> TokenizerSpec:
     raise FileNotFoundError(f"{path}: no such file: prepare the data again")
   if sha256_of(path) != meta.tokenizer_sha256:
     raise ValueError(f"{path}: its digest is not the one in {META}: prepare the data again")
-  try:
-    text = _read(path, _MAX_SPEC_BYTES).decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: not UTF-8 at byte {error.start}: prepare the data again") from error
-  return parse_spec(text, where=str(path))
-
-
-def _read(path: Path, limit: int) -> bytes:
-  with path.open("rb") as file:
-    return read_bounded(file, str(path), limit, "a file of prepared data")
+  return parse_spec(path.read_text(encoding="utf-8"), where=str(path))
 
 
 def check_digests(folder: str | Path) -> None:

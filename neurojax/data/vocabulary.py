@@ -7,7 +7,7 @@ from neurojax.data.token_shards import META, read_spec
 from neurojax.files.find import model_path
 from neurojax.files.open import open_model
 from neurojax.tokenizer.read.folder import spec_from_file
-from neurojax.tokenizer.read.tokenizer_json import bpe_spec_from_json
+from neurojax.tokenizer.read.tokenizer_json import spec_from_json
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
@@ -47,7 +47,7 @@ def _from_json(path: Path, eos: str | None) -> TokenizerSpec:
   if eos is None and spec.eos_id is not None:
     eos = spec.tokens[spec.eos_id]
   try:
-    return bpe_spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
+    return spec_from_json(path.read_text(encoding="utf-8"), eos=eos)
   except (ValueError, NotImplementedError):
     pass
   return _ending_with(spec, eos, path)

@@ -18,14 +18,25 @@ T = TypeVar("T")
 class LocalEngine(DrivenEngine):
   """An engine over one stage that holds every layer.
 
+  Args:
+    thread: A pool of one thread that computes; a new one if absent. `close` shuts it down.
+
   Raises: ValueError: the stage holds only a part of the model.
   """
 
-  def __init__(self, stage: CompiledStage, *, max_sequences: int = 4):
+  def __init__(
+    self,
+    stage: CompiledStage,
+    *,
+    max_sequences: int = 4,
+    thread: concurrent.futures.ThreadPoolExecutor | None = None,
+  ):
     if len(stage.span) != stage.config.num_layers:
       raise ValueError(f"a local engine needs all layers, this stage holds {stage.span}")
     self._runtime = StageRuntime(stage, max_sequences=max_sequences)
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-local")
+    self._thread = thread or concurrent.futures.ThreadPoolExecutor(
+      1, thread_name_prefix="neurojax-local"
+    )
     self._decode_steps, self._decode_s = 0, 0.0
     self._closed = False
 

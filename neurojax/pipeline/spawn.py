@@ -22,12 +22,21 @@ class LocalStages:
 
   Args:
     arguments: Further arguments of `neurojax stage` for every server.
+    devices: JAX devices such as "cpu" or "cuda:1": one for each server, or one for all.
   """
 
-  def __init__(self, model: Path, number: int, *, arguments: Sequence[str] = ()):
+  def __init__(
+    self,
+    model: Path,
+    number: int,
+    *,
+    arguments: Sequence[str] = (),
+    devices: Sequence[str] = (),
+  ):
     if number < 1:
       raise ValueError(f"{number} stages: at least 1")
     self._model, self._number, self._arguments = model, number, tuple(arguments)
+    self._devices = tuple(devices) * (number if len(devices) == 1 else 1)
     self.processes: list[asyncio.subprocess.Process] = []
     self.fleet: Fleet | None = None
     self._drains: list[asyncio.Task[None]] = []
@@ -35,7 +44,7 @@ class LocalStages:
   async def __aenter__(self) -> Self:
     try:
       for index in range(self._number):
-        self.processes.append(await self._start(f"stage-{index}"))
+        self.processes.append(await self._start(index))
       addresses = await asyncio.gather(*(self._address(process) for process in self.processes))
     except BaseException:
       await self._end()
@@ -48,7 +57,8 @@ class LocalStages:
   async def __aexit__(self, *_: object) -> None:
     await self._end()
 
-  async def _start(self, name: str) -> asyncio.subprocess.Process:
+  async def _start(self, index: int) -> asyncio.subprocess.Process:
+    chosen = self._devices[index] if self._devices else None
     # The child leaves its stdin open and ends when it closes, which the kernel does if we are killed.
     # Several servers may share one GPU: none may take most of its memory beforehand.
     # A process group of its own keeps the terminal's Ctrl-C from it: we end it in order.
@@ -62,13 +72,13 @@ class LocalStages:
       "--listen",
       "127.0.0.1:0",
       "--name",
-      name,
+      f"stage-{index}",
       "--json",
       "--end-with-stdin",
       "--share",
       str(self._number),
       *self._arguments,
-      env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
+      env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **device_environment(chosen)},
       stdin=asyncio.subprocess.PIPE,
       stdout=asyncio.subprocess.PIPE,
       start_new_session=True,
@@ -101,6 +111,22 @@ class LocalStages:
         await process.wait()
     for drain in self._drains:
       drain.cancel()
+
+
+def device_environment(device: str | None) -> dict[str, str]:
+  """Environment variables that show a process one device only.
+
+  Args:
+    device: A platform ("cpu", "cuda") or one device of it ("cuda:1"); None changes nothing.
+  """
+  if device is None:
+    return {}
+  platform, _, number = device.partition(":")
+  found = {"JAX_PLATFORMS": "cuda,cpu" if platform == "cuda" else platform}
+  if number and platform == "cuda":
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    found["CUDA_VISIBLE_DEVICES"] = seen[int(number)] if seen != [""] else number
+  return found
 
 
 async def _drain(stream: asyncio.StreamReader) -> None:

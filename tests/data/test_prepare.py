@@ -363,15 +363,6 @@ def test_mostly_bad_rows_and_a_small_vocabulary_are_said_in_a_line(capsys, tmp_p
   assert code == 2 and "0 documents and 9 bad rows in all, the first" in err
 
 
-def test_files_of_prepared_data_are_read_up_to_a_limit(data: Path, monkeypatch: pytest.MonkeyPatch):
-  size = (data / META).stat().st_size
-  monkeypatch.setattr("neurojax.data.token_shards._MAX_META_BYTES", size)
-  assert read_meta(data)
-  monkeypatch.setattr("neurojax.data.token_shards._MAX_META_BYTES", size - 1)
-  with pytest.raises(ValueError, match=rf"{META}: .*more than {size - 1} bytes"):
-    read_meta(data)
-
-
 def test_a_pipe_without_an_end_and_a_document_too_long_are_refused(
   capsys, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from neurojax.tokenizer import Tokenizer, spec_from_gguf
 from neurojax.tokenizer.pretokenizers import PRE_TOKENIZERS
 from neurojax.tokenizer.read.folder import spec_from_file, spec_from_folder
-from neurojax.tokenizer.read.tokenizer_json import spec_from_tokenizer_json
+from neurojax.tokenizer.read.tokenizer_json import spec_from_library
 from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
 from neurojax.tokenizer.spec_json import dump_spec, parse_spec
 from neurojax.tokenizer.write.gguf import gguf_from_spec
@@ -141,7 +141,7 @@ def test_ids_and_texts_are_the_librarys(name: str, made: dict, tmp_path: Path):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_text_spells_a_special_token(name: str, made: dict):
-  ours = Tokenizer(spec_from_tokenizer_json(made[name].to_str(), {"eos_token": "</s>"}))
+  ours = Tokenizer(spec_from_library(made[name].to_str(), {"eos_token": "</s>"}))
   special = {i for i, kind in enumerate(ours.spec.types) if kind in ("control", "unknown")}
   assert len(special) >= 3
   for text in hostile(60, seed=2):
@@ -160,7 +160,7 @@ def test_no_text_spells_a_special_token(name: str, made: dict):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_tokenizer_json_becomes_gguf_or_is_refused(name: str, made: dict):
-  spec = spec_from_tokenizer_json(made[name].to_str(), {"eos_token": "</s>", "bos_token": "<s>"})
+  spec = spec_from_library(made[name].to_str(), {"eos_token": "</s>", "bos_token": "<s>"})
   metaspace = name in ("first", "always")
   size = len(spec.tokens) + 3
   again = spec_from_gguf(gguf_from_spec(spec, size))
@@ -177,10 +177,10 @@ def test_a_tokenizer_json_becomes_gguf_or_is_refused(name: str, made: dict):
 
 
 def test_gemmas_tokenizer_goes_from_gguf_to_a_folder(made: dict):
-  given = in_gguf_terms(spec_from_tokenizer_json(made["gemma"].to_str(), {"eos_token": "</s>"}))
+  given = in_gguf_terms(spec_from_library(made["gemma"].to_str(), {"eos_token": "</s>"}))
   assert (given.kind, given.pre) == ("bpe", "gemma4")
   text = json_from_spec(given)
-  again = spec_from_tokenizer_json(text, {"eos_token": "</s>"})
+  again = spec_from_library(text, {"eos_token": "</s>"})
   assert in_gguf_terms(again) == given
   ours, theirs = Tokenizer(given), tokenizers.Tokenizer.from_str(text)
   for sample in hostile(150, seed=9):
@@ -199,7 +199,7 @@ def test_long_texts_are_cut_without_a_trace(made: dict, monkeypatch: pytest.Monk
   text = " ".join(hostile(30)) + " the cat  sat on the été mat " * 4
   for name in ("llama-bpe", "qwen2"):
     for sample in (text, text.replace("<", "")):
-      ours = Tokenizer(spec_from_tokenizer_json(made[name].to_str()))
+      ours = Tokenizer(spec_from_library(made[name].to_str()))
       assert ours.encode(sample, parse_special=True) == made[name].encode(sample).ids
       assert ours.encode_many([sample, "the"]) == [ours.encode(sample), ours.encode("the")]
 
@@ -209,7 +209,7 @@ def test_long_texts_by_words_have_the_same_ids(
   name: str, made: dict, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr("neurojax.tokenizer.encode.tokenizer_json._LONG", 0)
-  ours = Tokenizer(spec_from_tokenizer_json(made[name].to_str()))
+  ours = Tokenizer(spec_from_library(made[name].to_str()))
   for text in hostile(150, seed=4):
     text = text.replace("<tool>", "thing")
     if not any(token in text for token in SPECIAL):
@@ -355,7 +355,7 @@ GROWING = {
 def test_what_is_not_here_is_named(change: dict, words: str | None, made: dict):
   table = json.loads(made["llama-bpe"].to_str()) | change
   if words is None:
-    assert spec_from_tokenizer_json(json.dumps(table)).add_eos
+    assert spec_from_library(json.dumps(table)).add_eos
     return
   with pytest.raises((NotImplementedError, ValueError), match=words):
-    spec_from_tokenizer_json(json.dumps(table))
+    spec_from_library(json.dumps(table))

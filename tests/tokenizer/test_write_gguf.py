@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from neurojax.tokenizer import Tokenizer, TokenizerSpec, spec_from_gguf
-from neurojax.tokenizer.read.tokenizer_json import bpe_spec_from_json
+from neurojax.tokenizer.read.tokenizer_json import spec_from_json
 from neurojax.tokenizer.write.gguf import gguf_from_spec, padded
 from neurojax.tokenizer.write.tokenizer_json import json_from_spec
 from tests.tokenizer import vocab
@@ -71,7 +71,7 @@ def test_what_has_no_key_is_refused_by_name():
 def test_tokenizer_json_is_read_by_its_library_and_by_us(pre: str, adds: tuple[bool, bool]):
   spec = vocab.tiny_bpe(pre=pre, add_bos=adds[0], add_eos=adds[1], stop_ids=frozenset({260}))
   text = json_from_spec(spec)
-  again = bpe_spec_from_json(text, bos="<s>", eos="</s>")
+  again = spec_from_json(text, bos="<s>", eos="</s>")
   assert again == spec
   theirs, ours = tokenizers.Tokenizer.from_str(text), Tokenizer(spec)
   for sample in [*TEXTS, *map(random_text, range(40))]:
@@ -99,7 +99,7 @@ def test_what_the_library_trains_is_known_by_name(name: str, cut: list):
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
   )  # fmt: skip
   trained.train_from_iterator(map(random_text, range(200)), trainer)
-  spec = bpe_spec_from_json(trained.to_str(), eos="<|endoftext|>", bos="<|endoftext|>")
+  spec = spec_from_json(trained.to_str(), eos="<|endoftext|>", bos="<|endoftext|>")
   assert (spec.pre, spec.eos_id, spec.types[0]) == (name, 0, "control")
   assert spec_from_gguf(gguf_from_spec(spec, len(spec.tokens))) == spec
   ours = Tokenizer(spec)
@@ -134,13 +134,13 @@ def changed(*path: str, to: object) -> str:
 )
 def test_a_tokenizer_json_that_gguf_has_no_words_for_is_refused(text, error, reason):
   with pytest.raises(error, match=reason):
-    bpe_spec_from_json(text)
+    spec_from_json(text)
 
 
 def test_special_tokens_must_be_tokens_and_other_kinds_are_refused():
   text = json_from_spec(vocab.tiny_bpe())
   with pytest.raises(ValueError, match="unknown = '<unk>' is no token"):
-    bpe_spec_from_json(text, unknown="<unk>")
+    spec_from_json(text, unknown="<unk>")
   with pytest.raises(
     NotImplementedError, match=r"only byte-level BPE and Gemma 4's are written as"
   ):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from neurojax.tokenizer.read.bounded import read_bounded
-from neurojax.tokenizer.read.tokenizer_json import named_id, spec_from_tokenizer_json
+from neurojax.tokenizer.read.tokenizer_json import named_id, spec_from_library
 from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece, with_tokens
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
@@ -42,7 +42,7 @@ def spec_from_file(path: str | Path) -> TokenizerSpec:
   if path.suffix == ".model":
     spec = _with_name(path, lambda: _extended(spec_from_sentencepiece(_bytes(path)), config))
   else:
-    spec = _with_name(path, lambda: spec_from_tokenizer_json(_text(path), config))
+    spec = _with_name(path, lambda: spec_from_library(_text(path), config))
   stops = spec.stop_ids | _generation_stops(folder, len(spec.tokens))
   return dataclasses.replace(spec, stop_ids=stops, chat_template=_template(folder, config))
 

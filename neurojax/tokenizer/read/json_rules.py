@@ -114,7 +114,7 @@ def decoding(decoder: Mapping[str, Any] | None) -> tuple[bool, bool]:
       case _:
         raise NotImplementedError(
           f"decoder {json.dumps(step)[:120]} of tokenizer.json: only byte-level and SentencePiece's"
-          " are read"
+          " are here"
         )
   if not steps:
     raise NotImplementedError("tokenizer.json without a decoder: it would put a space between all")

@@ -18,7 +18,7 @@ _MAX_GAPS = 1 << 20
 _MAX_GROWTH = 64
 
 
-def bpe_spec_from_json(
+def spec_from_json(
   text: str,
   *,
   bos: str | None = None,
@@ -148,7 +148,7 @@ def read_table(source: str) -> dict[str, Any]:
   return table
 
 
-def spec_from_tokenizer_json(source: str, config: Mapping[str, Any] | None = None) -> TokenizerSpec:
+def spec_from_library(source: str, config: Mapping[str, Any] | None = None) -> TokenizerSpec:
   """Reads any tokenizer.json as a spec of kind "json", which the library `tokenizers` encodes.
 
   Args:
@@ -189,8 +189,7 @@ def spec_from_tokenizer_json(source: str, config: Mapping[str, Any] | None = Non
   for name, mine, its in (("bos", bos_id, first), ("eos", eos_id, last)):
     if mine is not None and its is not None and mine != its:
       raise NotImplementedError(
-        f"{tokens[its]!r} is added to texts, but {name}_token is {tokens[mine]!r}:"
-        " correct tokenizer_config.json"
+        f"{tokens[its]!r} is added to texts, but {name}_token is {tokens[mine]!r}: not here"
       )
   bos_id, eos_id = (bos_id, first)[bos_id is None], (eos_id, last)[eos_id is None]
   stops = {i for i, token in added.items() if token.special and token.content in STOP_TEXTS}
@@ -218,7 +217,7 @@ def _ends(fast: Any) -> tuple[int | None, int | None]:
     if full[at : at + len(bare)] == bare and len(front) <= 1 and len(back) <= 1:
       return (front[0] if front else None), (back[0] if back else None)
   raise NotImplementedError(
-    f"the post-processor makes {full} of {bare}: only one token in front and one behind are read"
+    f"the post-processor makes {full} of {bare}: one token in front and one behind are here"
   )
 
 

@@ -10,7 +10,7 @@ from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 def json_from_spec(spec: TokenizerSpec) -> str:
   """Returns a tokenizer.json with the same ids.
 
-  This is the inverse of `bpe_spec_from_json`, for Gemma 4's tokenizer the inverse of `in_gguf_terms`, and
+  This is the inverse of `spec_from_json`, for Gemma 4's tokenizer the inverse of `in_gguf_terms`, and
   for a "json" spec its own source.
 
   Raises: NotImplementedError: the tokenizer is neither byte-level BPE nor Gemma 4's, or no
@@ -76,10 +76,7 @@ def _spaced_table(spec: TokenizerSpec) -> dict[str, Any]:
   for left, right in merges:
     # GGUF's rule cuts between lines and line ends; a tokenizer.json of this kind cuts nowhere.
     if (left[-1] == "\n") != (right[0] == "\n"):
-      raise NotImplementedError(
-        f"the merge {left!r} {right!r} joins a line and its end: a tokenizer.json would do that,"
-        " and this tokenizer cuts between them"
-      )
+      raise NotImplementedError(f"the merge {left!r} {right!r} joins a line and its end: not here")
   post = _post_processor(spec)
   return {
     "version": "1.0",

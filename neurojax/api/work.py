@@ -1,0 +1,308 @@
+"""Functions of the face: sizing, planning, training, and files."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from neurojax.config import Dtype, ModelConfig, Serving, architectures
+from neurojax.forms import TERNARY_FORMATS, Forms, Weights
+from neurojax.plan.fleet import Fleet, parse_bytes, read_fleet
+from neurojax.plan.plan import Objective, Plan
+
+if TYPE_CHECKING:
+  from jax import Array
+
+  from neurojax.files.write.gguf import Converted
+  from neurojax.plan.simulate import Result
+  from neurojax.scaling.size import Sized
+  from neurojax.weights.ternary import Mode, TernaryArray
+
+OnTensor = Callable[[int, int], None]
+"""Called with the tensors that are written, and all of them."""
+
+
+def size(
+  memory: int | str | Fleet,
+  *,
+  purpose: Literal["serve", "train"] = "serve",
+  format: str = "ternary-g128",
+  context: int = 2048,
+  sequences: int = 1,
+  **options: Any,
+) -> "Sized":
+  """The largest architecture that fits the machines at hand, with a placement and predicted speed and loss.
+
+  Args:
+    memory: Bytes of one device, words such as "64GB", the name or file of a fleet, or a `Fleet`.
+    purpose: "serve" counts weights and caches, "train" master weights, gradients and optimizer.
+    format: How weights are held when serving: "bf16", "float32", "int8", or a ternary format such as
+      "ternary-g128" or "TQ2_0". Training holds float32 master weights.
+    context: Positions of a sequence.
+    sequences: Sequences in memory at the same time.
+    options: As for `neurojax.scaling.size.size`: headroom, most_parameters, tokens, days, law, ....
+  Raises: ValueError: nothing fits; says what is missing and what would fit.
+
+  Example:
+    >>> import neurojax as nj
+    >>> found = nj.size("8GB", context=4096)
+    >>> found.config.num_layers > 10 and found.parameters > 1e9
+    True
+  """
+  from neurojax.scaling.purpose import ServePurpose, TrainPurpose
+  from neurojax.scaling.size import one_host
+  from neurojax.scaling.size import size as largest
+
+  fleet = memory if isinstance(memory, Fleet) else _fleet(memory, one_host)
+  if purpose == "train":
+    return largest(fleet, TrainPurpose(context=context, sequences=sequences), **options)
+  form: dict[str, Any]
+  if format in ("bf16", "float32"):
+    form = {"dtype": {"bf16": "bfloat16"}.get(format, format)}
+  elif format == "int8":
+    form = {"weights": "int8"}
+  elif format in TERNARY_FORMATS:
+    form = {"weights": "w2a8", "scales": TERNARY_FORMATS[format]}
+  else:
+    raise ValueError(
+      f"format = {format!r}: choose one of bf16, float32, int8, {', '.join(TERNARY_FORMATS)}"
+    )
+  return largest(fleet, ServePurpose.of(context=context, sequences=sequences, **form), **options)
+
+
+def plan(
+  model: str | Path | ModelConfig,
+  fleet: str | Path | Fleet,
+  *,
+  weights: Weights | Literal["auto"] = "auto",
+  dtype: Dtype = "float32",
+  context: int | None = None,
+  sequences: int | None = None,
+  objective: Objective = "latency",
+  format: str = "ternary-g128",
+  **options: Any,
+) -> Plan:
+  """Which machine should hold which layers of a model, with the time a token takes and why.
+
+  Args:
+    model: A model file, a name, or an architecture (its name in configs/model, or a `ModelConfig`).
+    fleet: The name or file of a fleet, "host:port,...", or a `Fleet`.
+    weights, dtype, context: As for `load`.
+    sequences: Sequences at the same time; None: 4, or for throughput as many as help.
+    objective: "latency" for the least time a token, "throughput" for the most tokens.
+    format: Format of ternary matrices, for an architecture without a file.
+    options: As for `neurojax.plan.best.best`: batch, pins, replicas, time_limit_s.
+  Raises: ValueError: the model does not fit; which limit, by how much, what would fit.
+
+  Example:
+    >>> import neurojax as nj
+    >>> [stage.host for stage in nj.plan("llama-8b", "lab", weights="w2a8").stages]
+    ['rack']
+  """
+  from neurojax.count.serving import Load
+  from neurojax.plan.best import best
+
+  config, forms, activations = _described(model, weights, format)
+  serving = Serving(dtype=dtype, weights=weights, context=context)
+  if sequences is not None:
+    serving = dataclasses.replace(serving, sequences=sequences)
+  load = Load(serving=serving.resolve(config, forms, activations), forms=forms)
+  where = fleet if isinstance(fleet, Fleet) else read_fleet(str(fleet))
+  return best(config, where, load, objective=objective, **options)
+
+
+def simulate(
+  plan: Plan,
+  *,
+  requests: int = 64,
+  concurrency: int = 4,
+  prompt: int = 128,
+  answer: int = 128,
+  **options: Any,
+) -> "Result":
+  """Send requests, and failures if you like, through a plan on paper.
+
+  Args:
+    plan: What `neurojax.plan` gave.
+    requests: Requests in all.
+    concurrency: Requests at the same time.
+    prompt, answer: Tokens of each request.
+    options: As for `neurojax.plan.simulate.simulate`: failures, failures_per_hour, repair_s, retry, seed.
+  Returns: Tokens per second, and how long first tokens, later tokens and requests took.
+
+  Example:
+    >>> import neurojax as nj
+    >>> made = nj.plan("llama-8b", "lab", weights="w2a8")
+    >>> nj.simulate(made, requests=8, concurrency=2).failed
+    0
+  """
+  from neurojax.plan.simulate import simulate as run
+
+  return run(
+    plan, requests=requests, concurrency=concurrency, prompt=prompt, answer=answer, **options
+  )
+
+
+def convert(
+  model: str | Path,
+  out: str | Path,
+  *,
+  type: str | None = None,
+  outer_type: str | None = None,
+  name: str | None = None,
+  license: str | None = None,
+  tokenizer: str | Path | None = None,
+  progress: OnTensor | None = None,
+) -> "Converted":
+  """Write a model file as GGUF, or as a folder that transformers reads. Nothing is replaced.
+
+  Args:
+    model: A model file, or a name as for `load`.
+    out: A path that ends in ".gguf", or a new folder.
+    type: Type of the layers' matrices ("TQ2_0", "Q2_0", "Q8_0", "F16", ...); None keeps each as it is.
+    outer_type: Type of embedding and head in GGUF.
+    name, license: What the file says of itself.
+  Returns: Architecture, types written, and how much the numbers changed (not at all without a type).
+  Raises: ValueError: the place is taken, or a type that cannot hold the numbers.
+
+  Example:
+    >>> import tempfile, neurojax as nj
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   made = nj.convert("neurollm", f"{folder}/copy.gguf")
+    >>> made.architecture
+    'bitnet'
+  """
+  from neurojax.api.opening import open_file
+  from neurojax.files.write.folder import to_huggingface
+  from neurojax.files.write.gguf import to_gguf
+
+  said = {"general.name": name, "general.license": license}
+  general = {key: value for key, value in said.items() if value is not None}
+  path = Path(out)
+  with open_file(model, tokenizer) as file:
+    if path.suffix.lower() == ".gguf":
+      return to_gguf(file, path, kind=type, outer=outer_type, general=general, progress=progress)
+    if outer_type is not None:
+      raise ValueError("outer_type belongs to GGUF: let out end in .gguf, or leave it out")
+    return to_huggingface(file, path, kind=type, general=general, progress=progress)
+
+
+def inspect(model: str | Path, *, tokenizer: str | Path | None = None) -> "Description":
+  """What a model file says of itself: architecture, sizes, types, tokenizer, and what would not run.
+
+  Args:
+    model: A model file, or a name as for `load`.
+  Returns: A mapping of plain values that shows itself well in a notebook.
+
+  Example:
+    >>> import neurojax as nj
+    >>> nj.inspect("neurollm")["format"]
+    'gguf'
+  """
+  from neurojax.api.opening import open_file
+  from neurojax.files.inspect import describe
+
+  with open_file(model, tokenizer) as file:
+    return Description(describe(file))
+
+
+class Description(dict[str, Any]):
+  """Plain values about a model file."""
+
+  def _repr_html_(self) -> str:
+    import io
+
+    from rich.console import Console
+
+    from neurojax.files.inspect import render
+
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(render(self))
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def quantize(
+  w: "np.ndarray | Array",
+  *,
+  contracted_axes: int = 1,
+  group_size: int | None = 128,
+  exact: bool = False,
+  mode: "Mode" = "w2a16",
+) -> "TernaryArray":
+  """Turn a float matrix into a packed ternary one, about two bits a weight.
+
+  Args:
+    w: Finite floats. For y = x @ w, w is [K, N] and its first axis is contracted.
+    contracted_axes: c > 0: products sum over the first c axes; c < 0: over the last -c.
+    group_size: Contracted elements that share a scale, a multiple of 64; None: one for the matrix.
+    exact: Whether w must hold ternary values already; else every weight is rounded to the nearest of
+      -s, 0 and s, where s is the mean magnitude of its group.
+    mode: "w2a16" multiplies activations as they are, "w2a8" rounds them to int8.
+  Raises: ValueError: a weight is not finite; or not ternary, with `exact`.
+  Source: BitNet b1.58, arXiv:2402.17764, equations 1 to 3.
+
+  Example:
+    >>> import numpy as np, neurojax as nj
+    >>> w = nj.quantize(np.ones((128, 64), np.float32))
+    >>> w.nbytes < 128 * 64 * 4 / 10
+    True
+  """
+  from neurojax.weights import quantize as by
+
+  values = np.asarray(w, np.float32)
+  make = by.exact if exact else by.absmean
+  return make(values, contracted_axes, group_size=group_size, mode=mode)
+
+
+def ternary_matmul(x: "Array", w: "TernaryArray") -> "Array":
+  """The product x @ w of activations with a packed ternary matrix, by the fastest kernel for the device.
+
+  Args:
+    x: [..., K] floats.
+    w: A matrix from `quantize`, contracted over K.
+  Returns: [..., N] float32.
+  Raises: ValueError: shapes that do not fit.
+
+  Example:
+    >>> import numpy as np, neurojax as nj
+    >>> w = nj.quantize(np.ones((128, 64), np.float32))
+    >>> float(nj.ternary_matmul(np.ones((1, 128), np.float32), w)[0, 0])
+    128.0
+  """
+  import jax.numpy as jnp
+
+  from neurojax.kernels.gemm.api import matmul
+
+  values = jnp.asarray(x)
+  rows = values.reshape(-1, values.shape[-1]) if values.ndim else values
+  return matmul(rows, w).reshape(*values.shape[:-1], -1)
+
+
+def _fleet(memory: int | str, one_host: Callable[[int], Fleet]) -> Fleet:
+  if isinstance(memory, int):
+    return one_host(memory)
+  if memory[:1].isdigit():
+    return one_host(parse_bytes(memory))
+  return read_fleet(memory)
+
+
+def _described(
+  model: str | Path | ModelConfig, weights: str, format: str
+) -> tuple[ModelConfig, Forms | None, Any]:
+  """Architecture, forms of the matrices, and activations that the file is made for."""
+  from neurojax import count
+  from neurojax.api.opening import open_file
+  from neurojax.files.kept import stored_forms
+
+  if isinstance(model, str) and model in architectures():
+    model = ModelConfig.named(model)
+  if isinstance(model, ModelConfig):
+    if weights not in ("w2a8", "w2a16"):
+      return model, None, None
+    if format not in TERNARY_FORMATS:
+      raise ValueError(f"format = {format!r}: choose one of {', '.join(TERNARY_FORMATS)}")
+    return model, count.uniform_ternary(model, TERNARY_FORMATS[format]), None
+  with open_file(model) as file:
+    return file.config, stored_forms(file), getattr(file, "activations", None)
