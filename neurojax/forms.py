@@ -123,7 +123,7 @@ class Plain:
 Form = Scales | Grouped | Plain
 
 Forms = Mapping[str, Form]
-"""What matrices are in a file, by canonical name, where that is narrow; `files.load.stored_forms`
+"""What matrices are in a file, by canonical name, where that is narrow; `files.kept.stored_forms`
 tells. Those with `Scales` are ternary."""
 
 

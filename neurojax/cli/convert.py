@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.progress import Progress
 
 from neurojax.cli.options import ModelOptions, stderr
+
+if TYPE_CHECKING:
+  from neurojax.files.write.tensors import Converted
 
 Kind = Literal[
   "TQ2_0",
@@ -49,13 +52,13 @@ class Convert(ModelOptions):
   license: Annotated[str | None, tyro.conf.arg(metavar="SPDX")] = None
 
   def run(self) -> int:
-    to_gguf = self.out.suffix.lower() == ".gguf"
-    if not to_gguf and self.outer_type is not None:
+    is_gguf = self.out.suffix.lower() == ".gguf"
+    if not is_gguf and self.outer_type is not None:
       raise ValueError("--outer-type is of GGUF: let --out end in .gguf, or leave it away")
     if self.out.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".onnx"):
       raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
-    from neurojax.files.write.folder import to_huggingface
-    from neurojax.files.write.gguf import to_gguf as write_gguf
+    from neurojax.files.write.folder import to_folder
+    from neurojax.files.write.gguf import to_gguf
 
     general = {
       f"general.{key}": value
@@ -68,16 +71,21 @@ class Convert(ModelOptions):
       def advance(done: int, total: int) -> None:
         progress.update(bar, completed=done, total=total)
 
-      if to_gguf:
-        made = write_gguf(
+      if is_gguf:
+        made = to_gguf(
           file, self.out, kind=self.type, outer=self.outer_type, general=general, progress=advance
         )
       else:
-        made = to_huggingface(file, self.out, kind=self.type, general=general, progress=advance)
-    files = [self.out] if to_gguf else sorted(self.out.iterdir())
+        made = to_folder(file, self.out, kind=self.type, general=general, progress=advance)
+    files = [self.out] if is_gguf else sorted(self.out.iterdir())
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     types = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
     print(f"{self.out}: {made.architecture}, {types}, {megabytes:.2f} MB; {made.loss}")
-    if made.note:
-      stderr.print(f"note: {made.note}", soft_wrap=True, highlight=False, markup=False)
+    say_notes(made)
     return 0
+
+
+def say_notes(made: "Converted") -> None:
+  """Print what the user should know about a file that was written, on stderr."""
+  for note in made.notes:
+    stderr.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)

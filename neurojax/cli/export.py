@@ -2,18 +2,18 @@
 
 import asyncio
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.progress import Progress
 
+from neurojax.cli.convert import say_notes
 from neurojax.cli.options import EngineOptions, open_engine, stderr
 from neurojax.cli.text import read_text
 
 if TYPE_CHECKING:
-  from neurojax.files.write.trained_weights import Weights
+  from neurojax.files.write.parameter_source import ParameterSource
   from neurojax.measure.quality.perplexity import PerplexityResult
   from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
@@ -66,21 +66,18 @@ class Export:
     with stderr.status("reading the checkpoint"):
       trained = read_run(self.workdir, self.step)
       spec = self._spec(trained.config.data.folder)
-    what = (
-      self._write_gguf(trained.weights, spec) if to_gguf else self._folder(trained.weights, spec)
-    )
+    source = dataclasses.replace(trained.weights, tokenizer=spec)
+    what = self._write_gguf(source) if to_gguf else self._write_folder(source)
     files = [self.out] if to_gguf else sorted(self.out.iterdir())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     print(f"{self.out}: step {trained.step} of {self.workdir}, {what}, {megabytes:.2f} MB")
-    # GGUF has no word for it, so the reader must be told.
-    rounds = trained.config.quantization.activations == "int8" and bool(trained.weights.ternary())
-    if rounds and to_gguf:
+    if source.activations == "int8" and to_gguf:
+      # The file says so too, but other programs do not read that key.
       print("trained with activations rounded to int8: run it with --weights w2a8")
     if self.text is None:
       return 0
-    return asyncio.run(
-      self._compare(trained.weights, spec, read_text(self.text), "w2a8" if rounds else "dense")
-    )
+    form = "dense" if source.activations is None else "w2a8"
+    return asyncio.run(self._compare(source, spec, read_text(self.text), form))
 
   def _check(self, to_gguf: bool) -> None:
     """Raises: ValueError: options that do not go together, or something in the way."""
@@ -107,43 +104,55 @@ class Export:
         f"{error}: the run's data are not where they were: give the vocabulary with --tokenizer"
       ) from error
 
-  def _write_gguf(self, weights: "Weights", spec: "TokenizerSpec") -> str:
-    from neurojax.files.write.trained_gguf import Card, architecture, write_gguf
+  def _write_gguf(self, source: "ParameterSource") -> str:
+    from neurojax.files.write.gguf import to_gguf
 
-    card = Card(
-      name=self.name or self.workdir.resolve().name,
-      license=self.license,
-      description=self.description,
-      author=self.author,
-      url=self.url,
-    )
-    # A type of plain numbers is of all matrices where none is ternary.
-    dense = self.type if self.type in ("F32", "F16", "BF16") and not weights.ternary() else None
+    # A type is for ternary matrices alone where there are any, else for all matrices.
+    ternary = source.ternary()
+    outer = self.type if "embedding_VD" in ternary or not ternary else None
     with Progress(console=stderr, transient=True) as progress:
       bar = progress.add_task("writing tensors")
-      kind = write_gguf(
-        self.out, weights, spec, card, kind=self.type, dense=dense,
+      made = to_gguf(
+        source, self.out, kind=self.type, outer=outer, is_exact=True, overwrite=self.overwrite,
+        general=self._general(),
         progress=lambda done, total: progress.update(bar, completed=done, total=total),
       )  # fmt: skip
-    return f"{architecture(weights.config)}, {kind}"
+    say_notes(made)
+    return f"{made.architecture}, {made.kind}"
 
-  def _folder(self, weights: "Weights", spec: "TokenizerSpec") -> str:
-    from neurojax.files.write.trained_folder import FILES, architecture, write_huggingface
+  def _write_folder(self, source: "ParameterSource") -> str:
+    from neurojax.files.write.folder import KINDS, to_folder
+    from neurojax.files.write.transformers_config import CLASSES
 
-    if self.overwrite and self.out.is_dir():
-      if more := sorted(path.name for path in self.out.iterdir() if path.name not in FILES):
-        raise ValueError(f"--out {self.out}: {more[0]} is of no export: name another folder")
-      shutil.rmtree(self.out)
+    kind = next((kind for kind, dtype in KINDS.items() if dtype == self.dtype), None)
+    is_empty = self.out.is_dir() and not any(self.out.iterdir())
     with Progress(console=stderr, transient=True) as progress:
       bar = progress.add_task("writing tensors")
-      dtype = write_huggingface(
-        self.out, weights, spec, dtype=self.dtype,
+      made = to_folder(
+        source, self.out, kind=kind, is_exact=True, overwrite=self.overwrite or is_empty,
+        general=self._general(),
         progress=lambda done, total: progress.update(bar, completed=done, total=total),
       )  # fmt: skip
-    return f"{architecture(weights.config)[0]}, {dtype}"
+    say_notes(made)
+    return f"{CLASSES[made.architecture]}, {KINDS[made.kind]}"
+
+  def _general(self) -> dict[str, str]:
+    """What the file says about the model, under GGUF's keys."""
+    said = {
+      "name": self.name or self.workdir.resolve().name,
+      "license": self.license,
+      "description": self.description,
+      "author": self.author,
+      "url": self.url,
+    }
+    return {f"general.{key}": value for key, value in said.items() if value is not None}
 
   async def _compare(
-    self, weights: "Weights", spec: "TokenizerSpec", text: str, form: Literal["dense", "w2a8"]
+    self,
+    source: "ParameterSource",
+    spec: "TokenizerSpec",
+    text: str,
+    form: Literal["dense", "w2a8"],
   ) -> int:
     """The perplexity of a text before and after the export."""
     from neurojax.engine.local import LocalEngine
@@ -157,7 +166,7 @@ class Export:
 
     with stderr.status("measuring perplexity before and after"):
       stage = CompiledStage(
-        weights.model(None if form == "dense" else form), context_length=self.ctx
+        source.model(None if form == "dense" else form), context_length=self.ctx
       )
       engine = LocalEngine(stage)
       try:

@@ -260,7 +260,7 @@ def _form(name: str, weights: Weights, forms: Forms | None) -> Form | None:
   if forms is None:
     raise ValueError(
       f"weights = {weights!r}: what the matrices of the file are is not said: see"
-      " files.load.stored_forms"
+      " files.kept.stored_forms"
     )
   if weights == "stored":
     return forms.get(name)

@@ -97,7 +97,7 @@ class Header:
 
 
 class Llama2cFile:
-  """An open llama2.c checkpoint (a `source.ModelFile`).
+  """An open llama2.c checkpoint (a `ModelFile`).
 
   `tensors` lists the weights under run.c's names, each for all layers at once.
 
@@ -149,6 +149,14 @@ class Llama2cFile:
   @property
   def tokenizer(self) -> TokenizerSpec | None:
     return self._spec
+
+  @property
+  def activations(self) -> None:
+    return None
+
+  @property
+  def card(self) -> Mapping[str, str]:
+    return {}
 
   def info(self, name: str, layer: int | None = None) -> TensorInfo:
     try:

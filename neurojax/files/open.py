@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from neurojax.files.folder.file import CONFIG, HuggingFaceFile
+from neurojax.files.folder.file import CONFIG, FolderFile
 from neurojax.files.gguf.file import GgufFile
 from neurojax.files.llama2c import Header, Llama2cFile
 from neurojax.files.model_file import ModelFile
@@ -38,7 +38,7 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> ModelFi
       raise ValueError(f"{path}: this is a folder without {CONFIG}: name the model file in it")
     if tokenizer is not None:
       raise ValueError(f"{path}: a folder carries its tokenizer: leave {tokenizer} away")
-    return HuggingFaceFile(path)
+    return FolderFile(path)
   size_bytes = _regular_file(path, "model")
   if tokenizer is not None:
     tokenizer = Path(tokenizer)

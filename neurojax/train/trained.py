@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from neurojax.files.write.trained_weights import Weights
+from neurojax.files.write.parameter_source import ParameterSource
 from neurojax.layout import Layout
 from neurojax.train.checkpoint import Checkpoints
 from neurojax.train.config import TrainConfig
@@ -26,7 +26,7 @@ class Trained:
 
   config: TrainConfig
   step: int
-  weights: Weights
+  weights: ParameterSource
 
 
 def read_run(workdir: Path, step: int | None = None) -> Trained:
@@ -56,4 +56,4 @@ def read_run(workdir: Path, step: int | None = None) -> Trained:
     master = checkpoints.restore_fields(step, {"params": abstract.params})["params"]
   finally:
     checkpoints.close()
-  return Trained(config, step, Weights(config.model, deploy(master, config)))
+  return Trained(config, step, ParameterSource(config.model, deploy(master, config), path=workdir))

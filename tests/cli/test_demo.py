@@ -11,7 +11,6 @@ from neurojax.config import ModelConfig
 from neurojax.files import find
 from neurojax.files.load import ternary_matrices
 from neurojax.files.open import open_model
-from neurojax.files.write.trained_gguf import Card, write_gguf
 from tests.files import trained
 from tests.tokenizer import vocab
 
@@ -28,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A ternary model without a chat template, such as training gives."""
   path = tmp_path_factory.mktemp("demo") / "neurollm.gguf"
   spec = vocab.tiny_bpe(add_eos=False, stop_ids=frozenset({260}))
-  write_gguf(path, trained.make(CONFIG), spec, Card(name="tiny"))
+  trained.write_gguf(path, trained.make(CONFIG), spec, dict(name="tiny"))
   return path
 
 

@@ -178,7 +178,7 @@ def test_the_weights_as_a_model_without_a_file(folder: Path):
 @pytest.mark.parametrize(
   ("argv", "reason"),
   [
-    (["--out", "m.gguf", "--type", "TQ2_0"], "down_FD: rows of 192 elements are no whole TQ2_0"),
+    (["--out", "m.gguf", "--type", "TQ2_0"], "q_DNH: rows of 64 elements are no whole TQ2_0"),
     (["--out", "m.gguf", "--step", "1"], "has checkpoints of 2, 3"),
     (["--out", "m.gguf", "--dtype", "float32"], "--dtype float32 is of a folder"),
     (["--out", "m", "--type", "Q2_0"], "--type is of GGUF"),

@@ -12,12 +12,12 @@ import pytest
 
 from neurojax.config import ModelConfig
 from neurojax.files import names
+from neurojax.files.folder.card import read_card
 from neurojax.files.model_file import ModelFile
 from neurojax.files.open import open_model
-from neurojax.files.write.folder import to_huggingface
+from neurojax.files.write.folder import to_folder
 from neurojax.files.write.gguf import to_gguf
 from neurojax.files.write.ternarize import nearest
-from neurojax.files.write.trained_gguf import Card, write_gguf
 from neurojax.files.write.transformers_config import config_json
 from neurojax.tokenizer.read.tokenizer_model import spec_from_sentencepiece
 from neurojax.tokenizer.write.tokenizer_model import sentencepiece_from_spec
@@ -64,11 +64,11 @@ def test_a_family_both_ways(tmp_path: Path, name: str):
     assert (made.architecture, made.loss.tensors) == (family.arch, 0)
     # llama.cpp would compute it without its window, which is said.
     windowed = family.arch == "llama" and family.config.sliding_window is not None
-    assert ("no sliding window" in made.note) == windowed == (name == "mistral")
+    assert ("no sliding window" in " ".join(made.notes)) == windowed == (name == "mistral")
     with open_model(tmp_path / "made.gguf") as file:
       assert file.config == wanted.config
       same(file, wanted)
-      made = to_huggingface(file, tmp_path / "back")
+      made = to_folder(file, tmp_path / "back")
       assert (made.architecture, made.loss.tensors) == (family.table["model_type"], 0)
       with open_model(tmp_path / "back") as back:
         same(back, folder)
@@ -87,8 +87,8 @@ def ternary_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Scales by groups of 256, the embedding bfloat16, a template, and words of its own."""
   path = tmp_path_factory.mktemp("convert") / "ternary.gguf"
   spec = vocab.tiny_bpe(chat_template="{{ messages }}")
-  card = Card(name="a name", license="Apache-2.0", description="words")
-  write_gguf(path, trained.make(CONFIG, 256), spec, card, kind="TQ2_0")
+  card = dict(name="a name", license="Apache-2.0", description="words")
+  trained.write_gguf(path, trained.make(CONFIG, 256), spec, card, kind="TQ2_0")
   return path
 
 
@@ -113,7 +113,7 @@ def test_ternary_weights_through_a_folder_come_back_as_they_were(
   ternary_file: Path, tmp_path: Path
 ):
   with open_model(ternary_file) as file:
-    assert to_huggingface(file, tmp_path / "folder").loss.tensors == 0
+    assert to_folder(file, tmp_path / "folder").loss.tensors == 0
     with open_model(tmp_path / "folder") as folder:
       assert folder.tokenizer.chat_template == "{{ messages }}"
       made = to_gguf(folder, tmp_path / "again.gguf", kind="TQ2_0")
@@ -172,14 +172,14 @@ def test_nothing_is_replaced_and_a_failure_leaves_nothing(
     with pytest.raises(FileExistsError, match=r"there\.gguf exists: name another"):
       to_gguf(file, tmp_path / "there.gguf")
     with pytest.raises(FileExistsError, match="folder exists: name another"):
-      to_huggingface(file, tmp_path / "folder")
+      to_folder(file, tmp_path / "folder")
     with pytest.raises(ValueError, match="'Q9': choose one of TQ2_0"):
       to_gguf(file, tmp_path / "new.gguf", kind="Q9")
 
     def fail(*_) -> None:
       raise OSError("the disk is full")
 
-    for convert, out in ((to_gguf, "new.gguf"), (to_huggingface, "new")):
+    for convert, out in ((to_gguf, "new.gguf"), (to_folder, "new")):
       with monkeypatch.context() as patch:
         patch.setattr(f"{convert.__module__}._encoded", fail)
         with pytest.raises(OSError, match="full"):
@@ -204,9 +204,9 @@ def test_a_sentencepiece_vocabulary_becomes_a_tokenizer_model(tmp_path: Path):
   assert dataclasses.replace(again, scores=spec.scores) == spec
   np.testing.assert_allclose(again.scores, spec.scores, rtol=1e-6)
   config = dataclasses.replace(CONFIG, vocab_size=len(spec.tokens))
-  write_gguf(tmp_path / "m.gguf", trained.make(config, 256), spec, Card(name="m"))
+  trained.write_gguf(tmp_path / "m.gguf", trained.make(config, 256), spec, dict(name="m"))
   with open_model(tmp_path / "m.gguf") as file:
-    to_huggingface(file, tmp_path / "folder")
+    to_folder(file, tmp_path / "folder")
     with open_model(tmp_path / "folder") as folder:
       found = dataclasses.replace(folder.tokenizer, scores=file.tokenizer.scores)
       assert found == file.tokenizer
@@ -234,3 +234,120 @@ def test_llama_cpp_loads_what_is_written(tmp_path: Path, name: str):
   assert done.returncode == 0, done.stderr[-2000:]
   reader = gguf.GGUFReader(tmp_path / "m.gguf")
   assert len(reader.tensors) > 20
+
+
+def test_a_number_that_is_not_finite_is_refused_with_its_place(tmp_path: Path):
+  values = tiny.parameters(CONFIG)
+  values["down_FD/0"][5, 3] = np.nan
+  tiny.write_gguf(tmp_path / "f.gguf", CONFIG, values)
+  with open_model(tmp_path / "f.gguf") as file:
+    with pytest.raises(ValueError, match=r"'blk\.0\.ffn_down\.weight': row 3, element 5 is NaN"):
+      to_gguf(file, tmp_path / "m.gguf")
+    for kind in ("F16", "Q8_0"):
+      with pytest.raises(ValueError, match=r"ffn_down\.weight: the value at \[3, 5\] is nan"):
+        to_gguf(file, tmp_path / "m.gguf", kind=kind)
+    with pytest.raises(ValueError, match=r"down_proj\.weight: the value at \[3, 5\] is nan"):
+      to_folder(file, tmp_path / "m")
+  assert [path.name for path in tmp_path.iterdir()] == ["f.gguf"]
+
+
+def test_damaged_scales_of_quantized_blocks_are_refused_with_their_place(tmp_path: Path):
+  tiny.write_gguf(tmp_path / "f.gguf", CONFIG, tiny.parameters(CONFIG))
+  with open_model(tmp_path / "f.gguf") as file:
+    to_gguf(file, tmp_path / "q.gguf", kind="Q8_0")
+  with open_model(tmp_path / "q.gguf") as file:
+    info = file.info("q_DNH", 0)
+    raw = bytearray((tmp_path / "q.gguf").read_bytes())
+    # Row 2, whose first scale is behind two rows of 256 / 32 blocks of 34 bytes.
+    raw[info.offset + 2 * 8 * 34 : info.offset + 2 * 8 * 34 + 2] = np.float16(np.inf).tobytes()
+  (tmp_path / "q.gguf").write_bytes(raw)
+  with (
+    open_model(tmp_path / "q.gguf") as file,
+    pytest.raises(ValueError, match=r"attn_q\.weight': row 2, element \d+ is NaN or infinite"),
+  ):
+    to_gguf(file, tmp_path / "again.gguf")
+
+
+def test_the_licence_goes_along_and_its_absence_is_said(ternary_file: Path, tmp_path: Path):
+  with open_model(ternary_file) as file:
+    assert not to_folder(file, tmp_path / "folder").notes
+  readme = (tmp_path / "folder" / "README.md").read_text()
+  assert readme.startswith("---\nlicense: Apache-2.0\n---\n\n# a name\n\nwords\n")
+  (tmp_path / "folder" / "LICENSE").write_text("Apache License\n")
+  with open_model(tmp_path / "folder") as folder:
+    assert not to_gguf(folder, tmp_path / "m.gguf").notes
+    to_folder(folder, tmp_path / "same")
+    to_folder(folder, tmp_path / "other", general={"general.license": "MIT"})
+  assert (tmp_path / "same" / "README.md").read_text() == readme
+  assert (tmp_path / "same" / "LICENSE").read_text() == "Apache License\n"
+  assert "license: MIT\n" in (tmp_path / "other" / "README.md").read_text()
+  with open_model(tmp_path / "m.gguf") as file:
+    assert file.metadata["general.license"] == "Apache-2.0"
+    assert file.metadata["general.name"] == "a name"
+  tiny.write_gguf(tmp_path / "none.gguf", CONFIG, tiny.parameters(CONFIG))
+  with open_model(tmp_path / "none.gguf") as file:
+    assert "names no licence" in to_gguf(file, tmp_path / "still.gguf").notes[0]
+    assert "names no licence" in to_folder(file, tmp_path / "still").notes[0]
+    given = to_gguf(file, tmp_path / "given.gguf", general={"general.license": "MIT"})
+    assert not given.notes
+
+
+@pytest.mark.parametrize(
+  ("readme", "licence", "card"),
+  [
+    ("---\nlicense: mit\n---\n", None, {"general.license": "mit"}),
+    (
+      "---\ntags:\n- x\nlicense:\n- 'apache-2.0'\n---\nwords",
+      None,
+      {"general.license": "apache-2.0"},
+    ),
+    (
+      "---\nlicense: other\nlicense_name: gemma\nlicense_link: https://x.y/z\n---",
+      "text",
+      {"general.license": "other", "general.license.name": "gemma"}
+      | {"general.license.link": "https://x.y/z"},
+    ),
+    ("license: mit", None, {}),
+    (
+      None,
+      "\n  # The Terms\nmore",
+      {"general.license": "other", "general.license.name": "The Terms"}
+      | {"general.license.link": "LICENSE"},
+    ),
+  ],
+)
+def test_what_a_folder_says_of_its_licence(
+  tmp_path: Path, readme: str | None, licence: str | None, card: dict[str, str]
+):
+  for name, text in (("README.md", readme), ("LICENSE", licence)):
+    if text is not None:
+      (tmp_path / name).write_text(text)
+  assert read_card(tmp_path, {}) == card
+
+
+def test_what_activations_are_rounded_to_goes_along(tmp_path: Path):
+  weights = trained.make(CONFIG, 256)
+  rounding = dataclasses.replace(
+    weights,
+    arrays={
+      name: dataclasses.replace(array, mode="w2a8") if name in weights.ternary() else array
+      for name, array in weights.arrays.items()
+    },
+  )
+  for source, said in ((weights, None), (rounding, "int8")):
+    path = tmp_path / str(said)
+    trained.write_gguf(path.with_suffix(".gguf"), source)
+    trained.write_folder(path, source, None)
+    with open_model(path.with_suffix(".gguf")) as file, open_model(path) as folder:
+      assert file.activations == folder.activations == said
+      assert file.metadata.get("neurojax.activations") == said
+      assert folder.metadata.get("neurojax_activations") == said
+      to_gguf(folder, tmp_path / f"{said}-from-folder.gguf")
+      to_gguf(file, tmp_path / f"{said}-from-file.gguf", kind="Q2_0")
+    for made in (f"{said}-from-folder.gguf", f"{said}-from-file.gguf"):
+      with open_model(tmp_path / made) as file:
+        assert file.activations == said
+  found = names.interpret_gguf(
+    {"general.architecture": "llama", "neurojax.activations": "int4"}, {}
+  )
+  assert "neurojax.activations = 'int4': int8 is computed" in found.demands

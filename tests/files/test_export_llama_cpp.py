@@ -16,7 +16,6 @@ import pytest
 from neurojax.config import ModelConfig
 from neurojax.files.model_file import ModelFile
 from neurojax.files.open import open_model
-from neurojax.files.write.trained_gguf import Card, write_gguf
 from neurojax.tokenizer import Tokenizer
 from tests.files import tiny, trained
 from tests.files.oracle import Oracle
@@ -70,7 +69,7 @@ def test_llama_cpp_agrees(tmp_path: Path, config: ModelConfig, kind: str):
   weights = trained.make(config, 256)
   dense = "F32" if kind == "F32" else None
   spec = vocab.tiny_bpe(add_eos=False)
-  write_gguf(tmp_path / "m.gguf", weights, spec, Card(name="m"), kind=kind, dense=dense)
+  trained.write_gguf(tmp_path / "m.gguf", weights, spec, dict(name="m"), kind=kind, dense=dense)
   packed = [] if kind == "F32" else [("q_DNH", 1), ("o_NHD", 0), ("down_FD", 1)]
   with open_model(tmp_path / "m.gguf") as file:
     theirs = ask(file, *packed)

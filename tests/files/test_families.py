@@ -112,7 +112,7 @@ def interpret(name: str, change: dict[str, object], tensors: dict | None = None)
     key: TensorInfo(key, "F32", value.shape, 0, value.nbytes)
     for key, value in families.huggingface_tensors(name, families.parameters(family)).items()
   }
-  return names.interpret_huggingface(dict(family.table) | change, known | (tensors or {}))
+  return names.interpret_folder(dict(family.table) | change, known | (tensors or {}))
 
 
 REFUSED: list[tuple[str, str, object]] = [
@@ -210,7 +210,7 @@ def test_the_oldest_gemma_3_files_leave_out_what_the_class_knows() -> None:
     "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     "sliding_window": 1024,
   }  # fmt: skip
-  config = names.interpret_huggingface(table, {}).config
+  config = names.interpret_folder(table, {}).config
   assert config is not None
   assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
   assert (config.rope_base, config.vocab_size, config.context_length) == (1e6, 262_208, 131_072)
@@ -260,7 +260,7 @@ def test_towers_beside_the_text_are_left_aside_and_said() -> None:
       "text_config": text, "vision_config": {"model_type": "siglip_vision_model"},
       "image_token_index": 5, "mm_tokens_per_image": 256,
     }  # fmt: skip
-    found = names.interpret_huggingface(table, infos)
+    found = names.interpret_folder(table, infos)
     assert found.model_config("x") == family.config
     assert found.ignored == ("vision tower: 2 tensors, of which text needs none",)
     assert found.tensors["q_DNH"].name == prefix + "layers.{layer}.self_attn.q_proj.weight"
@@ -415,7 +415,7 @@ def test_what_files_on_the_hub_say_is_understood(name: str) -> None:
     text = dict(table["text_config"])  # type: ignore[call-overload]
     text["layer_types"] = text["layer_types"] * 10
     table = table | {"text_config": text}
-  found = names.interpret_huggingface(table, {})
+  found = names.interpret_folder(table, {})
   assert not found.demands
   assert found.config is not None
   for field, value in wanted.items():

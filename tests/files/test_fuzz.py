@@ -13,8 +13,6 @@ import pytest
 from neurojax.config import ModelConfig
 from neurojax.files import inspect, names
 from neurojax.files.open import open_model
-from neurojax.files.write.trained_folder import write_huggingface
-from neurojax.files.write.trained_gguf import Card, write_gguf
 from neurojax.tokenizer import Tokenizer
 from tests.files import trained
 from tests.tokenizer import vocab
@@ -95,7 +93,7 @@ def gguf_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
   template = "{% for m in messages %}{{ m.content }}{% endfor %}"
   path = tmp_path_factory.mktemp("fuzz") / f"{request.param}.gguf"
   weights = trained.make(CONFIG, 64)
-  write_gguf(path, weights, spec(chat_template=template, add_eos=False), Card(name="m"))
+  trained.write_gguf(path, weights, spec(chat_template=template, add_eos=False), dict(name="m"))
   return path
 
 
@@ -164,7 +162,7 @@ def damaged_json(text: str, rng: random.Random) -> bytes:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A folder of two shards: the tensors of the layers in the second one."""
   path = tmp_path_factory.mktemp("fuzz") / "folder"
-  write_huggingface(path, trained.make(CONFIG, 64), vocab.tiny_bpe())
+  trained.write_folder(path, trained.make(CONFIG, 64), vocab.tiny_bpe())
   whole = path / "model.safetensors"
   table, data = split(whole.read_bytes())
   table.pop("__metadata__")

@@ -32,7 +32,7 @@ TENSORS = {
 def interpret(
   metadata: dict[str, object] | None = None, tensors: dict[str, TensorInfo] | None = None
 ) -> names.Interpretation:
-  return names.interpret(METADATA | (metadata or {}), TENSORS | (tensors or {}))
+  return names.interpret_gguf(METADATA | (metadata or {}), TENSORS | (tensors or {}))
 
 
 def test_plain_model() -> None:
@@ -50,13 +50,13 @@ def test_a_bitnet_model_normalises_before_every_matrix_and_ties_its_head() -> No
     )
     for name, value in tiny.parameters(tiny.BITNET).items()
   }
-  assert names.interpret(metadata, tensors).model_config("x") == tiny.BITNET
+  assert names.interpret_gguf(metadata, tensors).model_config("x") == tiny.BITNET
   head = {"output.weight": dataclasses.replace(tensors["token_embd.weight"], name="output.weight")}
-  refused = names.interpret(metadata, tensors | head)
+  refused = names.interpret_gguf(metadata, tensors | head)
   assert refused.demands == ("tensor 'output.weight': no place in this architecture",)
   del tensors["blk.0.ffn_sub_norm.weight"]
   with pytest.raises(ValueError, match=r"'blk\.0\.ffn_sub_norm\.weight' is missing"):
-    names.interpret(metadata, tensors).model_config("x")
+    names.interpret_gguf(metadata, tensors).model_config("x")
 
 
 def test_a_qwen3_model_normalises_its_heads_and_turns_halves() -> None:
@@ -68,11 +68,11 @@ def test_a_qwen3_model_normalises_its_heads_and_turns_halves() -> None:
     )
     for name, value in tiny.parameters(tiny.QWEN).items()
   }
-  assert names.interpret(metadata, tensors).model_config("x") == tiny.QWEN
+  assert names.interpret_gguf(metadata, tensors).model_config("x") == tiny.QWEN
   del tensors["blk.1.attn_k_norm.weight"]
   with pytest.raises(ValueError, match=r"'blk\.1\.attn_k_norm\.weight' is missing"):
-    names.interpret(metadata, tensors).model_config("x")
-  refused = names.interpret(metadata | {"qwen3.rope.scaling.type": "longrope"}, tensors)
+    names.interpret_gguf(metadata, tensors).model_config("x")
+  refused = names.interpret_gguf(metadata | {"qwen3.rope.scaling.type": "longrope"}, tensors)
   assert refused.demands == ("qwen3.rope.scaling.type = 'longrope'",)
 
 
@@ -89,7 +89,7 @@ def test_absent_keys_mean_what_the_format_says() -> None:
     for part in ("k", "v"):
       name = f"blk.{layer}.attn_{part}.weight"
       tensors[name] = dataclasses.replace(tensors[name], shape=(32, 32))
-  config = names.interpret(metadata, tensors).model_config("x")
+  config = names.interpret_gguf(metadata, tensors).model_config("x")
   assert (config.num_kv_heads, config.rope_base) == (4, 10_000.0)
 
 
@@ -230,7 +230,7 @@ def test_contradictions(metadata: dict[str, object], part: str) -> None:
 def test_missing_keys(key: str) -> None:
   metadata = {other: value for other, value in METADATA.items() if other != key}
   with pytest.raises(ValueError) as caught:
-    names.interpret(metadata, TENSORS).model_config("x")
+    names.interpret_gguf(metadata, TENSORS).model_config("x")
   assert key in str(caught.value)
 
 
@@ -238,13 +238,13 @@ def test_missing_keys(key: str) -> None:
 def test_missing_tensors(name: str) -> None:
   tensors = {other: info for other, info in TENSORS.items() if other != name}
   with pytest.raises(ValueError, match=r"missing|lacks") as caught:
-    names.interpret(METADATA, tensors).model_config("x")
+    names.interpret_gguf(METADATA, tensors).model_config("x")
   assert name in str(caught.value)
 
 
 def test_vocabulary_alone() -> None:
   with pytest.raises(ValueError, match="no tensors"):
-    names.interpret(METADATA, {}).model_config("x")
+    names.interpret_gguf(METADATA, {}).model_config("x")
 
 
 def test_rope_style_is_the_converters() -> None:

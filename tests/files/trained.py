@@ -3,13 +3,20 @@
 All in NumPy: JAX would compile something for every shape.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import jax
 import ml_dtypes
 import numpy as np
 
 from neurojax.config import ModelConfig
-from neurojax.files.write.trained_weights import Weights
+from neurojax.files.write.folder import KINDS, to_folder
+from neurojax.files.write.gguf import to_gguf
+from neurojax.files.write.parameter_source import ParameterSource
 from neurojax.model import params
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 from neurojax.weights.quantize import absmean
 from neurojax.weights.ternary import TernaryArray
 from tests.files import tiny
@@ -25,7 +32,7 @@ def make(
   seed: int = 0,
   outer: str = "bfloat16",
   ternary: bool = True,
-) -> Weights:
+) -> ParameterSource:
   """outer: the dtype of embedding and head, or "ternary". ternary: whether layers' matrices are."""
   arrays = {}
   values = tiny.parameters(config, seed)
@@ -44,10 +51,50 @@ def make(
       stack = [value / 8 for value in stack]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *stack)
     arrays[name] = stacked if "/" in layers[0] else jax.tree.map(lambda leaf: leaf[0], stacked)
-  return Weights(config, arrays)
+  return ParameterSource(config, arrays)
 
 
-def numbers(weights: Weights, name: str, layer: int | None) -> np.ndarray:
+def write_gguf(
+  path: Path,
+  weights: ParameterSource,
+  spec: TokenizerSpec | None = None,
+  card: Mapping[str, str] | None = None,
+  *,
+  kind: str | None = None,
+  dense: str | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> str:
+  """Export as `neurojax export` does.
+
+  Args:
+    kind: The type of ternary matrices. dense: The type of the other matrices.
+  Returns: The type of the ternary matrices, or of most matrices where there are none.
+  """
+  ternary = weights.ternary()
+  made = to_gguf(
+    dataclasses.replace(weights, tokenizer=spec),
+    path,
+    kind=kind if "down_FD" in ternary else kind or dense,
+    outer=kind if "embedding_VD" in ternary else dense,
+    is_exact=True,
+    overwrite=True,
+    general={f"general.{key}": value for key, value in (card or {}).items()},
+    progress=progress,
+  )
+  return made.kind
+
+
+def write_folder(
+  folder: Path, weights: ParameterSource, spec: TokenizerSpec | None, *, dtype: str | None = None
+) -> str:
+  """Export as `neurojax export` does. Returns: The dtype."""
+  kind = next((kind for kind, name in KINDS.items() if name == dtype), None)
+  is_empty = folder.is_dir() and not any(folder.iterdir())
+  source = dataclasses.replace(weights, tokenizer=spec)
+  return KINDS[to_folder(source, folder, kind=kind, is_exact=True, overwrite=is_empty).kind]
+
+
+def numbers(weights: ParameterSource, name: str, layer: int | None) -> np.ndarray:
   """Float32 values of one tensor: the definition of `TernaryArray`, element by element of a byte."""
   array = weights.arrays[name]
   if not isinstance(array, TernaryArray):

@@ -22,7 +22,6 @@ from jaxtyping import Float32, Int32, UInt8
 
 from neurojax.files.names.architecture import Demand, Fault, short
 from neurojax.weights.codecs import gather
-from neurojax.weights.ternary import BLOCK, row_bytes
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -181,6 +180,9 @@ def awq_integers(words: Int32[np.ndarray, "R C"]) -> UInt8[np.ndarray, "R N"]:
 
 def bitnet_codes(packed: UInt8[np.ndarray, "R K"]) -> UInt8[np.ndarray, "N Y"]:
   """Rows of the packing that `weights.ternary` defines, N = 4 R. A code 3 stays one."""
+  # Imports JAX, which a reader of headers does without.
+  from neurojax.weights.ternary import BLOCK, row_bytes
+
   rows, k = packed.shape
   codes = np.empty((4, rows, row_bytes(k)), np.uint8)
   for plane in range(4):

@@ -15,11 +15,12 @@ import numpy as np
 from neurojax.config import ModelConfig
 from neurojax.files import digest, names
 from neurojax.files.folder import compressed
+from neurojax.files.folder.card import read_card
 from neurojax.files.folder.compressed import Quantization
 from neurojax.files.folder.safetensors import read_json
 from neurojax.files.folder.shards import Shards
 from neurojax.files.folder.weights import NUMBERS, Weight, Weights
-from neurojax.files.names.architecture import Demand, Fault
+from neurojax.files.names.architecture import Activations, Demand, Fault
 from neurojax.files.tensor_info import TensorInfo
 from neurojax.forms import Form, Grouped
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
@@ -28,8 +29,8 @@ from neurojax.weights.rows import GroupedRows
 CONFIG = "config.json"
 
 
-class HuggingFaceFile:
-  """An open folder (a `source.ModelFile`). Headers are checked on opening; tensors are mapped and
+class FolderFile:
+  """An open folder (a `ModelFile`). Headers are checked on opening; tensors are mapped and
   decoded one by one.
 
   `tensors` lists weights under transformers' names, a weight that is kept in several tensors as the
@@ -49,11 +50,11 @@ class HuggingFaceFile:
     version = self.metadata.get("transformers_version")
     self.version = version if isinstance(version, str) else "unknown"
     self._refused: tuple[str, ...] = ()
-    quantization = self._read_quantization()
+    self._quantization = self._read_quantization()
     with contextlib.ExitStack() as undo:
       self._shards = Shards(self.path)
       undo.callback(self.close)
-      self._weights = Weights(self.path, self._shards, quantization)
+      self._weights = Weights(self.path, self._shards, self._quantization)
       self.tensors: Mapping[str, TensorInfo] = {
         name: weight.info for name, weight in self._weights.all.items()
       }
@@ -73,6 +74,15 @@ class HuggingFaceFile:
     from neurojax.tokenizer.read.folder import spec_from_folder
 
     return spec_from_folder(self.path)
+
+  @property
+  def activations(self) -> Activations | None:
+    return self.interpretation.activations
+
+  @functools.cached_property
+  def card(self) -> Mapping[str, str]:
+    said = {key: v for key, v in self._shards.metadata.items() if key.startswith("general.")}
+    return {**said, **read_card(self.path, self.metadata)}
 
   def info(self, name: str, layer: int | None = None) -> TensorInfo:
     stored = self._locate(name, layer)
@@ -203,12 +213,18 @@ class HuggingFaceFile:
       return None
 
   def _interpret(self) -> names.Interpretation:
-    found = names.interpret_huggingface(self.metadata, self.tensors)
+    found = names.interpret_folder(self.metadata, self.tensors)
     demands = (*found.demands, *(f"config.json: {reason}" for reason in self._refused))
     faults = list(found.faults)
     if not demands and not faults and found.config is not None:
       faults += self._type_faults(found)
-    return dataclasses.replace(found, demands=demands, faults=tuple(faults))
+    activations = found.activations
+    if self._quantization is not None and self._quantization.method == "bitnet":
+      # transformers, integrations/bitnet.py: every BitLinear rounds them, one scale per token.
+      activations = "int8"
+    return dataclasses.replace(
+      found, demands=demands, faults=tuple(faults), activations=activations
+    )
 
   def _type_faults(self, found: names.Interpretation) -> Iterator[str]:
     wanted = {stored.name for stored in found.tensors.values()}

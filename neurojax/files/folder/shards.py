@@ -42,6 +42,11 @@ class Shards:
     }
 
   @property
+  def metadata(self) -> Mapping[str, str]:
+    """What the files' headers say about the model; the last file wins where several say it."""
+    return {key: value for file in self._files.values() for key, value in file.metadata.items()}
+
+  @property
   def size_bytes(self) -> int:
     return sum(file.size_bytes for file in self._files.values())
 

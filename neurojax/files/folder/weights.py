@@ -57,7 +57,7 @@ class Weights:
     self.all: Mapping[str, Weight] = dict(self._group())
 
   def narrow_form(self, weight: Weight) -> Form | None:
-    """What keeps its numbers in the width of the file, see `source.ModelFile.narrow_form`."""
+    """What keeps its numbers in the width of the file, see `WeightSource.narrow_form`."""
     if weight.kind == "awq":
       return self._awq_form(weight)
     if weight.kind == "scaled":

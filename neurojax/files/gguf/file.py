@@ -1,7 +1,7 @@
 """GGUF, versions 2 and 3, little-endian: its tensors under canonical names.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the header is read by
-`gguf_header`.
+`header`.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from neurojax.config import ModelConfig
 from neurojax.files import names
 from neurojax.files.gguf.blocks import BLOCKS
 from neurojax.files.gguf.parts import Parts, whole_metadata
+from neurojax.files.names.architecture import Activations
 from neurojax.files.tensor_info import TensorInfo
 from neurojax.forms import Form, Plain, Scales
 from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
@@ -39,7 +40,7 @@ _PLAIN: Mapping[str, Plain] = {"F16": Plain("float16"), "BF16": Plain("bfloat16"
 
 
 class GgufFile:
-  """An open GGUF file (a `source.ModelFile`), or the first of its parts. Headers are checked on
+  """An open GGUF file (a `ModelFile`), or the first of its parts. Headers are checked on
   opening; tensors are mapped and decoded one by one.
 
   Raises:
@@ -58,7 +59,7 @@ class GgufFile:
       self.metadata: Mapping[str, object] = whole_metadata(self._parts)
       self.tensors: Mapping[str, TensorInfo] = self._parts.tensors
       self._fields = self._parts.header.fields
-      self.interpretation = names.interpret(self.metadata, self.tensors, self._floats)
+      self.interpretation = names.interpret_gguf(self.metadata, self.tensors, self._floats)
       undo.pop_all()
 
   @property
@@ -86,6 +87,18 @@ class GgufFile:
       raise NotImplementedError(f"{self.path}: tokenizer: {error}") from error
     except ValueError as error:
       raise ValueError(f"{self.path}: tokenizer: {error}") from error
+
+  @property
+  def activations(self) -> Activations | None:
+    return self.interpretation.activations
+
+  @property
+  def card(self) -> Mapping[str, str]:
+    return {
+      key: value
+      for key, value in self.metadata.items()
+      if key.startswith("general.") and isinstance(value, str)
+    }
 
   def info(self, name: str, layer: int | None = None) -> TensorInfo:
     return self.tensors[self._locate(name, layer).name]
@@ -161,6 +174,25 @@ class GgufFile:
     pages leave the process with the context. Raises: KeyError."""
     info = self.tensors[file_name]
     return self._parts.range(info)
+
+  def check_finite(self, file_name: str) -> None:
+    """Raises ValueError if a tensor, by the file's name, holds NaN or infinity; it names the place."""
+    info = self.tensors[file_name]
+    if info.type in codecs.CODECS:
+      self._unpack(info)
+      return
+    with self._parts.range(info) as raw:
+      width = info.shape[-1] if info.shape else 1
+      rows = raw.reshape(math.prod(info.shape[:-1]), -1)
+      step = max(1, _CHUNK_ELEMENTS // width)
+      for first in range(0, len(rows), step):
+        bad = ~np.isfinite(_decode_rows(rows[first : first + step], info.type, width))
+        if bad.any():
+          row, element = (int(i) for i in np.argwhere(bad)[0])
+          raise ValueError(
+            f"{self.path}: tensor {file_name!r}: row {first + row}, element {element} is NaN or"
+            " infinite: the file is damaged, get it again"
+          )
 
   def stored_bytes(self, name: str, layer: int | None = None) -> np.ndarray:
     info = self.info(name, layer)
@@ -266,15 +298,17 @@ def _decode(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
   rows = raw.reshape(math.prod(info.shape[:-1]), -1)
   values = np.empty((len(rows), width), np.float32)
   step = max(1, _CHUNK_ELEMENTS // width)
+  for first in range(0, len(rows), step):
+    values[first : first + step] = _decode_rows(rows[first : first + step], info.type, width)
+  return values.reshape(info.shape)
+
+
+def _decode_rows(rows: np.ndarray, kind: str, width: int) -> np.ndarray:
+  """The numbers of a few rows of `width` elements of a type."""
   # A damaged scale may be infinite: the values say so, a warning helps nobody.
   with np.errstate(all="ignore"):
-    for first in range(0, len(rows), step):
-      some = rows[first : first + step]
-      if info.type in _NUMBERS:
-        values[first : first + step] = some.view(_NUMBERS[info.type])
-      elif info.type in BLOCKS:
-        blocks = BLOCKS[info.type].rows(some.reshape(-1), len(some), width)
-        values[first : first + step] = blocks.values()
-      else:
-        values[first : first + step] = dequantize(some, GGMLQuantizationType[info.type])
-  return values.reshape(info.shape)
+    if kind in _NUMBERS:
+      return rows.view(_NUMBERS[kind]).astype(np.float32)
+    if kind in BLOCKS:
+      return BLOCKS[kind].rows(rows.reshape(-1), len(rows), width).values()
+    return dequantize(rows, GGMLQuantizationType[kind])

@@ -22,22 +22,25 @@ FILE_TYPES = {
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-  """One tensor of a file to be written.
+  """One tensor of a file to be written. A subclass makes its data.
 
   Attributes:
-    shape: Row-major.
-    type_id: Its element type's number.
-    nbytes: Of its data, padding aside.
-    data: Makes them, when their turn has come: an array of any dtype with that many bytes.
+    name: The name in the file.
+    shape: The row-major shape.
+    type_id: The number of its element type.
+    nbytes: Bytes of its data, without padding.
   """
 
   name: str
   shape: tuple[int, ...]
   type_id: int
   nbytes: int
-  data: Callable[[], np.ndarray]
+
+  def data(self) -> np.ndarray:
+    """Make the data, when their turn has come: an array of any dtype with `nbytes` bytes."""
+    raise NotImplementedError
 
 
 def field(key: str, value: object) -> bytes:
@@ -55,12 +58,18 @@ def field(key: str, value: object) -> bytes:
     raise ValueError(f"{key} = {str(value)[:80]}: beyond what GGUF keeps it in: {error}") from error
 
 
-def write(path: Path, fields: Sequence[bytes], tensors: Sequence[Tensor]) -> None:
+def write(
+  path: Path,
+  fields: Sequence[bytes],
+  tensors: Sequence[Tensor],
+  progress: Callable[[int, int], None] | None = None,
+) -> None:
   """Write a file, a tensor in memory at a time, and have the system store it.
 
   Args:
     fields: Keys with values, as `field` or `GgufFile.field_bytes` gives them; no key twice, and not
       general.alignment.
+    progress: Called with the number of tensors written so far and of all.
   Raises: ValueError: a tensor's data are not of the size that was said.
   """
   with stored(path) as file:
@@ -74,13 +83,15 @@ def write(path: Path, fields: Sequence[bytes], tensors: Sequence[Tensor]) -> Non
       file.write(struct.pack("<IQ", tensor.type_id, offset))
       offset += _padded(tensor.nbytes)
     file.write(bytes(_padded(file.tell()) - file.tell()))
-    for tensor in tensors:
+    for done, tensor in enumerate(tensors, 1):
       data = tensor.data()
       if data.nbytes != tensor.nbytes:
         raise ValueError(f"{tensor.name}: {data.nbytes} bytes, {tensor.nbytes} were announced")
       put(file, data)
       del data  # before the next is made
       file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+      if progress:
+        progress(done, len(tensors))
 
 
 def _padded(nbytes: int) -> int:

@@ -11,22 +11,26 @@ from neurojax.files.names.architecture import (
   template_of,
   to_canonical,
 )
-from neurojax.files.names.families import FAMILIES as HUGGINGFACE
+from neurojax.files.names.folder import ACTIVATIONS as FOLDER_ACTIVATIONS
+from neurojax.files.names.folder import interpret as interpret_folder
+from neurojax.files.names.folder_families import FAMILIES as FOLDER_FAMILIES
 from neurojax.files.names.gguf import (
+  ACTIVATIONS,
   FACTORS,
   architecture_of,
   in_words,
-  interpret,
   rope_factors,
 )
+from neurojax.files.names.gguf import interpret as interpret_gguf
 from neurojax.files.names.gguf_architectures import ARCHITECTURES, Architecture
-from neurojax.files.names.huggingface import interpret as interpret_huggingface
 from neurojax.files.names.llama2c import LLAMA2C
 
 __all__ = [
+  "ACTIVATIONS",
   "ARCHITECTURES",
   "FACTORS",
-  "HUGGINGFACE",
+  "FOLDER_ACTIVATIONS",
+  "FOLDER_FAMILIES",
   "LLAMA2C",
   "PER_LAYER",
   "WHOLE_MODEL",
@@ -36,8 +40,8 @@ __all__ = [
   "architecture_of",
   "file_shape",
   "in_words",
-  "interpret",
-  "interpret_huggingface",
+  "interpret_folder",
+  "interpret_gguf",
   "layer_names",
   "locate",
   "rope_factors",

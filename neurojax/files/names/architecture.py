@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,10 @@ WHOLE_MODEL = ("embedding_VD", "final_norm_D", "head_DV")
 PER_LAYER = tuple(params.LAYER)
 
 
+Activations = Literal["int8"]
+"""What a model rounds its activations to in front of ternary matrices: int8, one scale per token."""
+
+
 class Fault(Exception):
   """The file contradicts itself or lacks something."""
 
@@ -28,7 +33,7 @@ class Demand(Exception):
   """The file asks for what the model does not compute."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
   """Where a file keeps a tensor.
 
@@ -63,6 +68,7 @@ class Interpretation:
     demands: What the file asks for and the model does not compute.
     faults: Where the file contradicts itself or lacks something.
     ignored: Parts of the file that text needs nothing of, such as a vision tower.
+    activations: What the file says that its activations are rounded to; None where it does not say.
   """
 
   architecture: str | None
@@ -71,6 +77,7 @@ class Interpretation:
   demands: tuple[str, ...] = ()
   faults: tuple[str, ...] = ()
   ignored: tuple[str, ...] = ()
+  activations: Activations | None = None
 
   def model_config(self, where: str) -> ModelConfig:
     """The config of a file that is neither refused nor faulty; `where` names it in errors.

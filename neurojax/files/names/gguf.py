@@ -23,7 +23,7 @@ from neurojax.files.names.architecture import (
   tensor_faults,
 )
 from neurojax.files.names.gguf_architectures import ARCHITECTURES, Architecture
-from neurojax.files.names.layers import Facts
+from neurojax.files.names.gguf_layers import Facts
 from neurojax.files.tensor_info import TensorInfo
 
 Floats = Callable[[str], np.ndarray]
@@ -47,6 +47,8 @@ _GENERAL_NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 # A namespace that says: products need their activations rotated first (PrismML's llama.cpp).
 _ROTATED = "prism.hadamard."
+ACTIVATIONS = "neurojax.activations"
+"""The key of a file that says what its model was trained to round activations to: "int8"."""
 FACTORS = "rope_freqs.weight"
 """The tensor of rotary factors, one for each pair of a head."""
 
@@ -88,6 +90,9 @@ def interpret(
       demands.append(f"{key} = {short(metadata[key])}: {remedy}")
   if rotated := [key for key in metadata if key.startswith(_ROTATED)]:
     demands.append(f"{rotated[0]}: its weights are folded into a Hadamard rotation of activations")
+  activations = metadata.get(ACTIVATIONS)
+  if activations not in (None, "int8"):
+    demands.append(f"{ACTIVATIONS} = {short(activations)}: int8 is computed")
   name = metadata.get("general.architecture")
   if not isinstance(name, str):
     fault = f"general.architecture = {short(name)}: it must be a string"
@@ -114,7 +119,12 @@ def interpret(
     placed = {key: info for key, info in tensors.items() if key != FACTORS}
     faults += tensor_faults(stored, placed, config)
   return Interpretation(
-    architecture=name, config=config, tensors=stored, demands=tuple(demands), faults=tuple(faults)
+    architecture=name,
+    config=config,
+    tensors=stored,
+    demands=tuple(demands),
+    faults=tuple(faults),
+    activations="int8" if activations == "int8" else None,
   )
 
 

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from neurojax.config import ModelConfig, RopeStyle
-from neurojax.files.names import layers
+from neurojax.files.names import gguf_layers as layers
 from neurojax.files.names.architecture import Stored, at_layer, kind_names
-from neurojax.files.names.layers import Layers
+from neurojax.files.names.gguf_layers import Layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

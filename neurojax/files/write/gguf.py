@@ -1,10 +1,10 @@
-"""Any model file to GGUF: exactly, or in a type that is asked for by name."""
+"""Any source to GGUF: exactly, or in a type that is asked for by name."""
 
 import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,185 +15,269 @@ from neurojax.config import ModelConfig, RopeStyle
 from neurojax.files import names
 from neurojax.files.gguf.file import GgufFile
 from neurojax.files.gguf.writer import FILE_TYPES, Tensor, field, write
-from neurojax.files.model_file import ModelFile
 from neurojax.files.open import open_model
-from neurojax.files.tensor_info import TensorInfo
-from neurojax.files.write import ternarize
-from neurojax.files.write.packing import TYPES, check, pack
+from neurojax.files.weight_source import WeightSource
+from neurojax.files.write import exact, ternarize
+from neurojax.files.write.packing import TYPES, pack
 from neurojax.files.write.tensors import (
   DTYPES,
+  NO_LICENSE,
+  Converted,
   Loss,
   Place,
   is_ternary,
   narrowest,
   numbers,
   places,
+  rounded,
   ternary_rows,
 )
 from neurojax.model import params
 from neurojax.tokenizer.write.gguf import gguf_from_spec
 from neurojax.weights import codecs
-from neurojax.weights.ternary import TernaryArray
 
 _IDS = gguf.GGMLQuantizationType
 _ROUNDED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 KINDS = (*TYPES, *DTYPES, *_ROUNDED)
-"""Types that are written. Ternary ones hold ternary weights exactly, or the nearest ternary ones."""
+"""Types that are written. Ternary types hold ternary weights exactly, or the nearest ternary ones."""
 
 _DROPPED = ("general.alignment", "general.file_type", "general.quantization_version")
 """Keys of a GGUF file that are written anew."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
-  """What a conversion made: the architecture or model_type, tensors by type, what it changed, and what
-  other readers make of it."""
+class _Conversion:
+  """What all tensors of a conversion share.
 
-  architecture: str
-  types: dict[str, int]
+  Attributes:
+    source: Where the numbers come from.
+    rope_style: The order of a head's elements in the new file.
+    kind: The type that is asked for, for matrices of layers: one of KINDS, or None: each as it is.
+    outer: The same for embedding and head.
+    is_exact: Ternary matrices keep their numbers, and only they get a ternary type.
+    ternary: The type of ternary matrices for which none is asked, if `is_exact`.
+    loss: Counts what rounding changes.
+  """
+
+  source: WeightSource
+  rope_style: RopeStyle
+  kind: str | None
+  outer: str | None
+  is_exact: bool
+  ternary: str | None
   loss: Loss
-  note: str = ""
+
+  def wanted(self, place: Place) -> str | None:
+    """The type that is asked for; None: its own, or the narrowest that changes nothing."""
+    if not params.is_matrix(place.name):
+      return None
+    wanted = self.outer if place.layer is None else self.kind
+    if not self.is_exact:
+      return wanted
+    if is_ternary(self.source, place):
+      return wanted or self.ternary
+    return None if wanted in TYPES else wanted
 
 
 def to_gguf(
-  file: ModelFile,
+  source: WeightSource,
   path: Path,
   *,
   kind: str | None = None,
   outer: str | None = None,
-  general: dict[str, str] | None = None,
+  is_exact: bool = False,
+  overwrite: bool = False,
+  general: Mapping[str, str] | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
-  """Write a model file as GGUF; it appears whole or not at all, and has been opened once by our reader.
+  """Write a model as GGUF. The file appears whole or not at all, after our reader has opened it once.
 
   Args:
-    kind: One of KINDS, for the matrices of layers; None: every one as it is, quantized ones of a folder
-      in the narrowest type that changes nothing.
+    kind: One of KINDS, for the matrices of layers. None: every one as it is; quantized matrices of a
+      folder in the narrowest type that changes nothing.
     outer: The same for embedding and head.
+    is_exact: Refuse a type that does not hold a ternary matrix exactly, in place of taking the nearest
+      numbers. Matrices that are not ternary then get no ternary type, and ternary ones for which
+      none is asked all get the first of TQ2_0 and Q2_0 that holds them.
+    overwrite: Replace a file that is there.
     general: Keys such as "general.name" to set.
+    progress: Called with the number of tensors written so far and of all.
   Raises:
     FileExistsError: something is there.
-    ValueError: a type that does not take rows of this length, or no architecture holds this model; and
-      what reading raises.
+    ValueError: a type that does not take rows of this length, or no architecture holds this model, or
+      a number is NaN or infinite; and what reading raises.
     NotImplementedError: the tokenizer has no place in GGUF; and what reading raises.
   """
   for option, value in (("type", kind), ("type of embedding and head", outer)):
     if value is not None and value not in KINDS:
       raise ValueError(f"{option} {value!r}: choose one of {', '.join(KINDS)}")
-  file.check()
-  loss, said = Loss(), dict(general or {})
-  if isinstance(file, GgufFile):
-    plans = _from_gguf(file, kind, outer, loss)
-    architecture = str(file.interpretation.architecture)
-    kept = [key for key in file.metadata if key not in (*_DROPPED, *said)]
-    fields = [file.field_bytes(key) for key in kept]
+  source.check()
+  if is_exact:
+    exact.check_parts(source.config, "GGUF")
+  said = dict(general or {})
+  if isinstance(source, GgufFile):
+    architecture = str(source.interpretation.architecture)
+    job = _Conversion(source, source.config.rope_style, kind, outer, is_exact, None, Loss())
+    tensors = _from_gguf(source, job)
+    kept = [key for key in source.metadata if key not in (*_DROPPED, *said)]
+    fields = [source.field_bytes(key) for key in kept]
   else:
-    architecture = names.architecture_of(file.config)
-    plans = _from_other(file, architecture, kind, outer, loss)
-    fields = [field(key, value) for key, value in _metadata(file, architecture, said).items()]
+    architecture = names.architecture_of(source.config)
+    style, free = names.ARCHITECTURES[architecture].rope_style, None
+    if is_exact:
+      free = exact.ternary_type(source, _places(source, architecture), kind, outer)
+    job = _Conversion(source, style, kind, outer, is_exact, free, Loss())
+    tensors = _from_other(architecture, job)
+    fields = [field(key, value) for key, value in _metadata(source, architecture, said).items()]
   fields += [field(key, value) for key, value in said.items()]
   fields.append(field("general.quantization_version", gguf.GGML_QUANT_VERSION))
-  if (file_type := FILE_TYPES.get(_most(plans))) is not None:
+  main = next((tensor.kind for tensor in tensors if is_exact and tensor.is_ternary), None) or _most(
+    tensors
+  )
+  if (file_type := FILE_TYPES.get(main)) is not None:
     fields.append(field("general.file_type", file_type))
-  elif kind is None and isinstance(file, GgufFile) and "general.file_type" in file.metadata:
-    fields.append(file.field_bytes("general.file_type"))
-  with new_file(path) as temporary:
-    write(temporary, fields, list(_counted(plans, progress)))
-    _verify(file, temporary, architecture)
+  elif kind is None and isinstance(source, GgufFile) and "general.file_type" in source.metadata:
+    fields.append(source.field_bytes("general.file_type"))
+  with new_file(path, overwrite=overwrite) as temporary:
+    write(temporary, fields, tensors, progress)
+    _verify(source, temporary, architecture)
   types: dict[str, int] = {}
-  for plan in plans:
-    types[plan.kind] = types.get(plan.kind, 0) + 1
-  return Converted(architecture, types, loss, _note(architecture, file.config))
+  for tensor in tensors:
+    types[tensor.kind] = types.get(tensor.kind, 0) + 1
+  notes = list(_notes(architecture, source.config))
+  if "general.license" not in {**source.card, **said}:
+    notes.append(NO_LICENSE)
+  return Converted(architecture, main, types, job.loss, tuple(notes))
 
 
-def _note(architecture: str, config: ModelConfig) -> str:
+def _notes(architecture: str, config: ModelConfig) -> Iterator[str]:
   """Where llama.cpp, as of 2026, computes something else than the file says."""
   windows = {kind.sliding_window for kind in config.kinds} - {None}
   if architecture == "llama" and windows:
-    return (
+    yield (
       f"llama.cpp gives 'llama' no sliding window: its logits are those of this model for the first"
       f" {min(windows)} positions only"
     )
-  return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """A tensor with the name of its type."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Tensor(Tensor):
+  """A tensor of the new file.
+
+  Attributes:
+    kind: Its type as KINDS spells it.
+    is_matrix: Whether it is a matrix of the model.
+    is_ternary: Whether the source has ternary codes for it.
+  """
 
   kind: str
-  tensor: Tensor
-  is_matrix: bool
+  is_matrix: bool = False
+  is_ternary: bool = False
 
 
-def _from_gguf(file: GgufFile, kind: str | None, outer: str | None, loss: Loss) -> list[_Plan]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Copied(_Tensor):
+  """A tensor of a GGUF file as it is."""
+
+  source: GgufFile
+
+  def data(self) -> np.ndarray:
+    self.source.check_finite(self.name)
+    with self.source.tensor_bytes(self.name) as raw:
+      return raw.copy()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Encoded(_Tensor):
+  """A tensor whose numbers are read and put into a type."""
+
+  job: _Conversion
+  place: Place
+
+  def data(self) -> np.ndarray:
+    return _encoded(self.job, self.place, self.kind)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Factors(_Tensor):
+  """The rotary factors of a configuration."""
+
+  factors: np.ndarray
+
+  def data(self) -> np.ndarray:
+    return self.factors
+
+
+def _from_gguf(source: GgufFile, job: _Conversion) -> list[_Tensor]:
   """Every tensor of a GGUF file as it is, but for matrices whose type changes."""
-  config = file.config
-  arch = names.ARCHITECTURES[str(file.interpretation.architecture)]
+  config = source.config
+  arch = names.ARCHITECTURES[str(source.interpretation.architecture)]
   known = {place.file_name: place for place in places(arch.places(config), config.num_experts)}
-  plans = []
-  for name, info in file.tensors.items():
+  tensors: list[_Tensor] = []
+  for name, info in source.tensors.items():
     place = known.get(name)
-    wanted = None if place is None else _wanted(place, kind, outer)
-    if wanted is None or place is None or wanted == _plain_name(info.type):
-      plans.append(_copied(file, info, place is not None and params.is_matrix(place.name)))
+    kind = None if place is None else job.wanted(place)
+    if kind is None or place is None or kind == _plain_name(info.type):
+      tensors.append(
+        _Copied(
+          name=name, shape=info.shape, type_id=_type_id(info.type), nbytes=info.nbytes,
+          kind=_plain_name(info.type), source=source,
+          is_matrix=place is not None and params.is_matrix(place.name),
+        )
+      )  # fmt: skip
     else:
-      plans.append(_made(file, place, wanted, config.rope_style, loss))
-  return plans
+      tensors.append(_made(job, place, kind))
+  return tensors
 
 
-def _from_other(
-  file: ModelFile, architecture: str, kind: str | None, outer: str | None, loss: Loss
-) -> list[_Plan]:
-  arch = names.ARCHITECTURES[architecture]
-  own = dataclasses.replace(names.in_words(file.config), rope_style=arch.rope_style)
-  plans = []
-  for place in places(arch.places(own), own.num_experts):
-    wanted = _wanted(place, kind, outer) or _as_it_is(file, place, arch.rope_style)
-    plans.append(_made(file, place, wanted, arch.rope_style, loss))
-  factors = np.array(names.rope_factors(own), np.float32)
+def _from_other(architecture: str, job: _Conversion) -> list[_Tensor]:
+  tensors: list[_Tensor] = [
+    _made(job, place, job.wanted(place) or _as_it_is(job, place))
+    for place in _places(job.source, architecture)
+  ]
+  factors = np.array(names.rope_factors(_own(job.source, architecture)), np.float32)
   if factors.size:
-    tensor = Tensor(names.FACTORS, factors.shape, _IDS.F32, factors.nbytes, lambda: factors)
-    plans.insert(0, _Plan("F32", tensor, False))
-  return plans
+    first = _Factors(
+      name=names.FACTORS, shape=factors.shape, type_id=_IDS.F32, nbytes=factors.nbytes, kind="F32",
+      factors=factors,
+    )  # fmt: skip
+    tensors.insert(0, first)
+  return tensors
 
 
-def _wanted(place: Place, kind: str | None, outer: str | None) -> str | None:
-  """The type that was asked for, if this is a matrix."""
-  if not params.is_matrix(place.name):
-    return None
-  return kind if place.layer is not None else outer
+def _own(source: WeightSource, architecture: str) -> ModelConfig:
+  """The configuration as a file of this architecture says it."""
+  style = names.ARCHITECTURES[architecture].rope_style
+  return dataclasses.replace(names.in_words(source.config), rope_style=style)
 
 
-def _as_it_is(file: ModelFile, place: Place, rope_style: RopeStyle) -> str:
+def _places(source: WeightSource, architecture: str) -> list[Place]:
+  """The tensors of a file of this architecture."""
+  own = _own(source, architecture)
+  return list(places(names.ARCHITECTURES[architecture].places(own), own.num_experts))
+
+
+def _as_it_is(job: _Conversion, place: Place) -> str:
   """The narrowest type that changes nothing."""
+  source = job.source
   if not params.is_matrix(place.name):
     # llama.cpp adds and multiplies by these in float32.
     return "F32"
-  if is_ternary(file, place):
-    codes, scales, group_size = ternary_rows(file, place, rope_style)
+  if is_ternary(source, place):
+    rows = ternary_rows(source, place, job.rope_style)
     for name in ("TQ2_0", "Q2_0"):
       with contextlib.suppress(ValueError):
-        pack(_array(codes, scales, group_size, place.shape(file.config)), TYPES[name], place.name)
+        pack(*rows, place.shape(source.config)[-1], TYPES[name], place.title)
         return name
-  info = file.info(place.name, place.layer)
+  info = source.info(place.name, place.layer)
   if info.type in DTYPES:
     return info.type
-  return narrowest(numbers(file, place, rope_style))
+  return narrowest(numbers(source, place, job.rope_style))
 
 
-def _copied(file: GgufFile, info: TensorInfo, is_matrix: bool) -> _Plan:
-  def data() -> np.ndarray:
-    with file.tensor_bytes(info.name) as raw:
-      return raw.copy()
-
-  tensor = Tensor(info.name, info.shape, _type_id(info.type), info.nbytes, data)
-  return _Plan(_plain_name(info.type), tensor, is_matrix)
-
-
-def _made(file: ModelFile, place: Place, kind: str, rope_style: RopeStyle, loss: Loss) -> _Plan:
+def _made(job: _Conversion, place: Place, kind: str) -> _Encoded:
   """Raises: ValueError: the type does not take such rows."""
-  shape = place.shape(file.config)
+  shape = place.shape(job.source.config)
   rows, k = math.prod(shape[:-1]), shape[-1]
   if kind in TYPES:
     block = TYPES[kind].block
@@ -212,63 +296,52 @@ def _made(file: ModelFile, place: Place, kind: str, rope_style: RopeStyle, loss:
       f" {' or '.join(fitting)}"
     )
 
-  def data() -> np.ndarray:
-    return _encoded(file, place, kind, rope_style, loss)
+  is_matrix = params.is_matrix(place.name)
+  return _Encoded(
+    name=place.file_name, shape=shape, type_id=type_id, nbytes=nbytes, kind=kind, job=job,
+    place=place, is_matrix=is_matrix, is_ternary=is_matrix and is_ternary(job.source, place),
+  )  # fmt: skip
 
-  return _Plan(
-    kind, Tensor(place.file_name, shape, type_id, nbytes, data), params.is_matrix(place.name)
-  )
 
-
-def _encoded(
-  file: ModelFile, place: Place, kind: str, rope_style: RopeStyle, loss: Loss
-) -> np.ndarray:
+def _encoded(job: _Conversion, place: Place, kind: str) -> np.ndarray:
   """The bytes of a tensor in a type."""
-  if kind in TYPES and is_ternary(file, place):
-    with contextlib.suppress(ValueError):
-      array = _array(*ternary_rows(file, place, rope_style), place.shape(file.config))
-      check(array, TYPES[kind], place.file_name)
-      return pack(array, TYPES[kind], place.file_name)
-  values = numbers(file, place, rope_style)
+  source, loss = job.source, job.loss
+  has_codes = is_ternary(source, place)
+  if kind in TYPES and has_codes:
+    try:
+      rows = ternary_rows(source, place, job.rope_style)
+      return pack(*rows, place.shape(source.config)[-1], TYPES[kind], place.title)
+    except ValueError:
+      if job.is_exact:
+        raise
+  values = numbers(source, place, job.rope_style)
   if kind in DTYPES:
-    with np.errstate(over="ignore"):
-      rounded = values.astype(DTYPES[kind])
-    if not np.isfinite(rounded.astype(np.float32)).all():
-      raise ValueError(f"{place.file_name}: a number is beyond {kind}: choose BF16 or F32")
-    loss.add(place.file_name, values.astype(np.float32), rounded.astype(np.float32))
-    return rounded
-  exact = values.astype(np.float32, copy=False).reshape(-1, values.shape[-1])
+    made = rounded(values, kind, place.file_name)
+    if job.is_exact and has_codes and (made.astype(np.float32) != values).any():
+      raise ValueError(f"{place.title}: {kind} does not hold its scales exactly: choose F32")
+    loss.add(place.file_name, values, made)
+    return made
+  single = values.astype(np.float32, copy=False).reshape(-1, values.shape[-1])
   if kind in TYPES:
     codec = TYPES[kind]
-    codes, scales = ternarize.nearest(exact, codec.block)
-    loss.add(place.file_name, exact, codecs.dequantize(codes, scales, codec.block))
+    codes, scales = ternarize.nearest(single, codec.block)
+    loss.add(place.file_name, single, codecs.dequantize(codes, scales, codec.block))
     return codec.pack(codes, scales)
-  encoded = gguf.quants.quantize(exact, _IDS[kind])
-  loss.add(place.file_name, exact, gguf.quants.dequantize(encoded, _IDS[kind]))
+  encoded = gguf.quants.quantize(single, _IDS[kind])
+  loss.add(place.file_name, single, gguf.quants.dequantize(encoded, _IDS[kind]))
   return encoded
 
 
-def _array(
-  codes: np.ndarray, scales: np.ndarray, group_size: int | None, shape: tuple[int, ...]
-) -> TernaryArray:
-  return TernaryArray.from_rows(
-    codes, scales, (math.prod(shape[:-1]), shape[-1]), -1, group_size=group_size
-  )
-
-
-def _metadata(file: ModelFile, architecture: str, said: dict[str, str]) -> dict[str, Any]:
-  """The keys of a model that comes from another format."""
-  config = file.config
-  own = dataclasses.replace(
-    names.in_words(config), rope_style=names.ARCHITECTURES[architecture].rope_style
-  )
-  name = file.metadata.get("_name_or_path") or Path(file.path).resolve().name
-  keys: dict[str, Any] = {"general.architecture": architecture, "general.type": "model"}
-  if "general.name" not in said:
-    keys["general.name"] = str(name)
-  keys |= names.ARCHITECTURES[architecture].metadata(architecture, own)
-  keys[f"{architecture}.vocab_size"] = config.vocab_size
-  return keys | gguf_from_spec(file.tokenizer, config.vocab_size)
+def _metadata(source: WeightSource, architecture: str, said: Mapping[str, str]) -> dict[str, Any]:
+  """The keys of a model that comes from another format, without those in `said`."""
+  keys: dict[str, Any] = {"general.name": Path(source.path).resolve().name, **source.card}
+  keys = {key: value for key, value in keys.items() if key not in (*_DROPPED, *said)}
+  keys |= {"general.architecture": architecture, "general.type": "model"}
+  keys |= names.ARCHITECTURES[architecture].metadata(architecture, _own(source, architecture))
+  keys[f"{architecture}.vocab_size"] = source.config.vocab_size
+  if source.activations is not None:
+    keys[names.ACTIVATIONS] = source.activations
+  return keys | gguf_from_spec(source.tokenizer, source.config.vocab_size)
 
 
 def _type_id(kind: str) -> int:
@@ -280,33 +353,20 @@ def _plain_name(kind: str) -> str:
   return {"Q2_0 (group 64)": "Q2_0", "Q2_0 (group 128)": "Q2_0_g128"}.get(kind, kind)
 
 
-def _most(plans: list[_Plan]) -> str:
+def _most(tensors: list[_Tensor]) -> str:
   """The type of most numbers."""
   sums: dict[str, int] = {}
-  for plan in plans:
-    if plan.is_matrix:
-      sums[plan.kind] = sums.get(plan.kind, 0) + math.prod(plan.tensor.shape)
+  for tensor in tensors:
+    if tensor.is_matrix:
+      sums[tensor.kind] = sums.get(tensor.kind, 0) + math.prod(tensor.shape)
   return max(sums, key=lambda kind: sums[kind], default="F32")
 
 
-def _counted(plans: list[_Plan], progress: Callable[[int, int], None] | None) -> Iterator[Tensor]:
-  for done, plan in enumerate(plans):
-
-    def data(plan: _Plan = plan, done: int = done) -> np.ndarray:
-      made = plan.tensor.data()
-      if progress:
-        progress(done + 1, len(plans))
-      return made
-
-    yield dataclasses.replace(plan.tensor, data=data)
-
-
-def _verify(file: ModelFile, path: Path, architecture: str) -> None:
-  """What was written is what will be read: the file's own words make the same model."""
+def _verify(source: WeightSource, path: Path, architecture: str) -> None:
+  """Check that the new file's own words make the same model."""
   with open_model(path) as made:
     made.check()
-    wanted = names.in_words(file.config)
-    wanted = dataclasses.replace(wanted, rope_style=names.ARCHITECTURES[architecture].rope_style)
+    wanted = _own(source, architecture)
     if as_float32(made.config) != as_float32(wanted):
       raise AssertionError(f"wrote {wanted}, read {made.config}")
 
@@ -314,26 +374,37 @@ def _verify(file: ModelFile, path: Path, architecture: str) -> None:
 def as_float32(config: ModelConfig) -> object:
   """A configuration with its numbers as GGUF keeps them, for comparison."""
 
-  def rounded(value: object) -> object:
+  def single(value: object) -> object:
     if isinstance(value, float):
       return float(np.float32(value))
     if isinstance(value, dict):
-      return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+      return {key: single(inner) for key, inner in value.items()}
+    return [single(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-  return rounded(dataclasses.asdict(config))
+  return single(dataclasses.asdict(config))
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
   """A path beside `path` that gets its name when all went well, and is removed otherwise.
 
-  Raises: FileExistsError: something is there. FileNotFoundError: its folder is not.
+  Args:
+    overwrite: Take the place of a file that is there.
+  Raises:
+    FileExistsError: something is there. ValueError: a folder is there, and `overwrite`.
+    FileNotFoundError: the folder to write in is not there.
   """
-  check_new(path)
+  if not overwrite:
+    check_new(path)
+  elif path.is_dir():
+    raise ValueError(f"{path} is a folder: name the file to write in it")
+  check_folder(path.parent)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     yield temporary
+    if overwrite:
+      os.replace(temporary, path)
+      return
     # A link, unlike a move, never takes the place of what somebody else has put there meanwhile; not
     # every file system has links.
     try:
@@ -348,7 +419,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
+  """Raises: FileExistsError: something is there."""
   if path.exists() or path.is_symlink():
     raise FileExistsError(f"{path} exists: name another, or remove it first")
-  if not path.parent.is_dir():
-    raise FileNotFoundError(f"{path.parent}: no such folder: make it first")
+
+
+def check_folder(path: Path) -> None:
+  """Raises: FileNotFoundError: there is no such folder to write in."""
+  if not path.is_dir():
+    raise FileNotFoundError(f"{path}: no such folder: make it first")

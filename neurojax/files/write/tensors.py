@@ -1,40 +1,48 @@
-"""One tensor at a time out of a model file, in the order of rows that another format wants."""
+"""One tensor at a time out of a source, in the order of rows that another format wants."""
 
 import dataclasses
 from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32
 
 from neurojax.config import ModelConfig, RopeStyle
 from neurojax.files import names
-from neurojax.files.model_file import ModelFile
 from neurojax.files.names import Stored
+from neurojax.files.weight_source import WeightSource
 from neurojax.forms import Plain, Scales
 
 DTYPES = {
   "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 
+# Numbers whose squares are summed at a time.
+_CHUNK_ELEMENTS = 1 << 20
+
 _TURNED = ("q_DNH", "k_DKH", "q_bias_NH", "k_bias_KH", "q_norm_H", "k_norm_H")
-"""What is multiplied by rotary positions, in the order of a head's elements."""
+"""Tensors whose head elements stand in the order of rotary pairs."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Place:
   """A tensor of a file to be written.
 
   Attributes:
-    name, layer: Its canonical name.
-    stored: Where the new file keeps it, the layer filled in.
-    expert: Which of them, where each has a tensor of its own.
+    name: The canonical name.
+    layer: The layer, or None outside the layers.
+    stored: Where the new file keeps the tensor, the layer filled in.
+    expert: The expert's number, where each expert has a tensor of its own.
   """
 
   name: str
   layer: int | None
   stored: Stored
   expert: int | None = None
+
+  @property
+  def title(self) -> str:
+    """The canonical name with its layer, for errors."""
+    return self.name if self.layer is None else f"{self.name} of layer {self.layer}"
 
   @property
   def file_name(self) -> str:
@@ -50,38 +58,48 @@ class Place:
     return names.file_shape(self.axes, config, self.layer)
 
 
-def numbers(file: ModelFile, place: Place, rope_style: RopeStyle) -> np.ndarray:
-  """The numbers of a tensor in the order and shape of the new file, in their own dtype if that is one of
-  `DTYPES`, else float32.
+def numbers(source: WeightSource, place: Place, rope_style: RopeStyle) -> np.ndarray:
+  """The numbers of a tensor in the order and shape of the new file.
 
-  Raises: ValueError: it holds NaN or infinity; and what the file's reader raises.
+  Returns: Their own dtype if it is one of `DTYPES`, else float32.
+  Raises: ValueError: one is NaN or infinite; and what the source raises.
   """
-  if place.stored.shift == 0 and isinstance(file.narrow_form(place.name, place.layer), Plain):
-    values = file.read_plain(place.name, place.layer)
+  form = source.narrow_form(place.name, place.layer)
+  if place.stored.shift == 0 and isinstance(form, Plain):
+    values = source.read_plain(place.name, place.layer)
   else:
-    values = file.read(place.name, place.layer)
-  if not np.isfinite(values).all():
-    raise ValueError(
-      f"{file.path}: {place.file_name} would hold NaN or infinity: the file is damaged, get it again"
-    )
+    values = source.read(place.name, place.layer)
   if place.stored.shift:
     values = values - np.float32(place.stored.shift)
-  config = file.config
+  config = source.config
   if place.name in _TURNED and config.rope_style != rope_style:
     values = np.take(values, _order(config, place.layer), axis=-1)
   letters = place.name.rpartition("_")[2]
   if place.expert is not None:
     values, letters = values[place.expert], letters.replace("E", "", 1)
   order = [letters.index(one) for one in place.axes.replace(" ", "") if one in letters]
-  return np.ascontiguousarray(values.transpose(order)).reshape(place.shape(config))
+  values = np.ascontiguousarray(values.transpose(order)).reshape(place.shape(config))
+  check_finite(values, f"{source.path}: {place.file_name}")
+  return values
+
+
+def check_finite(values: np.ndarray, where: str) -> None:
+  """Raises: ValueError: a value is NaN or infinite; it names the first."""
+  finite = np.isfinite(values)
+  if not finite.all():
+    first = tuple(int(i) for i in np.argwhere(~finite)[0])
+    raise ValueError(
+      f"{where}: the value at {list(first)} is {values[first]}, not a finite number: the file is"
+      " damaged, get it again"
+    )
 
 
 def ternary_rows(
-  file: ModelFile, place: Place, rope_style: RopeStyle
+  source: WeightSource, place: Place, rope_style: RopeStyle
 ) -> tuple[np.ndarray, np.ndarray, int | None]:
   """Codes, scales and group size of a ternary matrix, its rows in the order of the new file."""
-  codes, scales, group_size = file.read_ternary(place.name, place.layer)
-  config = file.config
+  codes, scales, group_size = source.read_ternary(place.name, place.layer)
+  config = source.config
   if place.name in _TURNED and config.rope_style != rope_style:
     order_H = _order(config, place.layer)
     heads = len(codes) // len(order_H)
@@ -91,13 +109,25 @@ def ternary_rows(
   return codes, scales, group_size
 
 
-def is_ternary(file: ModelFile, place: Place) -> bool:
-  return place.expert is None and isinstance(file.narrow_form(place.name, place.layer), Scales)
+def is_ternary(source: WeightSource, place: Place) -> bool:
+  """Whether the source has ternary codes for a tensor of the new file."""
+  return place.expert is None and isinstance(source.narrow_form(place.name, place.layer), Scales)
+
+
+def rounded(values: np.ndarray, kind: str, where: str) -> np.ndarray:
+  """Numbers in a type of `DTYPES`. Raises: ValueError: one is beyond the type's largest."""
+  if values.dtype == DTYPES[kind]:
+    return values
+  with np.errstate(over="ignore"):
+    made = values.astype(DTYPES[kind])
+  if not np.isfinite(made).all():
+    raise ValueError(f"{where}: a number is beyond {kind}: choose BF16 or F32")
+  return made
 
 
 def narrowest(values: np.ndarray) -> str:
-  """The first of BF16, F16 and F32 that holds numbers without any change: their own if it is one of
-  the first two."""
+  """The first of BF16, F16 and F32 that holds numbers without any change; their own type if they are
+  BF16 or F16."""
   for kind in ("BF16", "F16"):
     if values.dtype == DTYPES[kind] or holds(values, kind):
       return kind
@@ -105,6 +135,7 @@ def narrowest(values: np.ndarray) -> str:
 
 
 def holds(values: np.ndarray, kind: str) -> bool:
+  """Whether a type of `DTYPES` holds numbers without any change."""
   exact = values.astype(np.float32, copy=False)
   with np.errstate(over="ignore"):
     return bool((exact.astype(DTYPES[kind]).astype(np.float32) == exact).all())
@@ -112,7 +143,15 @@ def holds(values: np.ndarray, kind: str) -> bool:
 
 @dataclasses.dataclass
 class Loss:
-  """What a conversion changed, over all numbers of the tensors that it rounded."""
+  """How much a conversion changed.
+
+  Attributes:
+    squares: The sum of squares of the numbers in rounded tensors.
+    off: The sum of squares of the changes.
+    worst: The largest relative change of a tensor (root mean squares).
+    worst_name: The tensor with that change.
+    tensors: How many tensors were rounded.
+  """
 
   squares: float = 0.0
   off: float = 0.0
@@ -120,11 +159,16 @@ class Loss:
   worst_name: str = ""
   tensors: int = 0
 
-  def add(
-    self, name: str, old: Float32[np.ndarray, "..."], new: Float32[np.ndarray, "..."]
-  ) -> None:
-    squares = float(np.square(old, dtype=np.float64).sum())
-    off = float(np.square(old.astype(np.float64) - new).sum())
+  def add(self, name: str, old: np.ndarray, new: np.ndarray) -> None:
+    """Count a tensor: its numbers before and after, of one shape, in any dtypes."""
+    squares = off = 0.0
+    if old is not new:
+      old, new = old.reshape(-1), new.reshape(-1)
+      for first in range(0, old.size, _CHUNK_ELEMENTS):
+        chunk = slice(first, first + _CHUNK_ELEMENTS)
+        exact = old[chunk].astype(np.float64)
+        squares += float(np.square(exact).sum())
+        off += float(np.square(exact - new[chunk].astype(np.float64)).sum())
     if off == 0:
       return
     relative = (off / squares) ** 0.5 if squares else np.inf
@@ -134,7 +178,7 @@ class Loss:
 
   @property
   def relative(self) -> float:
-    """Root mean square of the changes, by that of the numbers."""
+    """Root mean square of the changes, divided by that of the numbers."""
     return (self.off / self.squares) ** 0.5 if self.off else 0.0
 
   def __str__(self) -> str:
@@ -147,7 +191,7 @@ class Loss:
 
 
 def places(stored: Iterator[tuple[str, int | None, Stored]], num_experts: int) -> Iterator[Place]:
-  """The tensors of a file whose format says where it keeps what."""
+  """The tensors of a new file, from the tensors that its format has (canonical name, layer, stored)."""
   for name, layer, one in stored:
     if one.is_split:
       yield from (Place(name, layer, one, expert) for expert in range(num_experts))
@@ -155,8 +199,32 @@ def places(stored: Iterator[tuple[str, int | None, Stored]], num_experts: int) -
       yield Place(name, layer, one)
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+  """What was written.
+
+  Attributes:
+    architecture: The architecture of the GGUF file, or the model_type of the folder.
+    kind: The type of the ternary matrices; without any, the type of most matrices.
+    types: The number of tensors of each type.
+    loss: How much rounding changed.
+    notes: What the user should know about the new file.
+  """
+
+  architecture: str
+  kind: str
+  types: dict[str, int]
+  loss: Loss
+  notes: tuple[str, ...] = ()
+
+
+NO_LICENSE = (
+  "the source names no licence, so the new file names none: give it with --license, if you know it"
+)
+
+
 def _order(config: ModelConfig, layer: int | None) -> np.ndarray:
-  """Where the elements of a head come from: pairs (i, i + H/2) to (2i, 2i + 1), or back."""
+  """The old place of each element of a head: pairs (i, i + H/2) go to (2i, 2i + 1), or back."""
   h = config.sizes(layer)["H"]
   rows = (2, h // 2) if config.rope_style == "half" else (h // 2, 2)
   return np.arange(h).reshape(rows).T.ravel()

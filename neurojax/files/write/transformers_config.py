@@ -9,7 +9,7 @@ import numpy as np
 
 from neurojax.config import LayerKind, ModelConfig, RopeScaling
 from neurojax.files import names
-from neurojax.files.names import HUGGINGFACE, interpret_huggingface
+from neurojax.files.names import FOLDER_FAMILIES, interpret_folder
 from neurojax.files.tensor_info import TensorInfo
 from neurojax.files.write.tensors import places
 
@@ -46,7 +46,7 @@ def config_json(config: ModelConfig) -> Table:
     except ValueError as error:
       reasons.append(f"{model_type}: {error}")
       continue
-    found = interpret_huggingface(table, tensors)
+    found = interpret_folder(table, tensors)
     if found.config is not None and not found.demands and not found.faults:
       # Factors that come to a Llama 3 scaling are as good as its words.
       wanted, made = names.in_words(config), names.in_words(found.config)
@@ -80,17 +80,17 @@ def alike(one: object, other: object) -> bool:
 def _tensors(model_type: str, config: ModelConfig) -> dict[str, TensorInfo]:
   """Those that such a folder has, as far as the reader looks at them."""
   found = {}
-  for place in places(huggingface_places(model_type, config), config.num_experts):
+  for place in places(folder_places(model_type, config), config.num_experts):
     found[place.file_name] = TensorInfo(place.file_name, "F32", place.shape(config), 0, 0)
   return found
 
 
-def huggingface_places(model_type: str, config: ModelConfig):
+def folder_places(model_type: str, config: ModelConfig):
   """Every tensor of a folder: canonical name, layer, and where it is.
 
   Raises: ValueError: the family has no place for one.
   """
-  tensors = HUGGINGFACE[model_type].tensors
+  tensors = FOLDER_FAMILIES[model_type].tensors
   wanted = [("embedding_VD", None), ("final_norm_D", None)]
   wanted += [] if config.tied_embedding else [("head_DV", None)]
   wanted += [
@@ -105,7 +105,7 @@ def huggingface_places(model_type: str, config: ModelConfig):
 
 
 def _table(model_type: str, config: ModelConfig) -> Table:
-  family = HUGGINGFACE[model_type]
+  family = FOLDER_FAMILIES[model_type]
   table: Table = {"architectures": [CLASSES[model_type]], "model_type": model_type}
   for field, keys in family.keys.items():
     table[keys[0]] = _short(getattr(config, field))

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from neurojax.config import ModelConfig
-from neurojax.files.write.trained_gguf import Card, write_gguf
 from tests.files import trained
 from tests.tokenizer import vocab
 
@@ -35,7 +34,7 @@ KINDS = {"ffn_gate": "TQ2_0", "ffn_down": "Q2_0"}
 def write_float(path: Path, config: ModelConfig) -> Path:
   """A random model in float32, with the vocabulary that tests have."""
   weights = trained.make(config, ternary=False, outer="float32")
-  write_gguf(path, weights, vocab.tiny_bpe(add_eos=False), Card(name="random"), dense="F32")
+  trained.write_gguf(path, weights, vocab.tiny_bpe(add_eos=False), dict(name="random"), dense="F32")
   return path
 
 

@@ -19,8 +19,8 @@ from neurojax.files.names.architecture import (
   tensor_demands,
   tensor_faults,
 )
-from neurojax.files.names.families import FAMILIES, TEXT_OF, Family
-from neurojax.files.names.words import Words
+from neurojax.files.names.folder_families import FAMILIES, TEXT_OF, Family
+from neurojax.files.names.folder_words import Words
 from neurojax.files.tensor_info import TensorInfo
 
 # Where the text model's tensors are: in a causal model, and in one with other towers beside it.
@@ -38,6 +38,9 @@ _TOWERS = (
   ("audio_tower.", "audio tower"),
   ("embed_audio.", "audio tower"),
 )
+ACTIVATIONS = "neurojax_activations"
+"""The key of config.json that says what the model was trained to round activations to: "int8"."""
+
 # Buffers that old files carry, and transformers computes anew.
 _BUFFERS = (".rotary_emb.inv_freq", ".masked_bias")
 
@@ -65,6 +68,7 @@ _COMMON: Mapping[str, tuple[object, ...] | None] = {
   )),
   "chunk_size_feed_forward": (0,),
   "is_encoder_decoder": (False,),
+  ACTIVATIONS: ("int8",),
   "partial_rotary_factor": (1,),
   "rope_interleaved": (False,),
 }  # fmt: skip
@@ -150,6 +154,7 @@ def interpret(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> I
     demands=tuple(demands),
     faults=tuple(faults),
     ignored=ignored,
+    activations="int8" if config.get(ACTIVATIONS) == "int8" else None,
   )
 
 

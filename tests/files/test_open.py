@@ -60,6 +60,6 @@ def test_gguf_wants_no_tokenizer_file(tmp_path: Path) -> None:
 
 
 def test_the_room_starts_without_jax() -> None:
-  modules = "source, names, gguf, llama2c, digest, inspect"
+  modules = "model_file, names, open, llama2c, digest, inspect"
   program = f"import sys; from neurojax.files import {modules}; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

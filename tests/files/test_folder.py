@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from neurojax.config import Span
 from neurojax.files import inspect
-from neurojax.files.folder.file import HuggingFaceFile
+from neurojax.files.folder.file import FolderFile
 from neurojax.files.folder.safetensors import SafetensorsFile
 from neurojax.files.load import load_span, stored_forms, ternary_matrices
 from neurojax.files.open import open_model
@@ -63,7 +63,7 @@ def is_linear(name: str) -> bool:
   return "proj.weight" in name
 
 
-def numbers(model: HuggingFaceFile, name: str) -> np.ndarray:
+def numbers(model: FolderFile, name: str) -> np.ndarray:
   """A layer's matrix as the folder has it: rows of output channels."""
   canonical = {
     "q_proj": "q_DNH", "k_proj": "k_DKH", "v_proj": "v_DKH", "o_proj": "o_NHD",
@@ -466,7 +466,7 @@ def test_damaged_bitnet_is_refused_by_file_tensor_and_place(tmp_path: Path) -> N
 def test_bfloat16_and_float16_are_read_exactly_and_kept(tmp_path: Path, monkeypatch) -> None:
   table, tensors = wide("llama")
   reads: list[str] = []
-  real = HuggingFaceFile.read
+  real = FolderFile.read
   for dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)):
     folder = families.write_folder(tmp_path / dtype.name, table, {})
     stored = {name: value.astype(dtype) for name, value in tensors.items()}
@@ -480,7 +480,7 @@ def test_bfloat16_and_float16_are_read_exactly_and_kept(tmp_path: Path, monkeypa
       assert model.stored_bytes("up_DF", 2).tobytes() == values.T.tobytes()
       narrow = load_span(model, weights="stored")
       with monkeypatch.context() as patch:
-        patch.setattr(HuggingFaceFile, "read", lambda *a: reads.append(a[1]) or real(*a))
+        patch.setattr(FolderFile, "read", lambda *a: reads.append(a[1]) or real(*a))
         dense = load_span(model, dtype=dtype)
       assert reads and all("_norm_" in name for name in reads), "matrices need no float32"
     for a, b in zip(*(jax.tree.leaves(nnx.state(m.layers)) for m in (dense, narrow)), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from neurojax.config import LayerKind
 from neurojax.files.names.architecture import Demand, Fault, Stored, short, with_kinds
-from neurojax.files.names.words import Words
+from neurojax.files.names.folder_words import Words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

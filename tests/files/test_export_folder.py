@@ -12,8 +12,8 @@ import tokenizers
 
 from neurojax.config import ModelConfig
 from neurojax.files.open import open_model
-from neurojax.files.write.trained_folder import write_huggingface
-from neurojax.files.write.trained_weights import Weights
+from neurojax.files.write.folder import to_folder
+from neurojax.files.write.parameter_source import ParameterSource
 from neurojax.tokenizer import Tokenizer
 from tests.files import tiny, trained
 from tests.tokenizer import vocab
@@ -43,7 +43,7 @@ def tensor_name(name: str, layer: int | None) -> str:
   return ("" if layer is None else f"model.layers.{layer}.") + NAMES[name] + ".weight"
 
 
-def check_tensors(folder: Path, weights: Weights, dtype: str) -> None:
+def check_tensors(folder: Path, weights: ParameterSource, dtype: str) -> None:
   with safetensors.safe_open(folder / "model.safetensors", framework="numpy") as file:
     left = set(file.keys())
     assert file.metadata() == {"format": "pt"}
@@ -62,7 +62,7 @@ def check_tensors(folder: Path, weights: Weights, dtype: str) -> None:
 def test_every_tensor_is_there_exactly(tmp_path: Path, name: str):
   config = CONFIGS[name]
   weights = trained.make(config, 64)
-  assert write_huggingface(tmp_path / "m", weights, None) == "float32"
+  assert trained.write_folder(tmp_path / "m", weights, None) == "float32"
   check_tensors(tmp_path / "m", weights, "float32")
   table = json.loads((tmp_path / "m" / "config.json").read_text())
   assert table["architectures"] == [KINDS[name.partition(",")[0]]]
@@ -81,7 +81,7 @@ def test_every_tensor_is_there_exactly(tmp_path: Path, name: str):
 def test_the_folder_is_read_back_to_the_bit(tmp_path: Path, name: str):
   config = CONFIGS[name]
   weights = trained.make(config, 64)
-  write_huggingface(tmp_path / "m", weights, vocab.tiny_bpe())
+  trained.write_folder(tmp_path / "m", weights, vocab.tiny_bpe())
   with open_model(tmp_path / "m") as model:
     assert not model.problems()
     assert model.config == dataclasses.replace(config, rope_style="half")
@@ -93,18 +93,35 @@ def test_the_folder_is_read_back_to_the_bit(tmp_path: Path, name: str):
 
 
 def test_what_no_class_computes_is_refused_before_anything_is_written(tmp_path: Path):
-  for change, part in (
-    ({"activation": "relu2"}, "activation = 'relu2': LlamaForCausalLM of transformers is written"),
-    ({"logit_softcap": 30.0}, "logit_softcap = 30.0"),
-    ({"sliding_window": 5}, "sliding_window = 5"),
+  weights = trained.make(dataclasses.replace(PLAIN, logit_softcap=30.0))
+  with pytest.raises(
+    ValueError, match=r"no family of transformers holds.*llama has another logit_"
   ):
-    weights = trained.make(dataclasses.replace(PLAIN, **change))
-    with pytest.raises(ValueError, match=part):
-      write_huggingface(tmp_path / "m", weights, None)
+    trained.write_folder(tmp_path / "m", weights, None)
   assert not list(tmp_path.iterdir())
 
 
-def in_bfloat16(weights: Weights) -> Weights:
+@pytest.mark.parametrize(
+  ("change", "class_", "words"),
+  [
+    ({"activation": "relu2"}, "LlamaForCausalLM", {"hidden_act": "relu2"}),
+    ({"sliding_window": 5}, "MistralForCausalLM", {"sliding_window": 5}),
+  ],
+)
+def test_what_a_family_computes_is_said_in_its_words(
+  tmp_path: Path, change: dict, class_: str, words: dict
+):
+  weights = trained.make(dataclasses.replace(PLAIN, **change))
+  trained.write_folder(tmp_path / "m", weights, vocab.tiny_spm())
+  table = json.loads((tmp_path / "m" / "config.json").read_text())
+  assert table["architectures"] == [class_] and table.items() >= words.items()
+  check_tensors(tmp_path / "m", weights, "float32")
+  with open_model(tmp_path / "m") as file:
+    assert file.config == weights.config
+    assert file.tokenizer is not None and file.tokenizer.tokens == vocab.tiny_spm().tokens
+
+
+def in_bfloat16(weights: ParameterSource) -> ParameterSource:
   """Every number rounded to bfloat16; scales keep their float16."""
   arrays = {}
   for name, array in weights.arrays.items():
@@ -113,24 +130,24 @@ def in_bfloat16(weights: Weights) -> Weights:
       arrays[name] = dataclasses.replace(array, scales=eight_bits)
     else:
       arrays[name] = array.astype(ml_dtypes.bfloat16)
-  return Weights(weights.config, arrays)
+  return ParameterSource(weights.config, arrays)
 
 
 def test_bfloat16_is_taken_where_it_changes_nothing_and_refused_where_it_does(tmp_path: Path):
   weights = trained.make(PLAIN, 64)
   with pytest.raises(ValueError, match="final_norm_D is not exact in bfloat16"):
-    write_huggingface(tmp_path / "m", weights, None, dtype="bfloat16")
+    trained.write_folder(tmp_path / "m", weights, None, dtype="bfloat16")
   assert not list(tmp_path.iterdir())
   exact = in_bfloat16(weights)
-  assert write_huggingface(tmp_path / "m", exact, None) == "bfloat16"
+  assert trained.write_folder(tmp_path / "m", exact, None) == "bfloat16"
   check_tensors(tmp_path / "m", exact, "bfloat16")
-  assert write_huggingface(tmp_path / "n", exact, None, dtype="float32") == "float32"
+  assert trained.write_folder(tmp_path / "n", exact, None, dtype="float32") == "float32"
   check_tensors(tmp_path / "n", exact, "float32")
 
 
 def test_the_tokenizer_is_the_same_for_the_tokenizers_library(tmp_path: Path):
   spec = vocab.tiny_bpe(chat_template="{{ 1 }}")
-  write_huggingface(tmp_path / "m", trained.make(PLAIN), spec)
+  trained.write_folder(tmp_path / "m", trained.make(PLAIN), spec)
   theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
   assert theirs.get_vocab_size() == 270
   for text in ("the the\n\n 12", "it's \u00e9", ""):
@@ -150,27 +167,44 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path):
   (tmp_path / "full" / "x").write_text("")
   before = sorted(tmp_path.rglob("*"))
   for folder, error, reason in (
-    ("full", ValueError, "exists and is no empty folder"),
-    ("full/x", ValueError, "exists and is no empty folder"),
+    ("full", FileExistsError, "full exists: name another"),
+    ("full/x", FileExistsError, "x exists: name another"),
     ("none/m", FileNotFoundError, "no such folder"),
   ):
     with pytest.raises(error, match=reason):
-      write_huggingface(tmp_path / folder, weights, None)
-  with pytest.raises(NotImplementedError, match="only byte-level BPE"):
-    write_huggingface(tmp_path / "m", trained.make(PLAIN), vocab.tiny_spm())
+      trained.write_folder(tmp_path / folder, weights, None)
   for change, reason in (
     ({"qk_norm": True}, "sub_norm and qk_norm"),
     ({"head_dim": 8}, "num_heads \\* head_dim = 32, model_dim = 64"),
   ):
     config = dataclasses.replace(PLAIN, sub_norm=True, **change)
     with pytest.raises(ValueError, match=reason):
-      write_huggingface(tmp_path / "m", trained.make(config), None)
+      trained.write_folder(tmp_path / "m", trained.make(config), None)
   spoiled = {**weights.arrays, "down_FD": dataclasses.replace(
     weights.arrays["down_FD"], codes=weights.arrays["down_FD"].codes | 3
   )}  # fmt: skip
   with pytest.raises(ValueError, match="down_FD of layer 0: row 0, element 0: the code 3"):
-    write_huggingface(tmp_path / "m", Weights(PLAIN, spoiled), None)
+    trained.write_folder(tmp_path / "m", ParameterSource(PLAIN, spoiled), None)
   assert sorted(tmp_path.rglob("*")) == before
   (tmp_path / "m").mkdir()
-  write_huggingface(tmp_path / "m", weights, None)
+  trained.write_folder(tmp_path / "m", weights, None)
   check_tensors(tmp_path / "m", weights, "float32")
+
+
+def test_an_old_folder_stays_until_the_new_one_is_whole(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  old, new = trained.make(PLAIN, 64), trained.make(PLAIN, 64, seed=1)
+  trained.write_folder(tmp_path / "m", old, None)
+
+  def fail(*_) -> None:
+    raise OSError("the disk is full")
+
+  with monkeypatch.context() as patch:
+    patch.setattr("neurojax.files.write.folder._verify", fail)
+    with pytest.raises(OSError, match="full"):
+      to_folder(new, tmp_path / "m", is_exact=True, overwrite=True)
+  check_tensors(tmp_path / "m", old, "float32")
+  to_folder(new, tmp_path / "m", is_exact=True, overwrite=True)
+  check_tensors(tmp_path / "m", new, "float32")
+  assert [path.name for path in tmp_path.iterdir()] == ["m"]
