@@ -154,7 +154,7 @@ def test_a_packed_span_is_the_cut_of_the_packed_whole_and_as_large_as_counted(
   assert jax.tree.structure(nnx.state(part)) == jax.tree.structure(nnx.state(cut(whole, span)))
   for a, b in zip(leaves(part), leaves(cut(whole, span)), strict=True):
     np.testing.assert_array_equal(a, b)
-  wanted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a16", ternary=ternary)
+  wanted = count.span_bytes(config, span, dtype="bfloat16", weights="w2a16", forms=ternary)
   assert tinymodel.parameter_bytes(part) == wanted
   table = values(part).get("embedding_VD")
   if table is not None and outer is not None:
@@ -180,7 +180,7 @@ def test_experts_stay_packed(tmp_path: Path, kind: str):
   for a, b in zip(leaves(part.layers), leaves(packed.layers), strict=True):
     np.testing.assert_array_equal(a[0], b[1])
   wanted = count.span_bytes(
-    config, Span.whole(config), dtype="float32", weights="w2a16", ternary=ternary
+    config, Span.whole(config), dtype="float32", weights="w2a16", forms=ternary
   )
   assert tinymodel.parameter_bytes(packed) == wanted
   # A token and several are computed in two ways.

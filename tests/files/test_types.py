@@ -126,7 +126,7 @@ def test_a_model_keeps_what_is_stored_and_computes_with_it(tmp_path: Path, kinds
     for part in (span, Span(first_layer=1, last_layer=1, num_layers=2)):
       loaded = model if part == span else load_span(file, part, weights="stored")
       assert tinymodel.parameter_bytes(loaded) == count.span_bytes(
-        config, part, dtype="float32", weights="stored", ternary=forms
+        config, part, dtype="float32", weights="stored", forms=forms
       )
   assert set(forms) == {name.partition("/")[0] for name in raw}
   down = model.layers.ffn.down_FD.get_value()
