@@ -19,7 +19,7 @@ from rich.console import Console
 
 from experiments.readme import block
 from neurojax import count
-from neurojax.cli.size import Size, purpose_of, render
+from neurojax.cli.size import Size, render
 from neurojax.config import ModelConfig
 from neurojax.forms import TERNARY_FORMATS
 from neurojax.plan.fleet import Fleet, read_fleet
@@ -157,7 +157,7 @@ def transcript() -> str:
   arguments = ["--fleet", "configs/fleet/gaming-pc.toml", "--context", "4096"]
   console = Console(width=100, file=io.StringIO(), color_system=None)
   options = Size(fleet=str(FLEETS / "gaming-pc.toml"), context=4096)
-  render(size(read_fleet(str(options.fleet)), purpose_of(options)), console)
+  render(size(read_fleet(str(options.fleet)), options.purpose_of()), console)
   lines = (line.rstrip() for line in console.file.getvalue().splitlines())
   return "\n".join(["```", f"$ neurojax size {' '.join(arguments)}", *lines, "```\n"])
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -12,20 +10,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from neurojax import count, forms
-from neurojax.config import MOST_SEQUENCES, ModelConfig, Serving, architectures, to_toml
+from neurojax.config import MOST_SEQUENCES, ModelConfig, Serving, to_toml
 from neurojax.count.wording import short
 from neurojax.forms import Weights
 
 if TYPE_CHECKING:
   from neurojax.count.serving import Load
+  from neurojax.forms import Forms
   from neurojax.plan.fleet import Fleet
   from neurojax.plan.plan import Plan
 
 MOST_ROWS = 24
-NEAR, NEAR_SHARED = 0.99, 0.96
-"""Of the throughput that unlimited caches would give: with it no fewer sequences are tried. Where layers are
-shared every try is a longer search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +43,10 @@ class PlanningOptions:
   by and memory has room for."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of activations and caches, and of dense weights."""
-  weights: Weights = "dense"
-  """"dense", "int8", or, two bits for each ternary weight, "w2a16" and "w2a8"."""
+  weights: Weights | Literal["auto"] = "auto"
+  """How matrices are held: "auto" takes the form that the model file is made for, dense for an architecture
+  without a file; "dense" in the dtype; "int8" as 8-bit integers; "w2a16" and "w2a8" with two bits for each
+  ternary weight; "stored" as the file has them."""
   ternary: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "ternary-g128"
   """Of an architecture without a file: how scales lie beside two-bit weights, all matrices alike."""
   pin: Annotated[
@@ -70,23 +67,34 @@ class PlanningOptions:
     if not 0 < self.seconds < math.inf:
       raise ValueError(f"--seconds {self.seconds}: a positive number of seconds")
 
-  def read(self) -> "tuple[ModelConfig, Fleet, Load]":
-    """Raises: ValueError: what is missing or does not go together."""
-    from neurojax.count.serving import Load
+  def asked(self) -> "Asked":
+    """The model, the fleet and the serving that the options name.
+
+    Raises: ValueError: what is missing or does not go together.
+    """
+    from neurojax.files.described import described
     from neurojax.plan.fleet import read_fleet
 
     self._check()
     if not self.model or not self.fleet:
-      raise ValueError("give --model and --fleet: what is to be placed, and where")
-    config, ternary = _model(self.model, self.weights, self.ternary)
+      raise ValueError(
+        "give --model and --fleet: which model is to be placed, and on which machines"
+      )
+    found = described(self.model, weights=self.weights, ternary=self.ternary)
     serving = Serving(
       dtype=self.dtype,
       weights=self.weights,
       context=self.context,
       sequences=self.sequences or Serving().sequences,
     )
-    load = Load(serving=serving.resolve(config, ternary), forms=ternary)
-    return config, read_fleet(self.fleet), load
+    serving = serving.resolve(found.config, found.forms, found.activations)
+    are_chosen = self.sequences is None and self.objective == "throughput"
+    if not are_chosen and serving.sequences < self.batch:
+      raise ValueError(
+        f"--batch {self.batch} and --sequences {serving.sequences}: a batch has more sequences than are in "
+        "flight: plan for more of them or make the batch smaller"
+      )
+    return Asked(found.config, read_fleet(self.fleet), serving, found.forms)
 
   def pins(self) -> dict[str, int]:
     found = {}
@@ -104,72 +112,38 @@ class PlanningOptions:
   def _replicas(self) -> int | None:
     return None if self.replicas == "auto" else self.replicas
 
-  def in_flight(self, load: "Load") -> int:
-    """Batches of so many sequences. Raises: ValueError: not even one."""
-    if load.sequences < self.batch:
-      raise ValueError(
-        f"--batch {self.batch} and --sequences {load.sequences}: a batch has more sequences than "
-        "are in flight: plan more of them or make the batch smaller"
-      )
-    return load.sequences // self.batch
+  def plan(self, asked: "Asked") -> "Plan":
+    from neurojax.plan.in_flight import planned
 
-  def plan(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan":
-    """Of `Plan.sequences`, which may be more than the load's."""
-    from neurojax.count.serving import layer_bytes
-
-    if self.sequences is not None or self.objective == "latency":
-      return self._plan(config, fleet, load, self.in_flight(load))
-    load = load.serve(sequences=max(self.batch, load.sequences))
-    deadline_s = time.monotonic() + self.seconds
-    unlimited = self._plan(config, fleet, load, None)
-    needed = min(unlimited.batches * self.batch, MOST_SEQUENCES)
-    if needed <= load.sequences:
-      return unlimited
-    if self.replicas == "auto":
-      # Every place has caches for all that its pipeline may have in flight: where these take far more
-      # memory than a layer, shorter pipelines side by side give more.
-      cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
-      while needed // 8 > load.sequences and needed * cache > 2 * layer_bytes(config, load):
-        needed //= 8
-    # Caches for all of them take memory that layers then lack: fewer may give more.
-    enough = unlimited.throughput * (NEAR_SHARED if self.replicas == "auto" else NEAR)
-    best: Plan | None = None
-    while best is None or best.throughput < enough:
-      if best and time.monotonic() > deadline_s:
-        break
-      few = max(needed, load.sequences)
-      made = self._if_it_fits(config, fleet, load.serve(sequences=few))
-      if best and made and made.value() >= best.value():
-        break
-      best = made or best
-      if few == load.sequences:
-        break
-      needed //= 8
-    return best or unlimited
-
-  def _if_it_fits(self, config: ModelConfig, fleet: "Fleet", load: "Load") -> "Plan | None":
-    try:
-      return self._plan(config, fleet, load, self.in_flight(load))
-    except ValueError:
-      return None
-
-  def _plan(
-    self, config: ModelConfig, fleet: "Fleet", load: "Load", in_flight: int | None
-  ) -> "Plan":
-    from neurojax.plan import best
-
-    return best.best(
-      config,
-      fleet,
-      load,
+    return planned(
+      asked.config,
+      asked.fleet,
+      asked.serving,
+      asked.forms,
       objective=self.objective,
-      context=self.context,
+      replicas=self._replicas(),
       batch=self.batch,
       pins=self.pins(),
-      replicas=self._replicas(),
-      in_flight=in_flight,
+      choose_sequences=self.sequences is None,
       time_limit_s=self.seconds,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What is to be planned, read and resolved."""
+
+  config: ModelConfig
+  fleet: "Fleet"
+  serving: Serving
+  forms: "Forms | None"
+
+  def load(self, plan: "Plan") -> "Load":
+    """What every stage has to hold with the sequences that a plan is for."""
+    from neurojax.count.serving import Load
+
+    load = Load(serving=self.serving, forms=self.forms)
+    return load.serve(sequences=plan.sequences or load.sequences)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,12 +168,12 @@ class Planning(PlanningOptions):
 
     if self.json and self.toml:
       raise ValueError("--json and --toml: give one of them")
-    config, fleet, load = self.read()
-    made = self.plan(config, fleet, load)
+    asked = self.asked()
+    made = self.plan(asked)
     if self.toml:
       print(to_toml(made), end="")
       return 0
-    load = load.serve(sequences=made.sequences or load.sequences)
+    config, fleet, load = asked.config, asked.fleet, asked.load(made)
     try:
       added, larger = best.one_more(
         config,
@@ -220,8 +194,8 @@ class Planning(PlanningOptions):
         fleet,
         load,
         objective=self.objective,
-        context=self.context,
-        batch=self.batch,
+        context=made.context,
+        batch=made.batch,
         in_flight=made.in_flight,
       )
     if self.json:
@@ -243,41 +217,12 @@ class Planning(PlanningOptions):
     console = Console(markup=False)
     _show(console, made)
     if larger:
-      console.print(f"One more {added}: {_speeds(larger)}, {_change(made, larger)}.")
+      console.print(f"One more {added}: {larger.summary()}, {_change(made, larger)}.")
     else:
       console.print(f"With one more host there is no plan: {added}.")
     if self.compare:
       console.print(_comparison({"ours": made, **simple}))
     return 0
-
-
-def _model(model: str, weights: Weights, form: str) -> tuple[ModelConfig, forms.Forms | None]:
-  """A configuration's, without JAX, or a file's."""
-  if model in architectures() or Path(model).suffix == ".toml":
-    config = ModelConfig.named(model)
-    if weights not in ("w2a16", "w2a8"):
-      return config, None
-    if form not in forms.TERNARY_FORMATS:
-      raise ValueError(f"--ternary {form}: choose one of {', '.join(forms.TERNARY_FORMATS)}")
-    return config, count.uniform_ternary(config, forms.TERNARY_FORMATS[form])
-  from neurojax.files.find import model_path
-  from neurojax.files.load import stored_forms
-  from neurojax.files.open import open_model
-
-  try:
-    path = model_path(model)
-    if not path.exists():
-      raise FileNotFoundError(f"{model}: no such file")
-  except FileNotFoundError as error:
-    known = ", ".join(architectures())
-    raise ValueError(f"--model {error}; and no architecture of this name: {known}") from error
-  with open_model(path) as file:
-    return file.config, stored_forms(file)
-
-
-def _speeds(plan: "Plan") -> str:
-  each = f" in each of {plan.pipelines} pipelines" if plan.pipelines > 1 else ""
-  return f"{short(plan.latency_s * 1e3)} ms a token, {short(plan.throughput)} tokens/s with {plan.batches} in flight{each}"
 
 
 def _change(before: "Plan", after: "Plan") -> str:
@@ -291,7 +236,7 @@ def _gigabytes(size: int) -> str:
 
 
 def _show(console: Console, plan: "Plan") -> None:
-  title = f"{plan.objective}: {_speeds(plan)}"
+  title = f"{plan.objective}: {plan.summary()}"
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
   columns = ["host", "device", "layers", "memory", "of", "step"]
   columns += ["pipeline"] if plan.is_replicated else []
@@ -328,10 +273,7 @@ def _show(console: Console, plan: "Plan") -> None:
     console.print(f"and {hidden} rows more: see --json")
   for limit in plan.limits:
     console.print(f"{limit[0].upper()}{limit[1:]}.")
-  proof = "not bounded" if plan.gap is None else f"at most {plan.gap:.2%} from the best"
-  if plan.gap == 0:
-    proof = "proven best"
-  console.print(f"Found by {plan.method}: {proof}.")
+  console.print(plan.proof())
 
 
 def _comparison(plans: "dict[str, Plan | str]") -> Table:

@@ -10,10 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from neurojax.cli.plan import PlanningOptions
-from neurojax.count.wording import short
 
 if TYPE_CHECKING:
-  from neurojax.plan.plan import Plan
   from neurojax.plan.simulate import Failure, Result, Spread, Use
 
 MOST_ROWS = 24
@@ -62,8 +60,7 @@ class Simulate(PlanningOptions):
           )
       plan = read_plan(self.plan_file)
     else:
-      plan = self.plan(*self.read())
-    self._check_room(plan)
+      plan = self.plan(self.asked())
     result = simulate(
       plan,
       requests=self.requests,
@@ -74,6 +71,7 @@ class Simulate(PlanningOptions):
       failures_per_hour=self.failures_per_hour,
       repair_s=self.repair,
       retry=self.retry,
+      within_plan=True,
       seed=self.seed,
     )
     if self.json:
@@ -81,20 +79,6 @@ class Simulate(PlanningOptions):
       return 0
     _show(Console(markup=False), result)
     return 0
-
-  def _check_room(self, plan: "Plan") -> None:
-    """Raises: ValueError: more at a time, or longer, than memory was planned for."""
-    room = None if plan.sequences is None else plan.sequences * plan.pipelines
-    if room is not None and min(self.concurrency, self.requests) > room:
-      raise ValueError(
-        f"--concurrency {self.concurrency}: the plan has memory for the caches of {room} sequences: have "
-        "fewer at a time, or plan with more --sequences"
-      )
-    if self.prompt + self.answer > plan.context:
-      raise ValueError(
-        f"--prompt {self.prompt} and --answer {self.answer}: the plan is for {plan.context} positions: "
-        "shorten them, or plan with a longer --context"
-      )
 
 
 def _failure(text: str) -> "Failure":
@@ -108,15 +92,12 @@ def _failure(text: str) -> "Failure":
 
 
 def _show(console: Console, result: "Result") -> None:
-  console.print(
-    f"{result.tokens} tokens of {result.requests - result.failed} answers in {result.duration_s:.4g} s: "
-    f"{short(result.tokens_per_s, 4)} tokens/s, {short(result.steady_tokens_per_s, 4)} in the middle."
-  )
-  table = Table("", "half", "95%", "99%", "longest", title="seconds", title_justify="left")
+  console.print(f"{result.summary()}.")
+  table = Table("", "median", "95%", "99%", "longest", title="seconds", title_justify="left")
   for name, spread in (
-    ("to the first token", result.first_token_s),
-    ("between tokens", result.token_s),
-    ("of a request", result.request_s),
+    ("until the first token", result.first_token_s),
+    ("between two tokens", result.token_s),
+    ("for a whole answer", result.request_s),
   ):
     table.add_row(name, *_cells(spread))
   console.print(table)

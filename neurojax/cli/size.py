@@ -14,7 +14,6 @@ from neurojax.cli.options import check_out
 from neurojax.count.wording import short
 
 if TYPE_CHECKING:
-  from neurojax.config import ModelConfig
   from neurojax.plan.fleet import Fleet
   from neurojax.scaling.memory_curve import Point
   from neurojax.scaling.purpose import Purpose
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
   from neurojax.scaling.size import Sized
 
 
-OF_SEED = ("fleet", "memory", "mode", "out_config", "json", "toml")
+OF_SEED = ("fleet", "memory", "mode", "out_config", "out_arch", "json", "toml")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,10 @@ class Size:
   """What the seed's formula or table says for so much memory, and what is wrong with it. --out-config then
   writes that architecture, if it is one."""
   out_config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
-  """Write the architecture to this file."""
+  """Write a configuration to this file: sized for training, what `neurojax train --config` takes; sized for
+  serving, the architecture."""
+  out_arch: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
+  """Write the architecture alone to this file, as --arch and --model of other commands take it."""
   json: bool = False
   """Print one JSON object."""
   toml: bool = False
@@ -101,6 +103,7 @@ class Size:
       if value is not None and not 1 <= value <= most:
         raise ValueError(f"--{name} {value}: between 1 and {most}")
     check_out("--out-config", self.out_config)
+    check_out("--out-arch", self.out_arch)
     check_out("--plot", self.plot)
     if self.plot:
       check_plot(self.plot)
@@ -109,13 +112,16 @@ class Size:
     self._check()
     if self.mode != "ours":
       return self._seed()
-    from neurojax.config import ModelConfig
+    from neurojax.config import ModelConfig, to_toml
+    from neurojax.forms import TERNARY_FORMATS
+    from neurojax.scaling import train_file
     from neurojax.scaling.candidates import VOCAB_SIZE
     from neurojax.scaling.law import read_law
     from neurojax.scaling.size import size
+    from neurojax.scaling.train_file import train_toml
 
     current = ModelConfig.named(self.current) if self.current else None
-    fleet, purpose = self._fleet(), purpose_of(self)
+    fleet, purpose = self._fleet(), self.purpose_of()
     options: dict[str, Any] = {
       "headroom": self.headroom,
       "vocab_size": self.vocab or (current.vocab_size if current else VOCAB_SIZE),
@@ -130,13 +136,35 @@ class Size:
       from neurojax.scaling.memory_curve import curve
 
       draw(curve(fleet, purpose, **options), self.plot)
-    if self.out_config:
-      self._write(found.config)
+    if self.out_arch:
+      self._write(self.out_arch, to_toml(found.config))
+    if self.out_config and self.purpose == "serve":
+      self._write(self.out_config, to_toml(found.config))
+    elif self.out_config:
+      scales = TERNARY_FORMATS.get(self.format)
+      self._write(self.out_config, train_toml(found, scales), train_file.NOTE)
     if self.json or self.toml:
       print(_text(found.table(), toml=self.toml), end="\n" if self.json else "")
     else:
       render(found, Console(markup=False))
     return 0
+
+  def purpose_of(self) -> "Purpose":
+    """Raises: ValueError: an unknown format."""
+    from neurojax.scaling.purpose import purpose_of
+
+    try:
+      return purpose_of(
+        self.purpose,
+        form=self.format,
+        context=self.context,
+        sequences=self.batch,
+        optimizer=self.optimizer,
+        remat=self.remat,
+        diloco=self.diloco,
+      )
+    except ValueError as error:
+      raise ValueError(f"--format {error}") from error
 
   def _fleet(self) -> "Fleet":
     from neurojax.plan.fleet import parse_bytes, read_fleet
@@ -147,20 +175,20 @@ class Size:
     assert self.memory is not None
     return one_host(parse_bytes(self.memory))
 
-  def _write(self, config: "ModelConfig", note: str = "") -> None:
-    from neurojax.config import to_toml
-
-    assert self.out_config is not None
+  def _write(self, path: Path, text: str, note: str = "") -> None:
     comment = "".join(f"# {line}\n" for line in (self._command(), *note.splitlines()))
-    self.out_config.write_text(comment + to_toml(config), encoding="utf-8")
+    path.write_text(comment + text, encoding="utf-8")
 
   def _command(self) -> str:
-    """What gives the same architecture again."""
+    """The command that writes the same file again."""
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
     names = ("fleet", "memory", "purpose", "context", "batch", "format", "optimizer", "remat", "diloco",
-             "headroom", "vocab", "most_parameters", "current", "mode", "out_config")  # fmt: skip
+             "headroom", "vocab", "most_parameters", "current", "mode", "out_config", "out_arch")  # fmt: skip
+    if self.purpose == "train" and self.out_config:
+      # The steps of a run follow from these.
+      names += ("tokens", "days", "law", "mfu")
     if self.mode != "ours":
-      names = OF_SEED[:4]
+      names = OF_SEED[:5]
     words = ["neurojax", "size"]
     for name in names:
       value, flag = getattr(self, name), "for" if name == "purpose" else name.replace("_", "-")
@@ -173,13 +201,15 @@ class Size:
     return shlex.join(words)
 
   def _seed(self) -> int:
+    from neurojax.config import to_toml
     from neurojax.scaling import seed
 
     # Its gigabytes are of the whole network, whatever its hosts are.
     memory_gb = sum(place.free_bytes for place in self._fleet().places()) / 1e9
     given = seed.formula(memory_gb) if self.mode == "seed-formula" else seed.row(memory_gb)
-    if self.out_config:
-      self._write(given.config(), seed.NOTE)
+    for path in (self.out_config, self.out_arch):
+      if path:
+        self._write(path, to_toml(given.config()), seed.NOTE)
     table = _seed_table(given)
     if self.json or self.toml:
       print(_text(table, toml=self.toml), end="\n" if self.json else "")
@@ -197,43 +227,8 @@ class Size:
     return 0
 
 
-def purpose_of(options: Size) -> "Purpose":
-  """Raises: ValueError: an unknown format."""
-  from neurojax.forms import TERNARY_FORMATS
-  from neurojax.scaling.purpose import ServePurpose, TrainPurpose
-
-  form: dict[str, Any]
-  if options.format in ("bf16", "float32"):
-    form = {"dtype": {"bf16": "bfloat16"}.get(options.format, "float32")}
-  elif options.format == "int8":
-    form = {"weights": "int8"}
-  elif options.format in TERNARY_FORMATS:
-    form = {"weights": "w2a8", "scales": TERNARY_FORMATS[options.format]}
-  else:
-    raise ValueError(
-      f"--format {options.format}: choose one of bf16, float32, int8, {', '.join(TERNARY_FORMATS)}"
-    )
-  if options.purpose == "train":
-    return TrainPurpose(
-      context=options.context,
-      sequences=options.batch,
-      optimizer=options.optimizer,
-      remat=options.remat,
-      compute_dtype="float32" if options.format == "float32" else "bfloat16",
-      diloco=options.diloco,
-    )
-  return ServePurpose.of(context=options.context, sequences=options.batch, **form)
-
-
 def render(found: "Sized", console: Console) -> None:
-  c = found.config
-  kept = " (kept)" if found.kept else ""
-  console.print(
-    f"{_large(found.parameters)} parameters{kept}: {c.num_layers} layers of {c.model_dim}, "
-    f"{c.num_heads} heads of {c.head_dim}, {c.num_kv_heads} key-value heads, ffn {c.ffn_dim}, "
-    f"vocabulary {c.vocab_size}, head {'tied' if c.tied_embedding else 'its own'}\n",
-    highlight=False,
-  )
+  console.print(f"{found.summary()}\n", highlight=False)
   stages = Table(box=None, pad_edge=False)
   for column in ("stage", "layers", "memory", "of", "stays free", "step"):
     stages.add_column(column, justify="left" if column in ("stage", "layers") else "right")
@@ -255,7 +250,7 @@ def render(found: "Sized", console: Console) -> None:
     console.print(f"without layers: {', '.join(idle[:8])}{' ...' if len(idle) > 8 else ''}")
   console.print()
   predicted = Table(box=None, show_header=False, pad_edge=False)
-  for what, value in _predictions(found):
+  for what, value in found.predictions():
     predicted.add_row(what, value)
   console.print(predicted, highlight=False)
   console.print()
@@ -267,32 +262,6 @@ def render(found: "Sized", console: Console) -> None:
     console.print()
   for note in found.notes:
     console.print(f"note: {note}", highlight=False)
-
-
-def _predictions(found: "Sized") -> list[tuple[str, str]]:
-  rows = []
-  for what, rate in (
-    ("decode", found.speed.decode_tokens_per_s),
-    ("prefill", found.speed.prefill_tokens_per_s),
-    ("training", found.speed.train_tokens_per_s),
-  ):
-    if rate is not None:
-      rows.append((what, f"{short(rate, 4)} tokens/s"))
-  if found.train_days is not None:
-    rows.append(("training days", f"{found.train_days:,.4g} for {found.losses.tokens:.4g} tokens"))
-  losses = found.losses
-  band = ""
-  if losses.bf16.low is not None and losses.bf16.high is not None:
-    band = f" ({losses.bf16.low:.2f} to {losses.bf16.high:.2f})"
-  rows.append(("loss, bf16", f"{losses.bf16.value:.3f}{band} nats, {losses.law}"))
-  rows.append(
-    (
-      "loss, ternary",
-      f"{losses.ternary_low:.3f} to {losses.ternary_high:.3f} with published gaps; "
-      f"{losses.ternary.value:.3f} by {losses.ternary_law} (unverified, other data)",
-    )
-  )
-  return rows
 
 
 def check_plot(path: Path) -> None:
@@ -354,13 +323,6 @@ def _text(table: dict[str, Any], *, toml: bool) -> str:
   import tomli_w
 
   return tomli_w.dumps(table)
-
-
-def _large(number: float) -> str:
-  for factor, unit in ((1e12, "trillion"), (1e9, "billion")):
-    if number >= factor:
-      return f"{number / factor:.4g} {unit}"
-  return f"{number / 1e6:.4g} million"
 
 
 def _gb(size: int) -> str:

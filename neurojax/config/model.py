@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from neurojax.config.checks import check_count, check_positive
 from neurojax.config.layers import LayerKind, RopeScaling
-from neurojax.config.toml import from_toml, named_configs
+from neurojax.config.toml import from_dict, named_configs, parse_toml
 
 RopeStyle = Literal["interleaved", "half"]
 Activation = Literal["silu", "gelu_tanh", "relu2"]
@@ -246,8 +246,15 @@ class ModelConfig:
 
   @classmethod
   def load(cls, path: str | Path) -> Self:
-    """Read a TOML file. Raises ValueError for an unknown key, a missing one or a wrong type."""
-    return from_toml(cls, Path(path).read_text(encoding="utf-8"), where=str(path))
+    """Read the TOML file of an architecture, or the [model] table of a training configuration.
+
+    Raises: ValueError: not TOML, an unknown or missing key, or a value of the wrong type.
+    """
+    where = str(path)
+    table = parse_toml(Path(path).read_text(encoding="utf-8"), where=where)
+    if isinstance(table.get("model"), dict):
+      table, where = table["model"], f"{where}: model"
+    return from_dict(cls, table, where=where)
 
   @classmethod
   def named(cls, arch: str) -> Self:

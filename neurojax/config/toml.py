@@ -21,11 +21,15 @@ def from_toml(cls: type[T], text: str, *, where: str = "TOML") -> T:
 
   Raises: ValueError: not TOML, an unknown or missing key, or a value of the wrong type.
   """
+  return from_dict(cls, parse_toml(text, where=where), where=where)
+
+
+def parse_toml(text: str, *, where: str = "TOML") -> dict[str, Any]:
+  """The table of TOML text. Raises: ValueError: not TOML; `where` names the text."""
   try:
-    table = tomllib.loads(text)
+    return tomllib.loads(text)
   except tomllib.TOMLDecodeError as error:
     raise ValueError(f"{where}: not valid TOML: {error}") from error
-  return from_dict(cls, table, where=where)
 
 
 def to_toml(config: Any) -> str:

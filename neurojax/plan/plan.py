@@ -4,6 +4,8 @@ import dataclasses
 from typing import Literal
 
 from neurojax.config import Span
+from neurojax.count.wording import short
+from neurojax.plan.notebook import shown
 
 Objective = Literal["latency", "throughput"]
 
@@ -109,6 +111,39 @@ class Plan:
   def is_replicated(self) -> bool:
     """Whether some layer lies more than once."""
     return self.pipelines > 1 or any(stage.share < 1 for stage in self.stages)
+
+  def summary(self) -> str:
+    """One line: what the plan promises."""
+    each = f" in each of {self.pipelines} pipelines" if self.pipelines > 1 else ""
+    return (
+      f"{short(self.latency_s * 1e3)} ms a token, {short(self.throughput)} tokens/s with "
+      f"{self.batches} in flight{each}"
+    )
+
+  def proof(self) -> str:
+    """One line: how the plan was found, and how far from the best it can be."""
+    if self.gap is None:
+      proof = "how far from the best it is was not bounded"
+    else:
+      proof = f"at most {self.gap:.2%} from the best" if self.gap else "proven best"
+    return f"Found by {self.method}: {proof}."
+
+  def _repr_html_(self) -> str:
+    why = {reason.host: reason.why for reason in self.reasons}
+    rows = [
+      (
+        stage.label,
+        stage.device or "",
+        f"{stage.first_layer}..{stage.last_layer}",
+        f"{stage.memory_bytes / 1e9:.3g} of {stage.free_bytes / 1e9:.3g} GB",
+        f"{short(stage.step_s * 1e3)} ms",
+        why.get(stage.label, ""),
+      )
+      for stage in self.stages
+    ]
+    unused = [(r.host, "", "none", "", "", r.why) for r in self.reasons if not r.layers]
+    header = ("place", "device", "layers", "memory", "step", "why")
+    return shown(f"{self.summary()}. {self.proof()}", header, rows + unused)
 
   def value(self) -> tuple[float, float]:
     """Smaller is better, by the objective and then by the other."""

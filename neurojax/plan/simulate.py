@@ -16,6 +16,8 @@ import random
 from collections import Counter, deque
 from collections.abc import Sequence
 
+from neurojax.count.wording import counted, short
+from neurojax.plan.notebook import shown
 from neurojax.plan.plan import Hop, Plan, Stage
 
 MAX_ATTEMPTS = 100
@@ -87,6 +89,33 @@ class Result:
   failed: int
   lost_tokens: int
   events: int
+
+  def summary(self) -> str:
+    """One line: what was served, and how fast."""
+    return (
+      f"{self.tokens} tokens of {counted(self.requests - self.failed, 'answer')} in "
+      f"{self.duration_s:.4g} s: {short(self.tokens_per_s, 4)} tokens/s, "
+      f"{short(self.steady_tokens_per_s, 4)} in the middle"
+    )
+
+  def _repr_html_(self) -> str:
+    waits = (
+      ("until the first token", self.first_token_s),
+      ("between two tokens", self.token_s),
+      ("for a whole answer", self.request_s),
+    )
+    rows = [
+      (what, *("-" if value is None else f"{value:.4g} s" for value in dataclasses.astuple(spread)))
+      for what, spread in waits
+    ]
+    busy = max((*self.stages, *self.links), key=lambda use: use.busy)
+    failures = (
+      f" {counted(self.failures, 'failure')} ended {counted(self.restarts, 'attempt')}."
+      if self.failures
+      else ""
+    )
+    sentence = f"{self.summary()}. Busiest: {busy.name}, {busy.busy:.0%} of the time.{failures}"
+    return shown(sentence, ("waiting", "median", "95%", "99%", "longest"), rows)
 
 
 class _Server:
@@ -161,18 +190,25 @@ def simulate(
   failures_per_hour: float = 0.0,
   repair_s: float = 60.0,
   retry: bool = True,
+  within_plan: bool = False,
   seed: int = 0,
 ) -> Result:
-  """Serve `requests` requests, `concurrency` of them at a time.
+  """Simulate a plan that serves `requests` requests, `concurrency` of them at a time.
 
   Args:
-    prompt, answer: Tokens of each.
-    failures_per_hour: Of each host while it is up, at random times.
-    repair_s: From a failure until a replacement serves the same layers.
+    prompt: Tokens of each prompt.
+    answer: Tokens of each answer.
+    failures: Hosts that fail, each at its time.
+    failures_per_hour: Failures of each host in an hour while it is up, at random times.
+    repair_s: Seconds from a failure until a replacement serves the same layers.
     retry: Whether a request whose attempt failed is sent again, at most MAX_ATTEMPTS times.
+    within_plan: Refuse more sequences at a time, or longer ones, than the plan has memory for.
+    seed: Seed of the times of random failures.
   Raises: ValueError: a number that makes no sense, a failure of a host that the plan does not use, or so
     many failures that nothing can be served.
   """
+  if within_plan:
+    _check_memory(plan, min(requests, concurrency), prompt, answer)
   for name, value in (
     ("requests", requests),
     ("concurrency", concurrency),
@@ -483,6 +519,21 @@ class _Run:
       failed=self.failed,
       lost_tokens=self.lost_tokens,
       events=self.events,
+    )
+
+
+def _check_memory(plan: Plan, together: int, prompt: int, answer: int) -> None:
+  """Raises: ValueError: more at a time, or longer, than memory was planned for."""
+  room = None if plan.sequences is None else plan.sequences * plan.pipelines
+  if room is not None and together > room:
+    raise ValueError(
+      f"concurrency = {together}: the plan has memory for the caches of {counted(room, 'sequence')}: serve "
+      "fewer at a time, or plan for more sequences (--sequences)"
+    )
+  if prompt + answer > plan.context:
+    raise ValueError(
+      f"prompt = {prompt} and answer = {answer}: the plan is for {plan.context} positions: shorten them, or "
+      "plan for a longer context (--context)"
     )
 
 

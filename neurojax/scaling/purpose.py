@@ -1,14 +1,14 @@
 """What a fleet's memory is for: serving a model, or training it."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from neurojax import count
 from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.count.training import Optimizer, TrainBytes, train_bytes
 from neurojax.count.working import DeviceKind
-from neurojax.forms import Scales
+from neurojax.forms import TERNARY_FORMATS, Scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +98,44 @@ class TrainPurpose:
 
 
 Purpose = ServePurpose | TrainPurpose
+
+
+def purpose_of(
+  purpose: Literal["serve", "train"],
+  *,
+  form: str = "ternary-g128",
+  context: int = 2048,
+  sequences: int = 1,
+  optimizer: Optimizer = "adamw",
+  remat: bool = True,
+  diloco: bool = False,
+) -> Purpose:
+  """A purpose from simple values.
+
+  Args:
+    form: Form of the weights when serving: "float32", "bf16", "int8", or a name in
+      `forms.TERNARY_FORMATS`. Training computes in float32 if that is the form, else in bfloat16.
+    context: Positions of a sequence.
+    sequences: Sequences in memory at once.
+    optimizer, remat, diloco: For training: as in `count.training.train_bytes`.
+  Raises: ValueError: an unknown form.
+  """
+  serving: dict[str, Any]
+  if form in ("bf16", "float32"):
+    serving = {"dtype": {"bf16": "bfloat16"}.get(form, "float32")}
+  elif form == "int8":
+    serving = {"weights": "int8"}
+  elif form in TERNARY_FORMATS:
+    serving = {"weights": "w2a8", "scales": TERNARY_FORMATS[form]}
+  else:
+    raise ValueError(f"{form}: choose one of bf16, float32, int8, {', '.join(TERNARY_FORMATS)}")
+  if purpose == "train":
+    return TrainPurpose(
+      context=context,
+      sequences=sequences,
+      optimizer=optimizer,
+      remat=remat,
+      compute_dtype="float32" if form == "float32" else "bfloat16",
+      diloco=diloco,
+    )
+  return ServePurpose.of(context=context, sequences=sequences, **serving)

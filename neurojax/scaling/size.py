@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from neurojax import count
 from neurojax.config import ModelConfig
+from neurojax.count.wording import short
 from neurojax.count.working import DeviceKind
-from neurojax.plan.fleet import Device, Fleet, Host, Place
+from neurojax.plan.fleet import Device, Fleet, Host, Place, parse_bytes, read_fleet
+from neurojax.plan.notebook import shown
 from neurojax.plan.tiers import CARDS
 from neurojax.scaling import fits
 from neurojax.scaling.arithmetic import (
@@ -21,8 +23,14 @@ from neurojax.scaling.arithmetic import (
   training_flops,
 )
 from neurojax.scaling.candidates import VOCAB_SIZE, candidates
-from neurojax.scaling.law import CHINCHILLA_BESIROGLU, Law, compute_optimal, optimal_tokens
-from neurojax.scaling.purpose import Purpose, ServePurpose
+from neurojax.scaling.law import (
+  CHINCHILLA_BESIROGLU,
+  Law,
+  compute_optimal,
+  optimal_tokens,
+  read_law,
+)
+from neurojax.scaling.purpose import Purpose, ServePurpose, purpose_of
 from neurojax.scaling.stages import Line, SizedStage, Speed, allowed_bytes, needs_of, serve, train
 
 HEADROOM = 0.1
@@ -75,6 +83,47 @@ class Sized:
   arithmetic: tuple[Line, ...]
   notes: tuple[str, ...]
 
+  def summary(self) -> str:
+    """One line: the architecture."""
+    c = self.config
+    kept = " (kept)" if self.kept else ""
+    return (
+      f"{_large(self.parameters)} parameters{kept}: {c.num_layers} layers of {c.model_dim}, "
+      f"{c.num_heads} heads of {c.head_dim}, {c.num_kv_heads} key-value heads, ffn {c.ffn_dim}, "
+      f"vocabulary {c.vocab_size}, head {'tied' if c.tied_embedding else 'its own'}"
+    )
+
+  def _repr_html_(self) -> str:
+    stages = [
+      (f"{s.label}, layers {s.first_layer}..{s.last_layer}",
+       f"{s.memory_bytes / 1e9:,.2f} of {s.free_bytes / 1e9:,.2f} GB")
+      for s in self.stages
+    ]  # fmt: skip
+    return shown(self.summary(), ("what", "predicted"), [*self.predictions(), *stages])
+
+  def predictions(self) -> list[tuple[str, str]]:
+    """Speeds, training days and losses that are predicted, each as (what, value)."""
+    rows = []
+    for what, rate in (
+      ("decode", self.speed.decode_tokens_per_s),
+      ("prefill", self.speed.prefill_tokens_per_s),
+      ("training", self.speed.train_tokens_per_s),
+    ):
+      if rate is not None:
+        rows.append((what, f"{short(rate, 4)} tokens/s"))
+    losses = self.losses
+    if self.train_days is not None:
+      rows.append(("training days", f"{self.train_days:,.4g} for {losses.tokens:.4g} tokens"))
+    band = ""
+    if losses.bf16.low is not None and losses.bf16.high is not None:
+      band = f" ({losses.bf16.low:.2f} to {losses.bf16.high:.2f})"
+    rows.append(("loss, bf16", f"{losses.bf16.value:.3f}{band} nats, {losses.law}"))
+    ternary = (
+      f"{losses.ternary_low:.3f} to {losses.ternary_high:.3f} with published gaps; "
+      f"{losses.ternary.value:.3f} by {losses.ternary_law} (unverified, other data)"
+    )
+    return [*rows, ("loss, ternary", ternary)]
+
   def table(self) -> dict[str, Any]:
     """Plain values for JSON and TOML: the architecture's fields first, absent values left out."""
     purpose = self.purpose.table()
@@ -95,6 +144,25 @@ class Sized:
     return _without_none(table)
 
 
+def fleet_for(given: "Fleet | str | int") -> Fleet:
+  """A fleet from what people say of their machines.
+
+  Args:
+    given: A fleet; its TOML file or its name (`plan.fleet.read_fleet`); or the memory of one host, in
+      bytes or as text such as "64GB".
+  Raises: ValueError: none of these.
+  """
+  if isinstance(given, Fleet):
+    return given
+  if isinstance(given, int):
+    return one_host(given)
+  return (
+    one_host(parse_bytes(given))
+    if given[:1].isdecimal() and ":" not in given
+    else read_fleet(given)
+  )
+
+
 def one_host(memory_bytes: int) -> Fleet:
   """A fleet of one place of so much memory and unknown speed, which computes in any dtype."""
   device = Device(kind="cuda", memory_bytes=memory_bytes)
@@ -102,8 +170,8 @@ def one_host(memory_bytes: int) -> Fleet:
 
 
 def size(
-  fleet: Fleet,
-  purpose: Purpose,
+  fleet: Fleet | str | int,
+  purpose: Purpose | Literal["serve", "train"] = "serve",
   *,
   headroom: float = HEADROOM,
   current: ModelConfig | None = None,
@@ -111,7 +179,7 @@ def size(
   most_parameters: float | None = None,
   tokens: float | None = None,
   days: float | None = None,
-  law: Law = CHINCHILLA_BESIROGLU,
+  law: Law | str = CHINCHILLA_BESIROGLU,
   mfu: float = MFU,
   time_limit_s: float = 5.0,
 ) -> Sized:
@@ -121,14 +189,28 @@ def size(
   answer stays until `HYSTERESIS` times its parameters fit, or it no longer fits itself.
 
   Args:
+    fleet: The machines: a fleet, its file or its name, or the memory of one host in bytes or as "64GB".
+    purpose: What the memory is for. "serve" and "train" have the defaults of `purpose.purpose_of`, which
+      makes others.
     headroom: Share of each place's free memory that stays free.
-    most_parameters: Candidates above it are left out.
-    tokens: Of training, for losses and days; what suits the size best by `law` if both are absent.
-    days: Of training on this fleet, instead of tokens; needs its FLOP/s.
+    current: The architecture in use.
+    vocab_size: Vocabulary of the candidates.
+    most_parameters: Candidates with more parameters are left out.
+    tokens: Training tokens, for losses and days; the number that suits the size best by `law` if both
+      tokens and days are absent.
+    days: Days of training on this fleet, instead of tokens; needs its FLOP/s.
+    law: Loss as a function of parameters and tokens: a law, its name or its TOML file.
     mfu: Share of the devices' FLOP/s that training reaches.
-    time_limit_s: For the search of the fastest placement.
+    time_limit_s: Seconds for the search of the fastest placement.
   Raises: ValueError: nothing fits, with what is missing and what would fit; or contradictory input.
+
+  Example:
+    >>> size("8GB").parameters
+    24023095296
   """
+  fleet = fleet_for(fleet)
+  purpose = purpose_of(purpose) if isinstance(purpose, str) else purpose
+  law = read_law(law) if isinstance(law, str) else law
   _check(headroom, most_parameters, tokens, days, mfu, fleet)
   places = [place for place in fleet.places() if place.host.layers != 0]
   if not places:
@@ -300,6 +382,13 @@ def _hosts(stages: Sequence[SizedStage], places: Sequence[Place]) -> tuple[HostM
     )
     for host, space in free.items()
   )
+
+
+def _large(number: float) -> str:
+  for factor, unit in ((1e12, "trillion"), (1e9, "billion")):
+    if number >= factor:
+      return f"{number / factor:.4g} {unit}"
+  return f"{number / 1e6:.4g} million"
 
 
 def _without_none(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """`neurojax size` as a person or a script uses it."""
 
+import dataclasses
 import json
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +13,7 @@ from neurojax import count
 from neurojax.cli import main
 from neurojax.config import ModelConfig
 from neurojax.plan.fleet import fleets
+from neurojax.train.config import TrainConfig
 
 FLEET = """
 [[hosts]]
@@ -96,16 +99,63 @@ def test_a_written_architecture_is_read_back_kept_and_names_its_command(capsys, 
   assert code == 0 and table["kept"] and table["parameters"] == count.parameters(config)
 
 
+@pytest.mark.parametrize(("more", "weights", "group"), [
+  ((), "ternary", 128),
+  (("--format", "ternary-tensor", "--optimizer", "muon", "--no-remat"), "ternary", None),
+  (("--format", "float32", "--batch", "4", "--context", "512", "--tokens", "1e9"), "none", None),
+], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
+def test_a_model_sized_for_training_is_a_configuration_that_train_takes(
+  capsys, tmp_path: Path, more: tuple[str, ...], weights: str, group: int | None
+):
+  path, arch = tmp_path / "run.toml", tmp_path / "model.toml"
+  outs = ("--out-config", str(path), "--out-arch", str(arch))
+  code, out, err = run(capsys, "--memory", "10GB", "--for", "train", *more, *outs, "--json")
+  assert code == 0, err
+  made, table = TrainConfig.load(path), json.loads(out)
+  assert made.model == ModelConfig.named(str(arch)) == ModelConfig.named(str(path))
+  assert count.parameters(made.model) == table["parameters"]
+  assert (made.quantization.weights, made.quantization.group_size) == (weights, group)
+  assert (made.data.batch_size, made.data.seq_len) == (
+    table["sequences"],
+    made.model.context_length,
+  )
+  assert (made.steps - 1) * made.tokens_per_step < table["losses"]["tokens"]
+  assert table["losses"]["tokens"] <= made.steps * made.tokens_per_step
+  assert made.remat == ("none" if "--no-remat" in more else "full")
+  arguments = ("--config", str(path), "--workdir", str(tmp_path / "run"), "--data.folder", "books")
+  assert main(["train", *arguments, "--show"]) == 0
+  shown = tmp_path / "shown.toml"
+  shown.write_text(capsys.readouterr().out)
+  books = dataclasses.replace(made.data, folder="books")
+  assert TrainConfig.load(shown) == dataclasses.replace(made, data=books)
+  # The first line writes the file again.
+  words = shlex.split(path.read_text().splitlines()[0].removeprefix("# neurojax size"))
+  before = path.read_text()
+  assert run(capsys, *words)[0] == 0 and path.read_text() == before
+
+
+def test_what_train_lacks_is_refused_and_a_model_for_serving_is_an_architecture(
+  capsys, tmp_path: Path
+):
+  path = tmp_path / "model.toml"
+  arguments = ("--memory", "10GB", "--out-config", str(path))
+  code, _, err = run(capsys, *arguments, "--for", "train", "--optimizer", "sgd")
+  assert code == 2 and "adamw and muon" in err and not path.exists()
+  code, out, _ = run(capsys, *arguments, "--json")
+  assert code == 0
+  assert count.parameters(ModelConfig.named(str(path))) == json.loads(out)["parameters"]
+
+
 @pytest.mark.parametrize(("argv", "said"), [
   ((), "either --fleet or --memory"),
-  (("--memory", "1GB", "--fleet", "x.toml"), "either --fleet or --memory"),
-  (("--memory", "1GB", "--json", "--toml"), "give one of them"),
-  (("--memory", "1GB", "--format", "Q4_0"), "--format Q4_0: choose one of bf16"),
-  (("--memory", "1GB", "--law", "kaplan"), "choose one of besiroglu"),
+  (("--memory", "10GB", "--fleet", "x.toml"), "either --fleet or --memory"),
+  (("--memory", "10GB", "--json", "--toml"), "give one of them"),
+  (("--memory", "10GB", "--format", "Q4_0"), "--format Q4_0: choose one of bf16"),
+  (("--memory", "10GB", "--law", "kaplan"), "choose one of besiroglu"),
   (("--memory", "1MB"), "bytes more on host would do"),
   (("--memory", "many"), "write a number with"),
-  (("--memory", "1GB", "--context", "0"), "--context 0: between 1 and"),
-  (("--memory", "1GB", "--tokens", "1e9", "--days", "2"), "contradict each other"),
+  (("--memory", "10GB", "--context", "0"), "--context 0: between 1 and"),
+  (("--memory", "10GB", "--tokens", "1e9", "--days", "2"), "contradict each other"),
   (("--fleet", "none.toml"), "none.toml"),
   (("--memory", "200GB", "--mode", "seed-table", "--plot", "x.png"), "draws nothing"),
   *((("--memory", "200GB", "--mode", "seed-table", *more.split()), f"leave {more.split()[0]} out") for more in (
@@ -113,7 +163,7 @@ def test_a_written_architecture_is_read_back_kept_and_names_its_command(capsys, 
   (("--fleet", "labor"), "or one of cpu, gaming-pc, lab, seed-200gb"),
   (("--fleet", "10.0.0.1"), "addresses as host:port"),
   (("--memory", "200GB", "--mode", "seed-formula", "--out-config", "x.toml"), "no multiple of"),
-  (("--memory", "1GB", "--mode", "seed-table"), "begins at 40 GB"),
+  (("--memory", "10GB", "--mode", "seed-table"), "begins at 40 GB"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
 def test_wrong_use_is_refused_with_the_remedy(capsys, argv: tuple[str, ...], said: str):
   code, _, err = run(capsys, *argv)

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from neurojax.config import from_toml, to_toml
+from neurojax.config import Serving, from_toml, to_toml
 from neurojax.plan import best, predict
 from neurojax.plan.assemble import assemble
 from neurojax.plan.fleet import Fleet, Host
+from neurojax.plan.in_flight import planned
 from neurojax.plan.plan import Plan
 from neurojax.plan.problem import problem
+from neurojax.plan.simulate import simulate
 from neurojax.plan.solve import chain, exact
 from tests.plan.fleets import LOAD, config, device, every_chain, fleets
 
@@ -105,3 +107,31 @@ def test_with_replicas_it_is_no_worse_than_without(fleet, layers, in_flight):
   assert made.throughput <= made.bound * (1 + 1e-9)
   assert made.throughput == predict.pipeline_throughput(made, micro_batches=in_flight)
   assert math.isfinite(made.latency_s)
+
+
+def test_planned_resolves_the_serving_and_may_choose_the_sequences():
+  model, serving = config(12), Serving(weights="auto", sequences=2)
+  hosts = tuple(Host(name=f"h{i}", devices=(device(20_000_000, 1e8),)) for i in range(8))
+  fleet = Fleet(hosts=hosts)
+  few = planned(model, fleet, serving, objective="throughput")
+  many = planned(model, fleet, serving, objective="throughput", choose_sequences=True)
+  assert few.sequences == few.in_flight == 2 < many.sequences
+  assert few.context == many.context == model.context_length
+  assert many.throughput > few.throughput
+  with pytest.raises(ValueError, match="batch = 3 and sequences = 2"):
+    planned(model, fleet, serving, batch=3)
+
+
+def test_a_notebook_shows_a_plan_with_its_texts_escaped():
+  fast = Host(name="<b>h</b>", devices=(device(20_000_000),))
+  hosts = (fast, Host(name="slow", devices=(device(20_000_000, 1e6),)))
+  plan = planned(config(4), Fleet(hosts=hosts), Serving(weights="dense", context=256))
+  shown = plan._repr_html_()
+  assert "&lt;b&gt;h&lt;/b&gt;" in shown and "<b>" not in shown
+  assert plan.summary() in shown and "slow" in shown and shown.count("<tr>") == 3
+  result = simulate(plan, requests=3, concurrency=2, prompt=4, answer=4, within_plan=True)
+  assert "12 tokens of 3 answers" in result._repr_html_() and "<b>" not in result._repr_html_()
+  with pytest.raises(ValueError, match=r"concurrency = 5: .* caches of 4 sequences"):
+    simulate(plan, requests=9, concurrency=5, prompt=4, answer=4, within_plan=True)
+  with pytest.raises(ValueError, match="the plan is for 256 positions"):
+    simulate(plan, requests=1, concurrency=1, prompt=200, answer=57, within_plan=True)

@@ -12,7 +12,7 @@ from neurojax import count, forms
 from neurojax.config import ModelConfig, Span
 from neurojax.count.serving import stage_bytes
 from neurojax.count.working import DeviceKind, working
-from neurojax.plan.fleet import Device, Fleet, Host, Link
+from neurojax.plan.fleet import Device, Fleet, Host, Link, read_fleet
 from neurojax.scaling import fits
 from neurojax.scaling.candidates import VOCAB_SIZE, candidates
 from neurojax.scaling.fits import Need
@@ -404,3 +404,22 @@ def test_thousands_of_hosts_are_sized_in_seconds():
   # No host holds a layer of a wider candidate, and deeper ones of this width are none.
   assert len(found.stages) == found.config.num_layers == found.config.model_dim / 64
   assert any("% of the memory is used" in note for note in found.notes)
+
+
+def test_machines_are_named_by_a_fleet_its_name_or_the_memory_of_one():
+  assert size("64GB") == size(64 * 10**9) == size(one_host(64 * 10**9), "serve")
+  assert size("lab", "train", law="hoffmann") == size(
+    read_fleet("lab"), TrainPurpose(), law=CHINCHILLA_HOFFMANN
+  )
+  with pytest.raises(ValueError, match="write a number with"):
+    size("64 apples")
+  with pytest.raises(ValueError, match="or one of cpu, gaming-pc"):
+    size("nowhere")
+
+
+def test_a_notebook_shows_a_sized_model_with_its_texts_escaped():
+  host = Host(name="<i>a</i>", devices=(Device(kind="cuda", memory_bytes=10**10),))
+  found = size(Fleet(hosts=(host,)))
+  shown = found._repr_html_()
+  assert found.summary() in shown and "&lt;i&gt;a&lt;/i&gt;" in shown and "<i>" not in shown
+  assert "loss, ternary" in shown
