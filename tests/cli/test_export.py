@@ -13,9 +13,11 @@ from flax import nnx
 
 from neurojax.cli import main
 from neurojax.data.batches import open_dataset
+from neurojax.data.token_shards import read_spec
 from neurojax.files.load import load_span
 from neurojax.files.open import open_model
 from neurojax.model.sample import score
+from neurojax.tokenizer import Tokenizer
 from neurojax.train.step import make_eval_step
 from neurojax.train.trained import read_run
 
@@ -200,3 +202,28 @@ def test_what_cannot_be_exported_is_said(
   code, out, err = run(capsys, folder, *argv)
   assert (code, out) == (2, "") and reason in err
   assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
+
+
+@pytest.mark.parametrize("vocab", ["spm", "unigram"])
+def test_sentencepiece_vocabularies_keep_their_ids(
+  capsys, folder: Path, tmp_path: Path, vocab: str
+):
+  """Both go into a folder, and SentencePiece's BPE into GGUF; a unigram model is refused by name."""
+  data, out, gguf = tmp_path / "data", tmp_path / "folder", tmp_path / "m.gguf"
+  assert main([
+    "data", "prepare", str(folder / "train.txt"), "--valid", str(folder / "text"),
+    "--out", str(data), "--vocab", vocab, "--vocab-size", "290",
+  ]) == 0  # fmt: skip
+  # The run's embedding has more rows than the vocabulary has tokens.
+  code, _, err = run(capsys, folder, "--out", str(out), "--tokenizer", str(data))
+  assert code == 0, err
+  code, _, err = run(capsys, folder, "--out", str(gguf), "--tokenizer", str(data))
+  if vocab == "unigram":
+    assert code == 2 and "SentencePiece unigram model" in err and "write a folder" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "folder"]
+  else:
+    assert code == 0, err
+  for model in [data / "tokenizer.model", out, gguf][: 2 if vocab == "unigram" else 3]:
+    assert main(["tokenize", "--model", str(model), "--file", str(folder / "text"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == Tokenizer(read_spec(data)).encode((folder / "text").read_text()), model

@@ -295,6 +295,15 @@ assert read > 20 and refused > 100, (read, refused)
   assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_published_vocabulary_of_a_gguf_has_the_librarys_ids():
+  """Kind "spm" is encoded here, as llama.cpp does: the library gives the same ids for Llama 2's."""
+  ours = vocab.real("llama-spm")
+  data = sentencepiece_from_spec(ours.spec)
+  theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+  for text in hostile(500, seed=6):
+    assert ours.encode(text) == theirs.encode(text), text
+
+
 def learnt(model: str, size: int = 330) -> TokenizerSpec:
   return train_sentencepiece(corpus(), vocab_size=size, model=model)
 

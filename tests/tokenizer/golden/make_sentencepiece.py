@@ -1,6 +1,6 @@
 """Small SentencePiece models and their ids on hostile texts: sentencepiece.json.
 
-python tests/tokenizer/golden/make_sentencepiece.py      (under a Python with sentencepiece)
+python tests/tokenizer/golden/make_sentencepiece.py
 """
 
 import base64
@@ -48,6 +48,7 @@ KINDS = {
   ),
   "no bytes": dict(add_dummy_prefix=True, byte_fallback=False),
 }
+# GGUF has no words for these.
 REFUSED = {
   "unigram": dict(model_type="unigram", byte_fallback=True),
   "trimmed": dict(remove_extra_whitespaces=True),
