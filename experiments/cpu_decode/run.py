@@ -1,4 +1,4 @@
-"""Measure CPU decode and prefill, write results.csv, and set the README's table from it.
+"""Measure CPU decode and prefill, write results.csv, and set the table of docs/running.md from it.
 
 python -m experiments.cpu_decode.run [--llama-bench PROGRAM]
 python -m experiments.cpu_decode.run --table     (the table alone, from the file as it is)
@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 from experiments import decode
-from experiments.readme import block
+from experiments.readme import DOCS, block
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -27,4 +27,4 @@ if __name__ == "__main__":
   if not arguments.table:
     config = tomllib.loads((HERE / "config.toml").read_text())
     decode.measure(RESULTS, config["model"], config, arguments.llama_bench)
-  block("cpu_decode", table())
+  block("cpu_decode", table(), DOCS / "running.md")

@@ -1,4 +1,4 @@
-"""Measure CPU decode and prefill of a 1.1B ternary model, and set the README's table from it.
+"""Measure CPU decode and prefill of a 1.1B ternary model, and set the table of docs/running.md from it.
 
 python -m experiments.cpu_ternary.run [--llama-bench PROGRAM]
 python -m experiments.cpu_ternary.run --table     (the table alone, from the file as it is)
@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 from experiments import decode
-from experiments.readme import block
+from experiments.readme import DOCS, block
 from neurojax.config import ModelConfig
 from neurojax.files.dummy import write_dummy
 
@@ -33,4 +33,4 @@ if __name__ == "__main__":
       model = Path(folder) / f"{config['architecture']}-{config['type']}.gguf"
       write_dummy(model, ModelConfig.named(config["architecture"]), config["type"])
       decode.measure(RESULTS, model, config, arguments.llama_bench)
-  block("cpu_ternary", table())
+  block("cpu_ternary", table(), DOCS / "running.md")

@@ -1,4 +1,4 @@
-"""Measure decode and prefill of fused ternary models on a GPU, and set the README's table from it.
+"""Measure decode and prefill of fused ternary models on a GPU, and set the table of docs/running.md from it.
 
 python -m experiments.gpu_decode.run
 python -m experiments.gpu_decode.run --table     (the table alone, from the file as it is)
@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 from experiments.gpu import on_gpu
-from experiments.readme import block
+from experiments.readme import DOCS, block
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -52,4 +52,4 @@ def table() -> str:
 if __name__ == "__main__":
   if "--table" not in sys.argv[1:]:
     on_gpu(measure)
-  block("gpu_decode", table())
+  block("gpu_decode", table(), DOCS / "running.md")
