@@ -17,10 +17,12 @@ class Inspect:
 
   Works on files that cannot be run too, and says why they cannot.
 
-  Example: neurojax inspect model.gguf
+  Example: neurojax inspect --model model.gguf
   """
 
-  file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+  file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
+  """The same as --model MODEL."""
+  model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
   """A model, as for `neurojax generate`."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
@@ -33,7 +35,9 @@ class Inspect:
     from neurojax.files.inspect import describe, describe_tokenizer, render
     from neurojax.files.open import open_model
 
-    path = model_path(self.file)
+    if (self.file is None) == (self.model is None):
+      raise ValueError("name one model: neurojax inspect --model MODEL")
+    path = model_path(str(self.model or self.file))
     try:
       with open_model(path, self.tokenizer) as file:
         description = describe(file, sha256=self.sha256)

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from neurojax.cli.options import stderr
-from neurojax.files.find import model_path
+from neurojax.files.find import INSTALLED, model_path
 
 if TYPE_CHECKING:
   from neurojax.files.hub.address import Address
@@ -61,7 +61,7 @@ class Pulling:
       return self._list()
     if self.model is None:
       raise ValueError("name a model: org/name, or a short name (`neurojax pull --list`)")
-    if self.model in ("neurollm", "smollm2"):
+    if self.model in INSTALLED:
       path = model_path(self.model)
       stderr.print(f"{self.model} is installed: nothing to download", highlight=False)
       return self._told({"model": self.model, "path": str(path), "came_bytes": 0}, path)
@@ -75,12 +75,7 @@ class Pulling:
         "(`neurojax pull --list`)"
       )
     if cache.is_offline():
-      try:
-        path = cache.find(address)
-      except FileNotFoundError as error:
-        raise FileNotFoundError(
-          f"HF_HUB_OFFLINE is set, so nothing is downloaded, and {error}"
-        ) from error
+      path = cache.find(address)
       stderr.print("HF_HUB_OFFLINE is set: the hub was not asked", highlight=False)
       return self._told(_found(address, path), path)
     return self._pull(address)

@@ -62,8 +62,11 @@ def test_a_pulled_model_generates_by_its_name(hub: Server, capsys):
     assert code == 0, err
     answers.append(json.loads(out)["tokens"])
   assert answers == [answers[0]] * 4 and len(answers[0]) == 4
-  code, out, _ = run(capsys, "inspect", "org/tiny", "--json")
-  assert code == 0 and json.loads(out)["unsupported"] == []
+  for argv in (["org/tiny"], ["--model", "org/tiny"]):
+    code, out, _ = run(capsys, "inspect", *argv, "--json")
+    assert code == 0 and json.loads(out)["unsupported"] == []
+  code, _, err = run(capsys, "inspect", "org-tiny")
+  assert code == 2 and "the nearest: org/tiny" in err and "org/tiny; `neurojax pull --list`" in err
   assert hub.asked == []
 
 
@@ -92,7 +95,8 @@ def test_without_a_hub_what_is_here_is_used(hub: Server, capsys, monkeypatch: py
   code, out, err = run(capsys, "pull", "org/tiny", "--json")
   assert code == 0 and json.loads(out)["asked_hub"] is False
   code, out, err = run(capsys, "pull", "org/other")
-  assert code == 2 and "HF_HUB_OFFLINE" in err and "not on this machine" in err
+  assert code == 2 and "org/other is not on this machine: HF_HUB_OFFLINE is set" in err
+  assert "neurojax pull" not in err and "unset it, or copy the model to" in err
 
 
 def test_names(hub: Server, capsys, gguf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -121,7 +125,12 @@ def test_names(hub: Server, capsys, gguf: bytes, tmp_path: Path, monkeypatch: py
   [
     (["pull"], "--list"), (["pull", "model.gguf"], "no model on the hub"), (["pull", "org/x@../y"], "no revision"),
     (["pull", "org/tiny", "--list"], "leave the model away"), (["pull", "org/none"], "no such model"),
-    (["inspect", "no-such-name"], "no model of this name: neurollm, smollm2, tinyllama"),
+    (["inspect", "no-such-name"], "no model of this name; on this machine: neurollm"),
+    (["inspect", "--model", "neurolm"], "no model of this name (the nearest: neurollm)"),
+    (["inspect", "seed-1024"], "seed-1024 in configs/model is an architecture without weights"),
+    (["generate", "--model", "bonsai-8b", "--prompt", "x"], "bonsai-8b in configs/model is an architecture"),
+    (["inspect"], "name one model: neurojax inspect --model MODEL"),
+    (["inspect", "neurollm", "--model", "neurollm"], "name one model"),
     (["inspect", "models/none.gguf"], "no such model file"),
     (["plan", "--model", "no-such-name", "--fleet", "configs/fleet/lab.toml"], "no architecture of this name"),
   ],

@@ -21,21 +21,32 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def cache_folder() -> Path:
-  """HF_HUB_CACHE, or `hub` in HF_HOME, or ~/.cache/huggingface/hub."""
+  """The folder HF_HUB_CACHE, or `hub` in HF_HOME, or ~/.cache/huggingface/hub."""
   from huggingface_hub import constants
 
   return Path(constants.HF_HUB_CACHE)
 
 
 def is_offline() -> bool:
-  """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+  """Whether HF_HUB_OFFLINE forbids asking the hub."""
   from huggingface_hub import constants
 
   return constants.is_offline_mode()
 
 
 def repo_folder(address: Address, cache: Path) -> Path:
+  """The folder of a repository in the cache."""
   return cache / ("models--" + address.repo.replace("/", "--"))
+
+
+def repositories(cache: Path | None = None) -> list[str]:
+  """The models ("org/name") of which the cache has a snapshot, in alphabetical order."""
+  folders = (cache or cache_folder()).glob("models--*--*")
+  return sorted(
+    folder.name.removeprefix("models--").replace("--", "/", 1)
+    for folder in folders
+    if (folder / "snapshots").is_dir()
+  )
 
 
 def find(address: Address, cache: Path | None = None) -> Path:
@@ -48,7 +59,7 @@ def find(address: Address, cache: Path | None = None) -> Path:
   folder = repo_folder(address, cache or cache_folder())
   commit = _commit(folder, address.revision)
   if commit is None or not (snapshot := folder / "snapshots" / commit).is_dir():
-    raise FileNotFoundError(f"{address} is not on this machine: `neurojax pull {address}` gets it")
+    raise FileNotFoundError(f"{address} is not on this machine: {_remedy(address, folder)}")
   sizes = {
     path.relative_to(snapshot).as_posix(): path.stat().st_size
     for path in snapshot.rglob("*")
@@ -63,11 +74,20 @@ def find(address: Address, cache: Path | None = None) -> Path:
     raise
   except (ValueError, NotImplementedError) as error:
     raise FileNotFoundError(
-      f"not all of {address} is on this machine: `neurojax pull {address}` gets it ({error})"
+      f"not all of {address} is on this machine: {_remedy(address, folder)} ({error})"
     ) from error
   for name in files:
     check_unharmed(snapshot / name)
   return snapshot / choice.opens
+
+
+def _remedy(address: Address, folder: Path) -> str:
+  if is_offline():
+    return (
+      "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or copy the model to"
+      f" {folder} from a machine that has it"
+    )
+  return f"`neurojax pull {address}` gets it"
 
 
 def _commit(folder: Path, revision: str) -> str | None:
