@@ -19,7 +19,9 @@ def draw(rows: Sequence[Row], config: Plan, path: Path = FIGURE) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
   except ImportError as error:
-    raise ValueError("--plot needs matplotlib: pip install neurojax[plot]") from error
+    raise ValueError(
+      '--plot needs matplotlib: `make setup EXTRA=plot`, or `pip install "CHECKOUT[plot]"`'
+    ) from error
   fit.check(rows, config)
   found = fit.gaps(rows, config)
   # The same file for the same numbers.

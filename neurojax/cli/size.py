@@ -269,7 +269,9 @@ def check_plot(path: Path) -> None:
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
   except ImportError as error:
-    raise ValueError("--plot needs matplotlib: pip install neurojax[plot]") from error
+    raise ValueError(
+      '--plot needs matplotlib: `make setup EXTRA=plot`, or `pip install "CHECKOUT[plot]"`'
+    ) from error
   known = FigureCanvasAgg.get_supported_filetypes()
   if path.suffix[1:].lower() not in known:
     raise ValueError(f"--plot {path}: a name that ends in one of {', '.join(sorted(known))}")

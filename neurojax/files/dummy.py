@@ -3,6 +3,7 @@
 python -m neurojax.files.dummy bonsai-8b "Q2_0 (group 128)" bonsai-8b.gguf
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,10 @@ import numpy as np
 
 from neurojax.config import ModelConfig
 from neurojax.files import names
+from neurojax.files.gguf.writer import Tensor, field, write
 from neurojax.model import params
+from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
+from neurojax.tokenizer.write.gguf import gguf_from_spec
 from neurojax.weights.codecs import CODECS, Codec
 from neurojax.weights.ternary import CODE_BYTES
 
@@ -29,6 +33,7 @@ def write_dummy(
   Args:
     kind: A name in `weights.codecs.CODECS`, for all matrices.
     outer: Another type that the gguf package can encode ("F16", "Q8_0"), for embedding and head.
+    seed: The seed of the random numbers.
   Raises: ValueError: an unknown type, rows that are no whole blocks, or a configuration that no
     known architecture has.
   """
@@ -36,53 +41,72 @@ def write_dummy(
     raise ValueError(f"type {kind!r}: choose one of {', '.join(CODECS)}")
   if outer is not None and outer not in gguf.GGMLQuantizationType.__members__:
     raise ValueError(f"outer = {outer!r}: choose a type that the gguf package encodes, as 'Q8_0'")
-  codec = CODECS[kind]
   outer_type = None if outer is None else gguf.GGMLQuantizationType[outer]
   architecture = names.architecture_of(config, as_it_is=True)
-  writer = gguf.GGUFWriter(path, architecture)
-  writer.add_name(f"random {kind}")
-  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-  arch = names.ARCHITECTURES[architecture]
-  for key, value in arch.metadata(architecture, config).items():
-    _add(writer, key, value)
-  _add_vocabulary(writer, config.vocab_size)
-
-  tensors = list(_tensors(arch, config))
-  for name, shape, is_matrix in tensors:
-    type_id, nbytes = _storage(name, shape, codec if is_matrix else None, outer_type)
-    # A dtype other than uint8, as that would make the package translate the shape.
-    writer.add_tensor_info(name, shape, np.dtype(np.int8), nbytes, raw_dtype=type_id)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_ti_data_to_file()
-  for index, (name, shape, is_matrix) in enumerate(tensors):
-    rng = np.random.default_rng([seed, index])
-    values = _values(rng, name, shape, codec if is_matrix else None, outer_type)
-    if name == names.FACTORS:
-      values = np.array(names.rope_factors(config), np.float32)
-    writer.write_tensor_data(values)
-  writer.close()
+  said = {
+    "general.architecture": architecture,
+    "general.name": f"random {kind}",
+    "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    **names.ARCHITECTURES[architecture].metadata(architecture, config),
+  }
+  if (spec := _vocabulary(config.vocab_size)) is not None:
+    said |= gguf_from_spec(spec, config.vocab_size)
+  tensors = list(_tensors(architecture, config, CODECS[kind], outer_type, seed))
+  write(Path(path), [field(key, value) for key, value in said.items()], tensors)
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-  if isinstance(value, list):
-    writer.add_array(key, value)
-  elif isinstance(value, str):
-    writer.add_string(key, value)
-  elif isinstance(value, float):
-    writer.add_float32(key, value)
-  else:
-    writer.add_uint32(key, int(value))  # type: ignore[call-overload]
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Random(Tensor):
+  """A tensor of random numbers.
+
+  Attributes:
+    seeds: The seeds of its numbers.
+    codec: The ternary type of a matrix, or None.
+    outer: The type of embedding and head, where it is another.
+  """
+
+  seeds: tuple[int, int]
+  codec: Codec | None
+  outer: gguf.GGMLQuantizationType | None
+
+  def data(self) -> np.ndarray:
+    rng = np.random.default_rng(self.seeds)
+    return _values(rng, self.name, self.shape, self.codec, self.outer)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Factors(Tensor):
+  """The rotary factors of a configuration."""
+
+  factors: np.ndarray
+
+  def data(self) -> np.ndarray:
+    return self.factors
 
 
 def _tensors(
-  arch: names.Architecture, config: ModelConfig
-) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-  """Name and shape of each tensor, and whether it is a matrix that may be packed."""
-  if factors := names.rope_factors(config):
-    yield names.FACTORS, (len(factors),), False
-  for name, layer, stored in arch.places(config):
-    yield stored.name, names.file_shape(stored.axes, config, layer), params.is_matrix(name)
+  architecture: str,
+  config: ModelConfig,
+  codec: Codec,
+  outer: gguf.GGMLQuantizationType | None,
+  seed: int,
+) -> Iterator[Tensor]:
+  """The tensors of the file; each has the seed and its number as seeds."""
+  factors = np.array(names.rope_factors(config), np.float32)
+  if factors.size:
+    type_id, nbytes = gguf.GGMLQuantizationType.F32, factors.nbytes
+    yield _Factors(
+      name=names.FACTORS, shape=factors.shape, type_id=type_id, nbytes=nbytes, factors=factors
+    )
+  places = names.ARCHITECTURES[architecture].places(config)
+  for index, (name, layer, stored) in enumerate(places, 1 if factors.size else 0):
+    own = codec if params.is_matrix(name) else None
+    shape = names.file_shape(stored.axes, config, layer)
+    type_id, nbytes = _storage(stored.name, shape, own, outer)
+    yield _Random(
+      name=stored.name, shape=shape, type_id=type_id, nbytes=nbytes, seeds=(seed, index), codec=own,
+      outer=outer,
+    )  # fmt: skip
 
 
 def _is_outer(name: str) -> bool:
@@ -119,20 +143,24 @@ def _values(
   return codec.pack(codes, scales.astype(codec.scale_dtype))
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+def _vocabulary(size: int) -> TokenizerSpec | None:
+  """Special tokens, bytes and made-up words; None where that is more than `size` tokens."""
   special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
   words = size - len(special)
   if words < 0:
-    return
-  writer.add_tokenizer_model("llama")
-  writer.add_token_list([*special, *(f"▁word{i}" for i in range(words))])
-  writer.add_token_scores([0.0] * len(special) + [-float(i) for i in range(words)])
-  kind = gguf.TokenType
-  control = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL]
-  writer.add_token_types([*control, *[kind.BYTE] * 256, *[kind.NORMAL] * words])
-  writer.add_bos_token_id(1)
-  writer.add_eos_token_id(2)
-  writer.add_unk_token_id(0)
+    return None
+  return TokenizerSpec(
+    kind="spm",
+    tokens=(*special, *(f"\u2581word{i}" for i in range(words))),
+    types=("unknown", "control", "control", *["byte"] * 256, *["normal"] * words),
+    scores=(*[0.0] * len(special), *(-float(i) for i in range(words))),
+    bos_id=1,
+    eos_id=2,
+    unknown_id=0,
+    stop_ids=frozenset({2}),
+    add_bos=True,
+    add_space_prefix=True,
+  )
 
 
 def _main(arch: str, kind: str, path: Path, outer: str | None = None, seed: int = 0) -> None:

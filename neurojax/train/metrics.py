@@ -106,5 +106,6 @@ def check_installed(tracker: str, package: str) -> None:
   """Raises: ValueError: the package of a tracker is not installed."""
   if importlib.util.find_spec(package) is None:
     raise ValueError(
-      f"tracker.{tracker} needs {package}, which is not installed: pip install neurojax[trackers]"
+      f"tracker.{tracker} needs {package}, which is not installed:"
+      ' `make setup EXTRA=trackers`, or `pip install "CHECKOUT[trackers]"`'
     )

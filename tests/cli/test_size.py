@@ -194,7 +194,7 @@ def test_without_matplotlib_a_plot_names_the_extra_and_nothing_is_written(
   monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
   outs = ("--plot", str(tmp_path / "sizes.png"), "--out-config", str(tmp_path / "model.toml"))
   code, _, err = run(capsys, "--fleet", fleet, *outs)
-  assert code == 2 and "pip install neurojax[plot]" in err
+  assert code == 2 and "make setup EXTRA=plot" in err and "neurojax[plot]" not in err
   assert list(tmp_path.glob("*.png")) == [] and not (tmp_path / "model.toml").exists()
 
 
