@@ -1,4 +1,4 @@
-"""How one tensor is held in memory, and the few sizes that every room agrees on."""
+"""Forms of one tensor in memory, and the few sizes that every room agrees on."""
 
 import dataclasses
 import math
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 Weights = Literal["dense", "int8", "w2a16", "w2a8", "stored"]
-"""How matrices are held: "dense" in the compute dtype, "int8" as integers with scales; "w2a16" and
-"w2a8" keep a file's ternary ones packed, for activations as they are or rounded to int8, and the
-others dense; "stored" keeps every one as its file has it, exactly, where that is narrower."""
+"""The user's choice for all matrices of a model.
+
+"dense" holds them in the compute dtype, "int8" as 8-bit integers with scales. "w2a16" and "w2a8" keep the
+file's ternary matrices packed, for activations as they are or rounded to int8, and the others dense.
+"stored" keeps every matrix as its file has it, exactly, where that is narrower."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -16,13 +18,19 @@ KEY_BLOCK = 128
 """Attention reads the cache in blocks of this many positions; a capacity is a multiple of it."""
 
 PREFILL = 256
-"""Inputs of one call that a cache of a layer with a window has room for, beside the window."""
+"""Tokens of one prefill step at most. The cache of a layer with a window has room for them beside the
+window."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-  """How the scales of a ternary matrix lie: one for each `group_size` contracted elements of an
-  output, or one for the matrix (of each layer) if that is None; `scale_bytes` each."""
+  """Form of a ternary matrix: two-bit codes and scales.
+
+  Attributes:
+    group_size: Contracted elements of one output that share a scale; None: the whole matrix (of each
+      layer) has one.
+    scale_bytes: Bytes of a scale.
+  """
 
   group_size: int | None
   scale_bytes: int
@@ -35,7 +43,7 @@ class Scales:
 
 
 PARENT = 256
-"""Contracted elements whose groups' scales are multiples of one, see `Grouped.parent`."""
+"""Contracted elements of one output whose groups share a parent scale, see `Grouped.parent`."""
 
 _PLANES: Mapping[int, tuple[tuple[int, ...], ...]] = {
   8: (), 6: ((4, 2),), 5: ((4, 1), (4, 2)), 4: ((4,),), 3: ((2, 1), (4,)), 2: ((2,), (4,)),
@@ -45,18 +53,18 @@ _PLANES: Mapping[int, tuple[tuple[int, ...], ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grouped:
-  """How a matrix of small integers lies, `group_size` contracted elements of an output to a scale:
+  """Form of a matrix of small integers, with a scale for each `group_size` contracted elements of an output:
 
     w = scale * (code - offset) [+ minimum]    or    w = scale * (code - offset - zero)
 
   Attributes:
-    bits: Of a code: 1 to 8 except 7.
-    offset: What stands for zero.
-    scale: The dtype of a scale, and of a minimum.
-    parent: Whether a group has an int8 factor in its place (uint8 for minima), and PARENT elements
-      have the scale that it multiplies.
-    minima: Whether a group has a minimum, a zero (uint8), or none.
-    float8: Codes of 8 bits that are floating-point numbers of that kind, not integers.
+    bits: Bits of a code: 1 to 8 except 7.
+    offset: The code that stands for zero.
+    group_size: Contracted elements of one output that share a scale.
+    scale: Dtype of a scale, and of a minimum.
+    parent: Every PARENT elements have a scale, and each group has an int8 factor of it (uint8 for minima).
+    minima: Each group has a minimum, a zero (uint8), or neither.
+    float8: The codes are 8-bit floating-point numbers of this kind, not integers.
   """
 
   bits: int
@@ -68,9 +76,10 @@ class Grouped:
   float8: Literal["none", "e4m3", "e5m2"] = "none"
 
   def planes(self, contracted: int) -> tuple[int, ...]:
-    """Bits of each plane that a row's codes are cut into: the lowest bits are in the first. A byte of
-    a plane holds codes that are apart by an equal part of the row, and every part has whole groups;
-    rows for which that does not come out are kept in more bits, at worst as bytes."""
+    """Bits of each plane that a row's codes are cut into; the first plane has the lowest bits.
+
+    A byte of a plane holds codes that lie an equal part of the row apart, and every part has whole
+    groups. Rows that cannot be divided so are kept in more bits, at worst as bytes."""
     for planes in _PLANES[self.bits]:
       if contracted % (8 // min(planes) * self.group_size) == 0:
         return planes
@@ -87,7 +96,7 @@ class Grouped:
     return output * (row + (groups if self.minima == "zero" else 0))
 
   def join(self, other: "Grouped") -> "Grouped | None":
-    """The narrowest form that has room for matrices of both, exactly; None: there is none."""
+    """The narrowest form that holds matrices of both forms exactly; None: there is none."""
     if self == other:
       return self
     if (self.float8, other.float8) != ("none", "none"):
@@ -112,7 +121,7 @@ class Grouped:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-  """A matrix of plain numbers that are narrower than those computed with, or as wide."""
+  """Form of a matrix of plain 16-bit numbers."""
 
   dtype: Literal["float16", "bfloat16"]
 
@@ -123,8 +132,8 @@ class Plain:
 Form = Scales | Grouped | Plain
 
 Forms = Mapping[str, Form]
-"""What matrices are in a file, by canonical name, where that is narrow; `files.kept.stored_forms`
-tells. Those with `Scales` are ternary."""
+"""Forms of a file's matrices by canonical name, where they are narrow; see `files.kept.stored_forms`. Those
+with `Scales` are ternary."""
 
 
 TERNARY_FORMATS: Mapping[str, Scales] = {
@@ -139,8 +148,8 @@ TERNARY_FORMATS: Mapping[str, Scales] = {
   "TQ2_0": Scales(256, 2),
   "I2_S": Scales(None, 4),
 }
-"""Scales by the name of a format, those of files (`weights.codecs`) too. Every one of them is two-bit
-codes on the device, whatever its file holds: TQ1_0's 1.69 bits become 2.06 there."""
+"""Scales by the name of a ternary format; those of files are in `weights.codecs`. On the device every one of
+them has two-bit codes, whatever its file holds: TQ1_0's 1.69 bits become 2.06 there."""
 
 
 def capacity_for(context_length: int) -> int:
@@ -149,6 +158,6 @@ def capacity_for(context_length: int) -> int:
 
 
 def kept_positions(capacity: int, window: int | None) -> int:
-  """Of a cache of `capacity` positions, those kept in a layer with a window: its keys, and a call's new
-  ones."""
+  """Positions that the cache of one layer keeps: with a window its keys and those of one step at most, else
+  all `capacity`."""
   return capacity if window is None else min(capacity, capacity_for(window + PREFILL))

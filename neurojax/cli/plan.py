@@ -1,4 +1,4 @@
-"""`neurojax plan`: which host is to hold which layers."""
+"""`neurojax plan`: says which host holds which layers, and why."""
 
 import dataclasses
 import json
@@ -25,39 +25,41 @@ MOST_ROWS = 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanningOptions:
-  """What is placed where."""
+  """Options of planning, which `neurojax plan` and `neurojax simulate` share."""
 
   model: Annotated[str | None, tyro.conf.arg(metavar="MODEL|NAME|TOML")] = None
-  """An architecture of configs/model, the TOML file of one, or a model, as for `neurojax generate`."""
+  """The model to place: the name of an architecture in configs/model, the TOML file of one, or a model file
+  as for `neurojax generate`."""
   fleet: Annotated[str | None, tyro.conf.arg(metavar="TOML")] = None
-  """The machines: what `neurojax probe` writes, or the same by hand."""
+  """The machines: a fleet file, which `neurojax probe` writes, or the name of one in configs/fleet."""
   objective: Literal["latency", "throughput"] = "latency"
-  """Of one decoded token, or tokens per second of many sequences."""
+  """"latency": the least time of a decoded token; "throughput": the most tokens a second over many
+  sequences."""
   context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-  """Positions of each sequence; the model's own, at most 2048, if absent."""
+  """Positions for prompt and answer together; the model's own, at most 2048, if absent."""
   batch: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-  """Sequences that go through together. The pipeline steps each by itself: 1."""
+  """Sequences that each decode step computes together."""
   sequences: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-  """Sequences that are in flight at once, in each of several pipelines: memory for their caches is
-  planned, and throughput is that of so many. If absent 4, or for throughput as many as the plan gains
-  by and memory has room for."""
+  """Sequences in flight at once in each pipeline: memory is planned for their caches. If absent 4; for
+  throughput as many as make it faster and memory has room for."""
   dtype: Literal["float32", "bfloat16"] = "float32"
-  """Of activations and caches, and of dense weights."""
+  """Floating-point type of activations and caches, and of dense weights."""
   weights: Weights | Literal["auto"] = "auto"
   """How matrices are held: "auto" takes the form that the model file is made for, dense for an architecture
   without a file; "dense" in the dtype; "int8" as 8-bit integers; "w2a16" and "w2a8" with two bits for each
   ternary weight; "stored" as the file has them."""
   ternary: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "ternary-g128"
-  """Of an architecture without a file: how scales lie beside two-bit weights, all matrices alike."""
+  """Layout of the scales of two-bit weights, for an architecture without a model file."""
   pin: Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="HOST=LAYERS"), tyro.conf.UseAppendAction
   ] = ()
-  """Layers that a host is to hold whatever is best; 0 keeps it out. May be given several times."""
+  """Number of layers that a host has to hold, whatever is best; 0 keeps it out. May be given several times."""
   replicas: Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="N|auto")] = 1
-  """1 has every layer lie once, as `--plan` of other verbs can run it. "auto", for throughput, gives the same
-  layers to several machines wherever that brings more; a number is so many whole pipelines side by side."""
+  """1: every layer has one place, and other commands can run the plan (`--plan`). "auto", for throughput: the
+  same layers go to several machines wherever that is faster. A larger number: so many whole pipelines side by
+  side."""
   seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 5.0
-  """For the search, where the best plan cannot be computed."""
+  """Time limit of the search, where the best plan cannot be computed."""
 
   def _check(self) -> None:
     for name, most in (("sequences", MOST_SEQUENCES), ("batch", 4096), ("context", 2**31)):
@@ -131,7 +133,7 @@ class PlanningOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """What is to be planned, read and resolved."""
+  """The model, the fleet and the serving to plan for, with every choice made."""
 
   config: ModelConfig
   fleet: "Fleet"
@@ -139,7 +141,7 @@ class Asked:
   forms: "Forms | None"
 
   def load(self, plan: "Plan") -> "Load":
-    """What every stage has to hold with the sequences that a plan is for."""
+    """The load of each stage with the sequences of a plan."""
     from neurojax.count.serving import Load
 
     load = Load(serving=self.serving, forms=self.forms)
@@ -148,16 +150,17 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planning(PlanningOptions):
-  """Place a model's layers on unlike machines, and say why.
+  """Place a model's layers on machines of different memory and speed, and say why.
 
-  Contiguous layers, each once, in memory that is there; embedding on the first stage, norm and head on
-  the last; any order of hosts, none used that only slows it down.
+  Each host gets contiguous layers that fit its free memory; the first stage also holds the embedding, the
+  last one the final norm and the head. Hosts may come in any order, and a host that would only slow the model
+  down gets none.
 
   Example: neurojax plan --model bonsai-8b --fleet fleet.toml --weights w2a16 --compare
   """
 
   compare: bool = False
-  """Beside it the simple placements: proportional to memory, greedy, equal split, filled in order."""
+  """Show simple placements beside it: proportional to memory, greedy, equal split, filled in order."""
   json: bool = False
   """Print one JSON object."""
   toml: bool = False
@@ -185,7 +188,7 @@ class Planning(PlanningOptions):
         time_limit_s=self.seconds,
       )
     except ValueError as error:
-      # More places than can be planned for, say: the plan itself stands.
+      # The plan itself stands; the larger fleet may have more places than can be planned, for one.
       added, larger = str(error), None
     simple: dict[str, Plan | str] = {}
     if self.compare:
@@ -217,9 +220,9 @@ class Planning(PlanningOptions):
     console = Console(markup=False)
     _show(console, made)
     if larger:
-      console.print(f"One more {added}: {larger.summary()}, {_change(made, larger)}.")
+      console.print(f"With another {added}: {larger.summary()}, {_change(made, larger)}.")
     else:
-      console.print(f"With one more host there is no plan: {added}.")
+      console.print(f"No plan with another host: {added}.")
     if self.compare:
       console.print(_comparison({"ours": made, **simple}))
     return 0
@@ -241,7 +244,7 @@ def _show(console: Console, plan: "Plan") -> None:
   columns = ["host", "device", "layers", "memory", "of", "step"]
   columns += ["pipeline"] if plan.is_replicated else []
   for name in columns:
-    # Of a narrow terminal only the device's name gives way.
+    # On a narrow terminal only the device's name is broken into lines.
     is_left = name in ("host", "device", "layers")
     table.add_column(name, justify="left" if is_left else "right", no_wrap=name != "device")
   for stage in plan.stages[:MOST_ROWS]:
@@ -256,8 +259,8 @@ def _show(console: Console, plan: "Plan") -> None:
       *([part] if plan.is_replicated else []),
     )
   console.print(table)
-  # Reasons are sentences: beside the table they would have a column of a few letters. Places that are
-  # left out for the same reason share one.
+  # Reasons are sentences, too long for a column of the table. Places that get no layers for the same
+  # reason share a line.
   out: dict[str, list[str]] = {}
   why = {reason.host: reason.why for reason in plan.reasons}
   for stage in plan.stages[:MOST_ROWS]:
@@ -270,16 +273,16 @@ def _show(console: Console, plan: "Plan") -> None:
     console.print(f"{names}: no layers; {reason}", highlight=False)
   hidden = max(0, len(plan.stages) - MOST_ROWS) + max(0, len(out) - MOST_ROWS)
   if hidden:
-    console.print(f"and {hidden} rows more: see --json")
+    console.print(f"{hidden} rows are left out here: --json has all")
   for limit in plan.limits:
     console.print(f"{limit[0].upper()}{limit[1:]}.")
   console.print(plan.proof())
 
 
 def _comparison(plans: "dict[str, Plan | str]") -> Table:
-  title = "side by side, by the same predictor"
+  title = "compared with simple placements, times predicted alike"
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-  for name in ("placement", "stages", "a token", "tokens/s", "largest share of a place", ""):
+  for name in ("placement", "stages", "a token", "tokens/s", "fullest place", ""):
     table.add_column(name, justify="right" if name not in ("placement", "") else "left")
   for name, plan in plans.items():
     if isinstance(plan, str):

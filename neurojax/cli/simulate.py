@@ -1,4 +1,4 @@
-"""`neurojax simulate`: a plan at work, without the machines."""
+"""`neurojax simulate`: serves requests by a plan, without the machines."""
 
 import dataclasses
 import json
@@ -19,7 +19,9 @@ MOST_ROWS = 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulate(PlanningOptions):
-  """Serve requests by a plan, event by event: prompts, decoding, queues, and hosts that fail.
+  """Simulate a plan that serves requests: prompts, decoding, queues, and hosts that fail.
+
+  Takes a plan (--plan), or plans by itself from --model and --fleet.
 
   Example: neurojax simulate --model bonsai-8b --fleet fleet.toml --requests 100 --concurrency 8 --fail b@10
   """
@@ -27,22 +29,26 @@ class Simulate(PlanningOptions):
   plan_file: Annotated[Path | None, tyro.conf.arg(name="plan", metavar="TOML")] = None
   """A plan that `neurojax plan --toml` printed, instead of --model and --fleet."""
   requests: Annotated[int, tyro.conf.arg(metavar="N")] = 16
+  """Requests to serve."""
   concurrency: Annotated[int, tyro.conf.arg(metavar="N")] = 4
-  """Requests under way at a time."""
+  """Requests that are served at the same time."""
   prompt: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
+  """Length of each prompt."""
   answer: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
+  """Length of each answer."""
   fail: Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="HOST@SECONDS"), tyro.conf.UseAppendAction
   ] = ()
-  """A host that fails, and when: what is under way in its pipeline starts again. May be given several
-  times."""
+  """A host that fails, and after how many seconds: requests under way in its pipeline start again. May be
+  given several times."""
   failures_per_hour: float = 0.0
-  """Of each host, at random times."""
+  """Failures of each host in an hour, at random times."""
   repair: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
-  """Until a replacement serves the layers of a host that failed."""
+  """Time until a replacement serves the layers of a host that failed."""
   retry: bool = True
-  """Send a request again whose host failed."""
+  """Send a request again if a host fails that it needs."""
   seed: int = 0
+  """Seed of the random failures."""
   json: bool = False
   """Print one JSON object."""
 
@@ -52,11 +58,11 @@ class Simulate(PlanningOptions):
 
     if self.plan_file is not None:
       if self.model is not None or self.fleet is not None:
-        raise ValueError("--plan says what lies where: leave --model and --fleet out")
+        raise ValueError("--plan has a model and a fleet already: leave --model and --fleet out")
       for field in dataclasses.fields(PlanningOptions):
         if getattr(self, field.name) != field.default:
           raise ValueError(
-            f"--plan is made already: leave --{field.name} out, or plan anew with it"
+            f"--plan is made already: leave --{field.name} out, or plan again with it"
           )
       plan = read_plan(self.plan_file)
     else:

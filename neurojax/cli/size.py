@@ -1,4 +1,4 @@
-"""`neurojax size`: the largest architecture that a fleet can hold, and what it will do."""
+"""`neurojax size`: finds the largest architecture that a fleet can hold, and predicts its speed and loss."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ OF_SEED = ("fleet", "memory", "mode", "out_config", "out_arch", "json", "toml")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """Find the largest architecture that provably fits a fleet, with a placement and predictions.
+  """Find the largest architecture that fits a fleet, with a placement of its layers and predictions.
 
-  More memory never gives a smaller model. The candidates are a fixed list of valid architectures, their
-  bytes are counted exactly, and the arithmetic behind every number is printed.
+  The candidates are a fixed list of valid architectures, and their bytes are counted exactly: more memory never
+  gives a smaller model. The arithmetic behind every number is printed.
 
   Example: neurojax size --memory 200GB --for train --tokens 100e9
   """
@@ -37,42 +37,45 @@ class Size:
   fleet: Annotated[str | None, tyro.conf.arg(metavar="TOML")] = None
   """A fleet file, as `neurojax probe` writes it, or the name of one in configs/fleet."""
   memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-  """Instead of a fleet: one host with so much memory and one device of unknown speed, which computes in
-  the format's dtype as a GPU does. 200GB is 200e9 bytes, 200GiB is 200 * 2**30."""
+  """Instead of a fleet: the memory of one host with one device, whose speed is not known. 200GB is 200e9
+  bytes, 200GiB is 200 * 2**30."""
   purpose: Annotated[Literal["serve", "train"], tyro.conf.arg(name="for")] = "serve"
-  """What the memory is for."""
+  """Purpose of the memory: "serve" counts weights and caches, "train" master weights, gradients, optimizer and
+  activations."""
   tokens: float | None = None
-  """Training tokens, for loss and days: 100e9, say. What the law finds best for the size if absent."""
+  """Training tokens, for loss and days, such as 100e9. If absent, the number that the law finds best for the
+  size."""
   days: float | None = None
-  """Days of training on this fleet, instead of tokens."""
+  """Days of training on this fleet, instead of a number of tokens."""
   context: int = 2048
   """Positions of a sequence."""
   batch: int = 1
   """Sequences in memory at once."""
   format: Annotated[str, tyro.conf.arg(metavar="FORMAT")] = "ternary-g128"
-  """Of weights when serving: float32, bf16, int8, or a ternary format (ternary-g64, ternary-g128,
+  """Format of the weights when serving: float32, bf16, int8, or a ternary format (ternary-g64, ternary-g128,
   ternary-g256, ternary-tensor, TQ1_0, TQ2_0, PQ2_0, I2_S). Training holds float32 master weights and
   computes in bfloat16, or in float32 if that is the format."""
   optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+  """Optimizer of training, whose state takes memory."""
   remat: bool = True
-  """Training keeps only the inputs of layers, and computes them again in the backward pass."""
+  """Training keeps only the inputs of layers, and computes their activations again in the backward pass."""
   diloco: bool = False
-  """Training holds DiLoCo's snapshot and outer momentum too."""
+  """Training also holds DiLoCo's snapshot and outer momentum."""
   law: Annotated[str, tyro.conf.arg(metavar="NAME|TOML")] = "besiroglu"
-  """Loss law: besiroglu, hoffmann, or one of your own."""
+  """Law that predicts the loss: besiroglu, hoffmann, or the TOML file of your own fit."""
   mfu: float = 0.4
   """Share of the devices' FLOP/s that training reaches."""
   headroom: float = 0.1
   """Share of each place's free memory that stays free."""
   vocab: int | None = None
-  """Vocabulary; the current architecture's, or 50304, if absent."""
+  """Size of the vocabulary; that of --current, or 50304, if absent."""
   most_parameters: float | None = None
   """Leave larger candidates out: a smaller model may be the better one for few tokens."""
   current: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
-  """The architecture in use: kept while it fits and nothing 1.3 times as large does."""
+  """The architecture in use: kept unless one at least 1.3 times larger fits, or it no longer fits itself."""
   mode: Literal["ours", "seed-formula", "seed-table"] = "ours"
-  """What the seed's formula or table says for so much memory, and what is wrong with it. --out-config then
-  writes that architecture, if it is one."""
+  """"seed-formula" and "seed-table" show what the page that this project started from gives for the memory, and
+  what is wrong with it. --out-config then writes that architecture, if it is one."""
   out_config: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
   """Write a configuration to this file: sized for training, what `neurojax train --config` takes; sized for
   serving, the architecture."""
@@ -81,7 +84,7 @@ class Size:
   json: bool = False
   """Print one JSON object."""
   toml: bool = False
-  """Print TOML."""
+  """Print the same as TOML."""
   plot: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None
   """Draw parameters, loss and speed against memory, from 1/16 to 16 times this, into this file."""
 

@@ -1,4 +1,4 @@
-"""Exact bytes of a model's parts, and the FLOPs of a token."""
+"""Counts the exact bytes of a model's parts, and the FLOPs of a token."""
 
 import collections
 import functools
@@ -9,12 +9,12 @@ from neurojax.forms import DTYPE_BYTES, Form, Forms, Scales, Weights, kept_posit
 
 
 def layer_matrices(config: ModelConfig, layer: int | None = None) -> dict[str, tuple[int, int]]:
-  """(contracted, output) elements of each matrix of one layer that may be held narrow.
+  """Contracted and output elements, by name, of each matrix of one layer that may be held narrow.
 
-  Those of experts stand together, with the outputs of all.
+  Matrices of experts count as one, with the outputs of all.
 
   Args:
-    layer: Its number; None, here and below: one of those that take most, if not all are alike.
+    layer: Number of the layer; None, here and below, takes a layer of the largest kind.
   """
   parts = _matrices(config, _kind(config, layer))
   return {name: (contracted, output * copies) for name, contracted, output, copies in parts}
@@ -87,8 +87,9 @@ def span_bytes(
 
 
 def cache_bytes(config: ModelConfig, num_layers: int, *, capacity: int, dtype: str) -> int:
-  """Bytes of one sequence's keys and values, or states of convolutions, over `num_layers` layers: those
-  that take most, if not all are alike and fewer than all are asked about."""
+  """Bytes of the cache of one sequence (keys and values, or states of convolutions) in `num_layers` layers.
+
+  If layers differ and not all of them are asked about, the largest kind counts for each."""
   if num_layers == config.num_layers:
     return span_cache_bytes(config, Span.whole(config), capacity=capacity, dtype=dtype)
   kinds = config.layer_kinds or (_alike(config.sliding_window),)
@@ -96,7 +97,7 @@ def cache_bytes(config: ModelConfig, num_layers: int, *, capacity: int, dtype: s
 
 
 def span_cache_bytes(config: ModelConfig, span: Span, *, capacity: int, dtype: str) -> int:
-  """Bytes of what one sequence leaves in the layers of a stage."""
+  """Bytes of the cache of one sequence in the layers of a stage."""
   return sum(
     number * _kind_cache_bytes(config, kind, capacity, dtype)
     for kind, number in _kinds(config, span).items()
@@ -104,12 +105,12 @@ def span_cache_bytes(config: ModelConfig, span: Span, *, capacity: int, dtype: s
 
 
 def span_parameters(config: ModelConfig, span: Span) -> int:
-  """Parameters that a stage holds. Over a cut, a tied embedding is held by both ends."""
+  """Parameters that a stage holds. If a model is cut, both ends hold a tied embedding."""
   return span_bytes(config, span, dtype="float32", weights="dense") // DTYPE_BYTES["float32"]
 
 
 def uniform_ternary(config: ModelConfig, scales: Scales) -> Forms:
-  """Every matrix of the model ternary alike, embedding and head too."""
+  """Forms of a model in which every matrix is ternary with the same scales, embedding and head too."""
   outer = ("embedding_VD",) if config.tied_embedding else ("embedding_VD", "head_DV")
   inner = [name for kind in config.kinds for name, *_ in _matrices(config, kind)]
   return dict.fromkeys((*inner, *outer), scales)
@@ -124,10 +125,10 @@ def flops_per_token(
 ) -> int:
   """Floating-point operations of one token: what the arithmetic needs, exactly.
 
-  A multiply-add counts as 2. Counted are the products with matrices and attention's two products
-  (scores, weighted values) over the keys a query may see, a short convolution, and of experts the
-  chosen ones with the router; norms, rotations, softmax, activations and the embedding's lookup are
-  not (below 1% of it at usual widths). Where a window makes the mean of keys no whole number, the
+  A multiply-add counts as 2. The count has the products with matrices, attention's two products
+  (scores, weighted values) over the keys that a query may see, short convolutions, and the chosen
+  experts with their router. It leaves out norms, rotations, softmax, activations and the lookup in the
+  embedding (below 1% at usual widths). Where a window makes the mean number of keys no whole number, the
   result is rounded down.
 
     decode   the token sees `context` keys, itself included; the head once
@@ -139,7 +140,9 @@ def flops_per_token(
   Implementations that compute masked scores too do up to twice the work of attention.
 
   Args:
-    span: Of a stage; the whole model if absent.
+    context: Positions, as above.
+    mode: "prefill", "decode" or "train", as above.
+    span: Layers of a stage; the whole model if absent.
   Raises: ValueError: a context below 1.
   Source: the convention is that of Hoffmann et al., arXiv:2203.15556, appendix F, without the
     operations it counts for softmax and with the lookup free.
@@ -162,12 +165,12 @@ def head_flops(config: ModelConfig) -> int:
 
 @functools.cache
 def _alike(sliding_window: int | None) -> LayerKind:
-  """The kind of all layers that are of one."""
+  """The layer kind of a model whose layers are all alike."""
   return LayerKind(sliding_window=sliding_window)
 
 
 def _kinds(config: ModelConfig, span: Span) -> dict[LayerKind, int]:
-  """How many layers of a span are of each kind, as the configuration has them."""
+  """The number of layers of each kind in a span."""
   if not config.layer_kinds:
     return {_alike(config.sliding_window): len(span)}
   layers = range(span.first_layer, span.last_layer + 1)
@@ -188,7 +191,7 @@ def _heads(config: ModelConfig, kind: LayerKind) -> tuple[int, int]:
 
 
 def _matrices(config: ModelConfig, kind: LayerKind) -> list[tuple[str, int, int, int]]:
-  """Name, contracted and output elements, and how many of that shape."""
+  """Name, contracted elements, output elements and number of copies of each matrix of a layer kind."""
   d, f, e = config.model_dim, config.ffn_dim, config.num_experts
   if kind.mixer == "convolution":
     found = [("conv_in_DC", d, 3 * d, 1), ("conv_out_MD", d, d, 1)]
@@ -204,7 +207,7 @@ def _matrices(config: ModelConfig, kind: LayerKind) -> list[tuple[str, int, int,
 
 
 def _vectors(config: ModelConfig, kind: LayerKind) -> int:
-  """Elements of a layer's other parameters: norms, biases, kernels, scales, and a router."""
+  """Elements of a layer's other parameters: norms, biases, convolution kernels, scales and router."""
   d, n = config.model_dim, config.num_heads
   total = (4 if config.post_norm else 2) * d + d * config.num_experts
   total += (config.ffn_dim if config.sub_norm else 0) + (1 if config.layer_scale else 0)
@@ -239,7 +242,7 @@ def _kind_cache_bytes(config: ModelConfig, kind: LayerKind, capacity: int, dtype
 
 
 def _kind_flops(config: ModelConfig, kind: LayerKind, context: int, at_end: bool) -> int:
-  """Of one layer and token, which sees what the `context`-th does, or the mean of as many."""
+  """FLOPs of one token in a layer: at position `context` if `at_end`, else the mean over positions up to it."""
   active = config.experts_per_token or 1
   total = sum(
     2 * k * n * (active if copies > 1 else 1) for _, k, n, copies in _matrices(config, kind)
@@ -248,13 +251,13 @@ def _kind_flops(config: ModelConfig, kind: LayerKind, context: int, at_end: bool
   if kind.mixer == "convolution":
     return total + 2 * config.conv_width * config.model_dim
   most = min(context, kind.sliding_window or context)
-  # Of all positions, twice: a triangle of the first `most`, then a band.
+  # Twice the keys of all positions: a triangle of the first `most`, then a band.
   keys = 2 * most * context if at_end else most * (2 * context - most + 1)
   return total + 2 * config.num_heads * _heads(config, kind)[1] * keys // context
 
 
 def _form(name: str, weights: Weights, forms: Forms | None) -> Form | None:
-  """That of a matrix that is held as its file has it, else None."""
+  """The form of a matrix that is held as its file has it; None for one that is not."""
   if weights in ("dense", "int8"):
     return None
   if forms is None:

@@ -52,10 +52,10 @@ class Load:
 
 
 def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: DeviceKind = "cuda") -> int:
-  """Weights and all caches of one stage, and its programs' working memory where that is asked for.
+  """Bytes of one stage: weights, the caches of all sequences, and the working memory of its programs.
 
   Args:
-    kind: Of the device; what programs work in depends on it where they compute in bfloat16.
+    kind: Kind of the device. Working memory depends on it where programs compute in bfloat16.
   """
   weights = count.span_bytes(config, span, **load.form)
   cache = count.cache_bytes(config, len(span), capacity=load.capacity, dtype=load.dtype)
@@ -64,14 +64,14 @@ def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: DeviceKind = 
 
 
 def stage_working(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") -> Working:
-  """Nothing where it is not asked for."""
+  """Working memory of a stage's programs; nothing where the load leaves it out."""
   if not load.working:
     return Working()
   return working(config, dtype=load.dtype, weights=load.weights, capacity=load.capacity, kind=kind)
 
 
 def layer_bytes(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") -> int:
-  """What one layer more takes, its caches included."""
+  """Bytes that each further layer adds to a stage, with its caches."""
   cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
   held = count.layer_bytes(config, **load.form) + load.sequences * cache
   return held + stage_working(config, load, kind).layer

@@ -1,4 +1,4 @@
-"""Memory of a training step, by what is kept."""
+"""Counts the memory of a training step."""
 
 import dataclasses
 from typing import Literal
@@ -18,14 +18,14 @@ class TrainBytes:
   """Bytes of one host in a training step.
 
   Attributes:
-    parameters: The float32 master weights.
-    copy: The same in the compute dtype, which the step multiplies by; 0 if that is float32. XLA:CPU
-      narrows and widens again as it goes: copies of embedding and head alone remain.
-    gradients: float32, as those of master weights are.
-    optimizer: Its state: see `optimizer_bytes`.
-    activations: What the forward pass keeps of each layer for the backward one.
-    working: What the neediest moment takes beside: a layer's backward pass, logits, or a leaf's update.
-    diloco: Snapshot and outer velocity, float32, if the host is a DiLoCo worker.
+    parameters: Master weights, float32.
+    copy: Weights in the compute dtype, which the step multiplies by; 0 if that is float32. XLA:CPU narrows
+      and widens them in passing: only copies of embedding and head remain.
+    gradients: Gradients of the master weights, float32.
+    optimizer: State of the optimizer, see `optimizer_bytes`.
+    activations: Activations that the forward pass keeps for the backward one.
+    working: Working memory at the peak: a layer's backward pass, the logits, or the update of one array.
+    diloco: Snapshot and outer velocity of a DiLoCo worker, float32.
   """
 
   parameters: int
@@ -56,17 +56,21 @@ def train_bytes(
   """Memory of a stage that trains its span: master weights in float32, products in `compute_dtype`.
 
   Quantization-aware training takes the same: its ternary weights are values of the compute copy.
-  Parameters and optimizer are exact. The rest is what XLA finds room for: on the architectures of the
-  tests all of it together comes to within 5% of the compiled step's own account, on a CPU, in float32
-  and in bfloat16; from jax 0.11 on a CPU takes up to a third less in bfloat16. Doubt: on GPUs, where other
-  attention is chosen, nothing was compared.
+  Parameters and optimizer are exact. The rest depends on XLA: on the architectures of the tests the total
+  is within 5% of what XLA reports for the compiled step, on a CPU, in float32 and in bfloat16; from jax
+  0.11 on a CPU takes up to a third less in bfloat16. Doubt: on GPUs, where other attention is chosen,
+  nothing was compared.
 
   Args:
     batch: Sequences whose activations are kept at once. A pipeline with m micro-batches in flight
-      keeps m of them: pass all their sequences.
-    sequence: Tokens of each.
+      keeps those of m: pass all their sequences.
+    sequence: Tokens of each sequence.
+    optimizer: As in `optimizer_bytes`.
+    remat: The backward pass computes the activations of each layer again; only inputs of layers are kept.
+    compute_dtype: Dtype of products and activations.
     diloco: Add the snapshot and the outer momentum of arXiv:2311.08105, algorithm 1.
-    kind: Of device. XLA:CPU computes bfloat16 as float32, and keeps activations so.
+    kind: Kind of the device. XLA:CPU computes bfloat16 as float32, and keeps activations so.
+  Raises: ValueError: a batch or sequence below 1.
   """
   if batch < 1 or sequence < 1:
     raise ValueError(f"batch = {batch}, sequence = {sequence}: both must be positive")
@@ -87,11 +91,11 @@ def train_bytes(
 
 
 _BACKWARD = {True: 1.1, False: 0.85}
-"""Of what a layer keeps: what its backward pass takes beside, with rematerializing it and without. Fitted
-to the steps of tests/count/test_training.py."""
+"""Working memory of a layer's backward pass, in units of the layer's activations, by whether layers are
+rematerialized. Fitted to the steps of tests/count/test_training.py."""
 
 _CPU_COPIES = {"embedding": 1.25, "head": 1.0, "tied head": 2.0}
-"""How often XLA:CPU has these in float32 beside a bfloat16 step: fitted to the same."""
+"""Float32 copies of these matrices that XLA:CPU holds during a bfloat16 step. Fitted to the same steps."""
 
 
 def _copy_bytes(config: ModelConfig, span: Span, compute_dtype: str, widens: bool) -> int:
@@ -107,8 +111,8 @@ def _copy_bytes(config: ModelConfig, span: Span, compute_dtype: str, widens: boo
 def _working_bytes(
   config: ModelConfig, span: Span, batch: int, sequence: int, c: int, layer: float
 ) -> int:
-  """The greatest of what a layer's backward pass takes, an update of the largest leaf, and the logits with
-  their gradient, beside a copy of a head of its own that is turned over for its product."""
+  """Working memory at the peak: the greatest of a layer's backward pass, the update of the largest array,
+  and the logits with their gradient (beside a transposed copy of an untied head)."""
   tokens = batch * sequence
   leaf = max(k * n for k, n in count.layer_matrices(config).values()) * _MASTER
   outer = config.vocab_size * config.model_dim * _MASTER
@@ -150,11 +154,11 @@ def activation_bytes(
   remat: bool,
   compute_dtype: str = "bfloat16",
 ) -> int:
-  """What the forward pass keeps for the backward one, of `batch` sequences at once.
+  """Bytes that the forward pass keeps for the backward one, for `batch` sequences at once.
 
-  That is what JAX's linearization of `model.neurollm` keeps, weights apart, to the byte in bfloat16
-  (float32 keeps less: casts vanish), and the gradient of the logits. With c bytes of compute dtype,
-  per token and layer:
+  These are the residuals of JAX's linearization of `model.neurollm` without the weights, exact to the byte
+  in bfloat16 (float32 keeps less: casts vanish), and the gradient of the logits. With c bytes of compute
+  dtype, per token and layer:
 
     norms         2 of (2 D + 2) float32, and D c of the result; with sub_norm (2 N H + 2) and
                   (2 F + 2) float32 more
@@ -182,7 +186,7 @@ def activation_bytes(
 
 
 def _layer_bytes(config: ModelConfig, sequence: int, c: int) -> int:
-  """Of one layer, per token."""
+  """Activations that one layer keeps, per token."""
   d, n, k, h = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
   norms = 2 * ((2 * d + 2) * 4 + d * c)
   heads = (2 * n + 2 * k) * h * c

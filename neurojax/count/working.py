@@ -1,4 +1,4 @@
-"""What a stage's programs need beside weights and caches."""
+"""Counts the working memory of a stage's programs: what they need beside weights and caches."""
 
 import dataclasses
 from typing import Literal
@@ -13,13 +13,18 @@ DeviceKind = Literal["cuda", "cpu"]
 _FLOAT = DTYPE_BYTES["float32"]
 _OF_FFN = ("gate_", "up_", "down_")
 _SMALL = 1 << 16
-"""Bytes of what does not grow: indices, counters, sums of a few numbers."""
+"""Bytes for buffers of fixed size: indices, counters, sums of a few numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Working:
-  """Bytes of the neediest program of a stage: of any stage, for each of its layers, and what the last
-  stage needs more, whose head is a program of its own."""
+  """Bytes of the working memory of a stage: that of its program which needs most.
+
+  Attributes:
+    base: Bytes of any stage.
+    layer: Bytes that each layer adds.
+    last: Bytes that the last stage adds, whose head is a program of its own.
+  """
 
   base: int = 0
   layer: int = 0
@@ -38,26 +43,26 @@ def working(
   kind: DeviceKind = "cpu",
   tokens: int = PREFILL,
 ) -> Working:
-  """No less than what XLA allocates for the programs of a stage, nor much more.
+  """Estimate the working memory of a stage: at least what XLA allocates for its programs, and little more.
 
-  Of the model as it is (`stage.programs`), one sequence at a time. Buffers of one part that another
-  could reuse are added up where XLA may well keep them apart, so that on the architectures of the tests
-  this is 1 to 1.7 times what its memory analysis says. With T inputs, S positions in a cache, float32:
+  Counted are the programs of `stage.programs` for any model, one sequence at a time. Buffers that could share
+  memory are added up where XLA may keep them apart: on the architectures of the tests the estimate is 1 to
+  1.7 times what XLA's memory analysis says. With T inputs, S positions in a cache, float32:
 
     any     activations, the greater of the FFN's and attention's: scores of a block of keys twice, queries
             and their sum; in decode, keys and values of one layer, S of them, and their scores
-    dense   a copy of a layer: the loop over layers takes it out of the stack
-    int8    in prefill, matrices of attention, or one of the FFN, as floats; also of weights as stored
-    last    logits and what drawing a token makes of them
+    dense   a copy of a layer, which the loop over layers takes out of the stack
+    int8    in prefill, the matrices of attention or one of the FFN as floats; also for weights as stored
+    last    logits, and the arrays that sampling makes of them
 
-  XLA:CPU computes bfloat16 as float32, and widens dense layers, caches and the head before the loop over
-  layers: all of the stage's at once. So it is up to jax 0.10; later it takes a third to a half of that, and
-  the count is on the safe side.
+  XLA:CPU computes bfloat16 as float32. Up to jax 0.10 it widens all dense layers, caches and the head of a
+  stage before the loop over layers; later versions take a third to a half of that, and the estimate is on the
+  safe side.
 
   Args:
     capacity: Positions of a cache.
-    kind: Of device. Doubt: "cuda" is taken to be like a CPU that computes in `dtype`; fused programs
-      need less.
+    kind: Kind of the device. Doubt: "cuda" is taken to be like a CPU that computes in `dtype`; fused
+      programs need less.
     tokens: The longest input that is compiled.
   """
   d, f, h = config.model_dim, config.ffn_dim, config.head_dim

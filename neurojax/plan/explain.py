@@ -1,4 +1,4 @@
-"""Why a plan is as it is, from the same numbers that made it."""
+"""Explains a plan by the numbers that made it: a reason for every place, and what limits the whole."""
 
 import dataclasses
 from collections import Counter
@@ -12,7 +12,7 @@ from neurojax.plan.problem import FIRST, LAST, MIDDLE, Problem
 
 
 def explained(given: Problem, plan: Plan) -> Plan:
-  """The plan with a reason for every place, and with what limits it."""
+  """Add to a plan a reason for every place, and the limits of its speed."""
   held = {stage.label: stage for stage in plan.stages}
   paces_s = [
     predict.interval_s(stages, hops, plan.in_flight) for stages, hops in predict.pipelines(plan)
@@ -41,7 +41,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def _layer_s(given: Problem) -> np.ndarray:
-  """Seconds of one further layer on each place, if it fits: by the slope where two do."""
+  """Seconds that one further layer takes on each place."""
   work = predict.work(given.config, given.load, batch=given.batch, context=given.context)
   seconds = []
   for place in given.places:
@@ -75,29 +75,31 @@ def _placed(
   with_ends = f", with {' and '.join(ends)}" if ends else ""
   more_s = stage.step_s + layer_s
   if stage.share < 1:
-    why = f"takes {stage.share:.0%} of the sequences"
+    why = f"computes {stage.share:.0%} of the sequences"
     if others > 1:
-      why = f"one of {others} with these layers, {why}"
-    why += f"; busy {milliseconds(stage.step_s)} a pass"
+      why = f"one of {others} places with these layers, {why}"
+    why += f"; {milliseconds(stage.step_s)} for each step"
     if _pin(given, number) is not None:
       why = f"pinned; {why}"
   elif _pin(given, number) is not None:
     why = "pinned"
   elif stage.layers == given.num_layers and plan.pipelines > 1:
-    why = f"holds all layers, a pipeline by itself: {short(plan.batch / pace_s)} tokens/s"
+    why = f"holds all layers, a pipeline of its own: {short(plan.batch / pace_s)} tokens/s"
   elif stage.layers == given.num_layers:
-    why = "holds all layers: none elsewhere is worth the hop"
+    why = "holds all layers: moving some elsewhere would cost more for the hop than it saves"
   elif stage.memory_bytes + layer > stage.free_bytes:
-    why = f"full: {stage.free_bytes - stage.memory_bytes:,} bytes are left, a layer takes {layer:,}"
+    why = (
+      f"full: {stage.free_bytes - stage.memory_bytes:,} bytes are left, and a layer takes {layer:,}"
+    )
   elif plan.objective == "throughput":
     why = (
-      f"busy {milliseconds(stage.step_s)} a pass; a layer more would make it {milliseconds(more_s)}, "
-      f"and the pace is {milliseconds(pace_s)}"
+      f"{milliseconds(stage.step_s)} for each step, {milliseconds(more_s)} with another layer; the pipeline "
+      f"takes a batch every {milliseconds(pace_s)}"
     )
   else:
-    why = f"{milliseconds(layer_s)} a layer; takes what faster places have no memory for"
+    why = f"{milliseconds(layer_s)} a layer; gets the layers that did not fit on faster places"
     if is_fastest:
-      why = f"{milliseconds(layer_s)} a layer, the fastest; holds what is left"
+      why = f"{milliseconds(layer_s)} a layer, the fastest; holds all layers that are left"
   return why + with_ends
 
 
@@ -112,20 +114,19 @@ def _left_out(given: Problem, plan: Plan, number: int, layer_s: float, worst_s: 
     return f"too small: a layer takes {least:,} bytes{of}, {least - place.free_bytes:,} more than is free"
   if plan.objective == "throughput":
     return (
-      "not needed: the pace is set elsewhere, and one stage more would lengthen the way of a token"
+      "not needed: another place sets the pace, and an extra stage would only delay each token"
       if np.isfinite(given.step_PRL[number, MIDDLE, 1:2]).any()
-      else f"holds no end: it needs {int(min(extra_R[FIRST], extra_R[LAST])):,} bytes beside a layer"
+      else "too small for the first or last stage: these need "
+      f"{int(min(extra_R[FIRST], extra_R[LAST])):,} bytes beside a layer"
     )
   others = np.delete(given.hop_PP[number], number)
   hop_s = float(others.min()) if len(others) else 0.0
   more_s = hop_s + place.device.step_overhead_s + place.device.handover_s
   if layer_s > worst_s * (1 + 1e-9):
-    return (
-      f"slower: {milliseconds(layer_s)} a layer, at most {milliseconds(worst_s)} where they lie now"
-    )
+    return f"slower: {milliseconds(layer_s)} a layer; the places in use take at most {milliseconds(worst_s)}"
   return (
-    f"{milliseconds(layer_s)} a layer, but a stage more costs {milliseconds(more_s)} of hop and overhead, "
-    "and the layers have room on fewer places"
+    f"not needed: the layers fit on fewer places, and an extra stage would add {milliseconds(more_s)} of hop "
+    f"and overhead to each token ({milliseconds(layer_s)} a layer here)"
   )
 
 
@@ -148,7 +149,7 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
       parts["overhead"] += float(overhead_s)
     parts["hops"] = plan.latency_s - sum(parts.values())
     shares = ", ".join(f"{name} {value / plan.latency_s:.0%}" for name, value in parts.items())
-    found.append(f"of {milliseconds(plan.latency_s)} a token: {shares}")
+    found.append(f"each token takes {milliseconds(plan.latency_s)}: {shares}")
     full = [
       stage.label
       for stage in slowest
@@ -157,14 +158,14 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
     ]
     if full and len(slowest) > 1:
       found.append(
-        f"memory: {len(full)} of {len(slowest)} places are full; with more there, fewer hops"
+        f"memory: {len(full)} of {len(slowest)} places are full; more memory there would save hops"
       )
   else:
     if len(paces_s) > 1:
       rates = sorted(plan.batch / pace_s for pace_s in paces_s)
       found.append(
-        f"{len(rates)} pipelines side by side: {short(rates[0])} to {short(rates[-1])} tokens/s each; what "
-        "follows is of the slowest"
+        f"{len(rates)} pipelines side by side: {short(rates[0])} to {short(rates[-1])} tokens/s each; the "
+        "next lines describe the slowest"
       )
     slowest = max(range(len(paces_s)), key=lambda pipeline: paces_s[pipeline])
     stages, hops = predict.pipelines(plan)[slowest]
@@ -174,8 +175,8 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
     if predict.bottleneck_s(stages, hops) < paces_s[slowest] * (1 - 1e-9):
       found.append(
         f"the round trip sets the pace, with {plan.in_flight} in flight"
-        f"{' in each' if len(paces_s) > 1 else ''}: with more, these stages would give up to "
-        f"{short(enough)} tokens/s, and others perhaps more"
+        f"{' in each' if len(paces_s) > 1 else ''}: with more in flight these stages would reach "
+        f"{short(enough)} tokens/s, and another plan perhaps more"
       )
     elif link.share * link.transfer_s > busy.share * busy.step_s:
       found.append(
@@ -193,8 +194,8 @@ def _limits(given: Problem, plan: Plan, paces_s: list[float]) -> tuple[str, ...]
       fewer = max(1, given.load.sequences // plan.batch)
       rate = predict.pipeline_throughput(plan, micro_batches=fewer)
       found.append(
-        f"it takes {sequences} sequences in flight{' in each' if len(paces_s) > 1 else ''}, and caches for {given.load.sequences} are planned: "
-        f"with so many {short(rate)} tokens/s"
+        f"this speed needs {sequences} sequences in flight{' in each' if len(paces_s) > 1 else ''}, and memory is planned for the caches of {given.load.sequences}: "
+        f"with these {short(rate)} tokens/s"
       )
   return tuple(found)
 

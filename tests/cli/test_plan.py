@@ -67,7 +67,7 @@ def test_a_plan_explains_itself(capsys, fleet: str, monkeypatch):
   assert code == 0, err
   for said in (
     "fast", "full:", "small", "too small: a layer takes", "reading", "proven best",
-    "One more card like fast", "less time a token", "proportional", "greedy", "equal", "ours",
+    "With another card like fast", "less time a token", "proportional", "greedy", "equal", "ours",
   ):  # fmt: skip
     assert said in out, said
 
@@ -119,7 +119,7 @@ def test_throughput_plans_memory_for_the_sequences_it_takes(capsys, tmp_path: Pa
     assert code == 0, err
     plans.append(from_toml(Plan, out))
   assert plans[0].sequences >= plans[0].batches > 4 == plans[1].sequences
-  assert not any("caches for" in limit for limit in plans[0].limits)
+  assert not any("planned for the caches" in limit for limit in plans[0].limits)
   assert any("round trip sets the pace, with 4 in flight" in limit for limit in plans[1].limits)
   assert plans[1].throughput == predict.pipeline_throughput(plans[1], micro_batches=4)
   assert plans[1].throughput > predict.pipeline_throughput(plans[0], micro_batches=4)
