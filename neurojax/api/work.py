@@ -175,7 +175,7 @@ def convert(
     'bitnet'
   """
   from neurojax.api.opening import open_file
-  from neurojax.files.write.folder import to_huggingface
+  from neurojax.files.write.folder import to_folder
   from neurojax.files.write.gguf import to_gguf
 
   said = {"general.name": name, "general.license": license}
@@ -186,7 +186,7 @@ def convert(
       return to_gguf(file, path, kind=type, outer=outer_type, general=general, progress=progress)
     if outer_type is not None:
       raise ValueError("outer_type belongs to GGUF: let out end in .gguf, or leave it out")
-    return to_huggingface(file, path, kind=type, general=general, progress=progress)
+    return to_folder(file, path, kind=type, general=general, progress=progress)
 
 
 def inspect(model: str | Path, *, tokenizer: str | Path | None = None) -> "Description":
