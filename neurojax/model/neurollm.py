@@ -4,6 +4,7 @@ Layers of one shape are stacked on a leading axis L, so that a stage is a slice:
 `Span` of layers, with the embedding if the span is the first and the head if it is the last.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,14 +16,15 @@ from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig, Span
 from neurojax.kernels.gemm.layer import TernaryLayer
-from neurojax.model import params
-from neurojax.model.attention import softcap
+from neurojax.model import ends, params
+from neurojax.model.attention import Kind
 from neurojax.model.block import Block
 from neurojax.model.cache import Cache, ConvState, KVCache, LayerCache
 from neurojax.model.initial import normal
+from neurojax.model.loops import ScanBody, loop_runs, scan_runs, unknown_count
 from neurojax.model.norm import RMSNorm
-from neurojax.model.order import Rounds, rounds
-from neurojax.model.project import Matrix, StackedLayer, project
+from neurojax.model.order import rounds
+from neurojax.model.project import StackedLayer
 from neurojax.weights.ternary import TernaryArray
 
 
@@ -35,6 +37,7 @@ class NeuroLLM(nnx.Module):
   Args:
     span: Which layers; all of them if absent.
     dtype: Of parameters, activations and cache; norms, softmax and logits are float32 inside.
+    attention: How a whole sequence attends to itself, see `attention.attend`.
   """
 
   def __init__(
@@ -44,13 +47,14 @@ class NeuroLLM(nnx.Module):
     span: Span | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
+    attention: Kind = "einsum",
   ):
     span = span or Span.whole(config)
     if span.num_layers != config.num_layers:
       raise ValueError(f"span {span} does not belong to a model of {config.num_layers} layers")
     self.config, self.span, self.dtype = config, span, jnp.dtype(dtype)
     for stack in self.stacks.values():
-      setattr(self, stack.name, _stacked(config, stack, dtype, rngs))
+      setattr(self, stack.name, _stacked(config, stack, dtype, rngs, attention))
     if span.is_first or (span.is_last and config.tied_embedding):
       self.embedding_VD = normal(rngs, (config.vocab_size, config.model_dim), dtype)
     if span.is_last:
@@ -86,12 +90,8 @@ class NeuroLLM(nnx.Module):
     return (self.logits(x_BTD) if self.span.is_last else x_BTD), cache
 
   def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    table: jax.Array | Matrix = self.embedding_VD.get_value()
-    rows = table[tokens_BT] if isinstance(table, jax.Array) else table.take(tokens_BT)
-    x_BTD = rows.astype(self.dtype)
-    if self.config.embedding_scale == 1:
-      return x_BTD
-    return x_BTD * jnp.asarray(self.config.embedding_scale, self.dtype)
+    table, scale = self.embedding_VD.get_value(), self.config.embedding_scale
+    return ends.embed(table, tokens_BT, dtype=self.dtype, scale=scale)
 
   def run_layers(
     self,
@@ -100,8 +100,17 @@ class NeuroLLM(nnx.Module):
     cache: Cache | None = None,
     start_B: Int[Array, "B"] | None = None,
     count_B: Int[Array, "B"] | None = None,
+    around: Callable[[ScanBody], ScanBody] | None = None,
+    unroll: int = 1,
   ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """The layers of the span alone, without embedding or head. Arguments as in `__call__`."""
+    """Runs the layers of the span alone, without embedding or head.
+
+    Args:
+      cache, start_B, count_B: As in `__call__`.
+      around: Changes the function of a layer, without a cache: training gathers what is sharded and
+        keeps less for the backward pass.
+      unroll: Layers that the compiler sees one after the other, without a cache.
+    """
     if (cache is None) != (start_B is None):
       raise ValueError("cache and start_B go together: give both or neither")
     if start_B is None:
@@ -120,31 +129,37 @@ class NeuroLLM(nnx.Module):
       return block(x_BTD, position_BT, cache, index, which=which, count_B=count_B)
 
     if cache is None:
+      states = {name: state for name, (_, state) in split.items()}
+
+      def scanned(name: str) -> ScanBody:
+        def one(x_BTD: jax.Array, given: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+          index, numbers = given
+          return layer(name, numbers, index, x_BTD, None)[0], None
+
+        return one if around is None else around(one)
+
       for each in rounds(self.config, self.span):
-        x_BTD = _scan_runs(each, layer, {name: state for name, (_, state) in split.items()}, x_BTD)
+        x_BTD = scan_runs(each, scanned, states, x_BTD, unroll=unroll)
       return x_BTD, None
 
-    def body(name: str) -> Any:
+    def looped(name: str) -> Any:
       return lambda index, carry: layer(name, _numbers(split[name][1], index), index, *carry)
 
     if "layers" in stacks:
-      # XLA dissolves a loop of one round into what surrounds it, with other roundings, and a stage of
-      # one layer would not give the whole model's bits: its count is one that XLA cannot know.
-      count = len(self.span) if len(self.span) > 1 else jnp.minimum(start_B[0] + 1, 1)
-      return lax.fori_loop(0, count, body("layers"), (x_BTD, cache))
+      count = len(self.span) if len(self.span) > 1 else unknown_count(1, start_B[0])
+      return lax.fori_loop(0, count, looped("layers"), (x_BTD, cache))
     caches = dict(cache)
     for each in rounds(self.config, self.span):
-      x_BTD, caches = _loop_runs(each, body, start_B[0], x_BTD, caches)
+      x_BTD, caches = loop_runs(each, looped, start_B[0], x_BTD, caches)
     return x_BTD, caches
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    x_BTD = self.final_norm(x_BTD)
-    if self.config.tied_embedding:
-      logits_BTV = project("BTD,VD->BTV", x_BTD, self.embedding_VD, dtype=jnp.float32)
-    else:
-      logits_BTV = project("BTD,DV->BTV", x_BTD, self.head_DV, dtype=jnp.float32)
-    cap = self.config.logit_softcap
-    return logits_BTV if cap is None else softcap(logits_BTV, cap)
+    weight = getattr(self, ends.head_name(self.config))
+    return ends.head(self.normed(x_BTD), weight, self.config)
+
+  def normed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The final norm of what the last layer gave."""
+    return ends.final_norm(x_BTD, self.final_norm.scale_D[...], self.final_norm.eps)
 
   def new_cache(self, *, batch: int, capacity: int) -> Cache:
     """An empty cache for the layers of this span."""
@@ -152,10 +167,17 @@ class NeuroLLM(nnx.Module):
 
   @classmethod
   def abstract(
-    cls, config: ModelConfig, *, span: Span | None = None, dtype: DTypeLike = jnp.float32
+    cls,
+    config: ModelConfig,
+    *,
+    span: Span | None = None,
+    dtype: DTypeLike = jnp.float32,
+    attention: Kind = "einsum",
   ) -> "NeuroLLM":
     """The module with shapes in place of arrays: costs no memory."""
-    return nnx.eval_shape(lambda: cls(config, span=span, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+      lambda: cls(config, span=span, dtype=dtype, rngs=nnx.Rngs(0), attention=attention)
+    )
 
 
 def empty_cache(
@@ -172,11 +194,13 @@ def empty_cache(
   return caches.get("layers", caches)
 
 
-def _stacked(config: ModelConfig, stack: params.Stack, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+def _stacked(
+  config: ModelConfig, stack: params.Stack, dtype: DTypeLike, rngs: nnx.Rngs, attention: Kind
+) -> Block:
   @nnx.split_rngs(splits=len(stack.layers))
   @nnx.vmap(in_axes=0, out_axes=0)
   def made(rngs: nnx.Rngs) -> Block:
-    return Block(config, kinds=stack.kinds, dtype=dtype, rngs=rngs)
+    return Block(config, kinds=stack.kinds, dtype=dtype, rngs=rngs, attention=attention)
 
   return made(rngs)
 
@@ -202,42 +226,6 @@ def _empty(
     dtype=dtype,
     window=stack.kind.sliding_window,
   )
-
-
-def _loop_runs(
-  each: Rounds, body: Any, start: jax.Array, x_BTD: jax.Array, caches: dict[str, LayerCache]
-) -> tuple[jax.Array, dict[str, LayerCache]]:
-  """With caches: each run is a loop of its own, of a count that XLA cannot know, as above."""
-
-  def once(turn: jax.Array | int, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-    x_BTD, caches = carry[0], dict(carry[1])
-    for run in each.runs:
-      first, count = run.first + turn * run.stride, jnp.minimum(start + run.count, run.count)
-      carried = (x_BTD, caches[run.stack])
-      x_BTD, caches[run.stack] = lax.fori_loop(first, first + count, body(run.stack), carried)
-    return x_BTD, caches
-
-  if each.count == 1:
-    return once(0, (x_BTD, caches))
-  return lax.fori_loop(0, each.count, once, (x_BTD, caches))
-
-
-def _scan_runs(each: Rounds, layer: Any, states: dict[str, nnx.State], x_BTD: jax.Array):
-  """Without a cache: differentiable, layer by layer of each run."""
-  for turn in range(each.count):
-    for run in each.runs:
-      first = run.first + turn * run.stride
-      stacked, places = states[run.stack], slice(first, first + run.count)
-      if run.count != jax.tree.leaves(stacked)[0].shape[0]:
-        stacked = jax.tree.map(lambda leaf, places=places: leaf[places], stacked)
-
-      def one(x_BTD: jax.Array, given: tuple[jax.Array, nnx.State], name: str = run.stack):
-        index, numbers = given
-        return layer(name, numbers, index, x_BTD, None)[0], None
-
-      index_L = jnp.arange(first, first + run.count, dtype=jnp.int32)
-      x_BTD, _ = lax.scan(one, x_BTD, (index_L, stacked))
-  return x_BTD
 
 
 def _numbers(stacked: nnx.State, index: jax.Array) -> nnx.State:

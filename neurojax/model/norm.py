@@ -16,10 +16,21 @@ class RMSNorm(nnx.Module):
     self.scale_D = nnx.Param(jnp.ones(dims, dtype))
 
   def __call__(self, x_BTD: Float[Array, "B T *D"]) -> Float[Array, "B T *D"]:
-    x = x_BTD.astype(jnp.float32)
-    axes = tuple(range(2, x.ndim))
-    x = x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + self.eps)
-    return (x * self.scale_D[...].astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
+    return rms_norm(x_BTD, self.scale_D[...], self.eps)
+
+
+def rms_norm(
+  x: Float[Array, "*shape"], scale_D: Float[Array, "*D"], eps: float
+) -> Float[Array, "*shape"]:
+  """x / sqrt(mean(x**2) + eps) * scale over the trailing axes that `scale_D` has.
+
+  Computed in float32; returns the dtype of x.
+  """
+  wide = x.astype(jnp.float32)
+  leading = x.ndim - scale_D.ndim
+  axes = tuple(range(leading, x.ndim))
+  wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
+  return (wide * scale_D.astype(jnp.float32)[(None,) * leading]).astype(x.dtype)
 
 
 def normalised(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:

@@ -26,7 +26,9 @@ from neurojax.kernels.attention import api as attention
 from neurojax.kernels.attention.reference import turn
 from neurojax.kernels.decode.weights import LayerWeights, Shape, fuse_rows
 from neurojax.kernels.gemm import mosaic, reference, tuned
+from neurojax.model import ends
 from neurojax.model.cache import KVCache
+from neurojax.model.loops import unknown_count
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.weights.ternary import TernaryArray
 
@@ -164,7 +166,7 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
   embedding = model.embedding_VD.get_value() if span.is_first else None
   head = None
   if span.is_last:
-    name = "embedding_VD" if config.tied_embedding else "head_DV"
+    name = ends.head_name(config)
     head = ternary(name, getattr(model, name))
   if consume and span.is_first:
     model.embedding_VD.set_value(None)
@@ -222,9 +224,7 @@ def _half_rows(w: TernaryArray, *, head_dim: int, style: RopeStyle) -> TernaryAr
 
 def embed(model: Fused, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
   """float32 rows of the embedding."""
-  table = model.embedding
-  rows = table[tokens] if isinstance(table, jax.Array) else table.take(tokens)
-  return rows.astype(jnp.float32)
+  return ends.embed(model.embedding, tokens, dtype=jnp.float32)
 
 
 def prefill(
@@ -367,7 +367,7 @@ def decode(
 
 def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
   """float32 logits of what the last layer gave."""
-  x_BD = _normalise(x_BD, model.final_norm, model.layers.shape.norm_eps)
+  x_BD = ends.final_norm(x_BD, model.final_norm, model.layers.shape.norm_eps)
   return multiply(x_BD, model.head, None, kernels)
 
 
@@ -487,8 +487,7 @@ def _run_layers(
   if not kernels.unroll:
     count = layers.num_layers
     if count == 1 and start_B is not None:
-      # One, but XLA cannot know it: see NeuroLLM.run_layers.
-      count = jnp.minimum(jnp.maximum(start_B[0], 0) + 1, 1)
+      count = unknown_count(1, jnp.maximum(start_B[0], 0))
     return lax.fori_loop(0, count, layer, start)
   for i in range(layers.num_layers):
     start = layer(jnp.int32(i), start)

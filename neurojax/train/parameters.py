@@ -4,7 +4,7 @@ Three forms of one tree: the float32 master weights that the optimizer moves; wh
 by, made of them once a step; and one layer of that as the module that runs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from neurojax import layout
 from neurojax.config import ModelConfig, Span
 from neurojax.model import params
 from neurojax.model.attention import Kind
-from neurojax.model.block import Block
 from neurojax.model.initial import STD
+from neurojax.model.neurollm import NeuroLLM
 from neurojax.train.config import Quantization, TrainConfig
 from neurojax.weights import aware
 from neurojax.weights.aware import AwareMatrix
@@ -117,20 +117,36 @@ def _outer(w: Array, recipe: Quantization) -> Array:
   return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
 
 
-def block(config: ModelConfig, dtype: str, attention: Kind) -> tuple[nnx.GraphDef, nnx.State]:
-  """One layer without numbers: its structure, and the state that `fill` puts numbers into."""
-  return nnx.split(
-    nnx.eval_shape(
-      lambda: Block(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0), attention=attention)
-    )
-  )
+def layers(config: ModelConfig, dtype: str, attention: Kind) -> tuple[nnx.GraphDef, nnx.State]:
+  """The layers of a model without numbers: their structure, and the state that `fill` fills."""
+  whole = NeuroLLM.abstract(config, dtype=jnp.dtype(dtype), attention=attention)
+  # Embedding and head are sharded, and multiplied by, in ways of training's own.
+  del whole.embedding_VD, whole.final_norm
+  if not config.tied_embedding:
+    del whole.head_DV
+  return nnx.split(whole)
 
 
-def fill(state: nnx.State, layer: Mapping[str, Any]) -> nnx.State:
-  """The state of a block with the parameters of one layer, by canonical name."""
+def fill(state: nnx.State, values: Mapping[str, Any]) -> nnx.State:
+  """The state of `layers` with stacked parameters in it, by canonical name."""
   pure: dict[str, Any] = {}
-  for name, value in layer.items():
-    params.put(pure, params.LAYER[name][1:], value)
+  for name, value in values.items():
+    if name in params.LAYER:
+      params.put(pure, params.LAYER[name], value)
   filled = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(filled, pure)
   return filled
+
+
+_NAMES = {path[1:]: name for name, path in params.LAYER.items()}
+
+
+def map_layer(change: Callable[[str, Any], Any], numbers: nnx.State) -> nnx.State:
+  """The parameters of one layer, each replaced by `change(canonical name, value)`."""
+
+  def one(path: tuple[Any, ...], param: nnx.Variable) -> nnx.Variable:
+    return param.replace(change(_NAMES[tuple(key.key for key in path)], param.get_value()))
+
+  return jax.tree_util.tree_map_with_path(
+    one, numbers, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+  )

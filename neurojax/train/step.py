@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from neurojax import layout
 from neurojax.layout import BATCH
+from neurojax.model import ends
 from neurojax.model import params as places
 from neurojax.model.attention import Kind
-from neurojax.model.norm import RMSNorm
+from neurojax.model.loops import ScanBody
 from neurojax.train import optimizer, parameters, start
 from neurojax.train.config import TrainConfig
 from neurojax.train.loss import chunks_for, next_token_loss
@@ -188,15 +189,12 @@ def make_loss(
   """(effective parameters, tokens) -> (objective, cross-entropy): means over all targets, in nats."""
   run = make_layers(config, mesh)
   model = config.model
-  final_norm = functools.partial(_norm, model.norm_eps)
+  name = ends.head_name(model)
 
   def loss(seen: dict[str, Any], tokens_BS: Int32[Array, "B S"]):
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    x_BTD = final_norm(seen["final_norm_D"], run(seen, inputs_BT))
-    name = "embedding_VD" if model.tied_embedding else "head_DV"
-    head = lax.with_sharding_constraint(
-      seen[name], layout.sharding(mesh, parameters.letters(name), gathered=True)
-    )
+    x_BTD = ends.final_norm(run(seen, inputs_BT), seen["final_norm_D"], model.norm_eps)
+    head = _gather(mesh, name, seen[name])
     # Logits are spread over the batch and over the vocabulary.
     chunks = chunks_for(
       inputs_BT.shape[0] // config.layout.batch_shards,
@@ -215,35 +213,30 @@ def make_layers(
 ) -> Callable[[dict[str, Any], Int32[Array, "B T"]], Float[Array, "B T D"]]:
   """(effective parameters, token ids) -> activations after the last layer, in the compute dtype."""
   dtype = jnp.dtype(config.compute_dtype)
-  graph, empty = parameters.block(config.model, dtype.name, attention_kind(config, mesh))
+  graph, empty = parameters.layers(config.model, dtype.name, attention_kind(config, mesh))
   spread = NamedSharding(mesh, PartitionSpec(BATCH, None, None))
 
-  def one(x_BTD: Array, layer: tuple[Array, dict[str, Any]]) -> tuple[Array, None]:
-    index, weights = layer
-    # What fsdp keeps apart is gathered here, layer by layer, and forgotten after its use.
-    gathered = {name: _gather(mesh, name, value) for name, value in weights.items()}
-    block = nnx.merge(graph, parameters.fill(empty, gathered))
-    length = x_BTD.shape[1]
-    position_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], x_BTD.shape[:2])
-    x_BTD, _ = block(x_BTD, position_BT, None, index)
-    return lax.with_sharding_constraint(x_BTD, spread), None
+  def around(one: ScanBody) -> ScanBody:
+    def spread_out(x_BTD: Array, given: tuple[Array, nnx.State]) -> tuple[Array, None]:
+      index, numbers = given
+      # What fsdp keeps apart is gathered here, layer by layer, and forgotten after its use.
+      gathered = parameters.map_layer(functools.partial(_gather, mesh), numbers)
+      x_BTD, _ = one(x_BTD, (index, gathered))
+      return lax.with_sharding_constraint(x_BTD, spread), None
 
-  one = _rematerialized(one, config.remat)
+    return _rematerialized(spread_out, config.remat)
 
   def layers(seen: dict[str, Any], tokens_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-    table = lax.with_sharding_constraint(
-      seen["embedding_VD"], layout.sharding(mesh, "VD", gathered=True)
-    )
-    x_BTD = lax.with_sharding_constraint(table[tokens_BT].astype(dtype), spread)
-    stacked = {name: value for name, value in seen.items() if name in places.LAYER}
-    index_L = jnp.arange(config.model.num_layers, dtype=jnp.int32)
-    unroll = min(config.unroll, config.model.num_layers)
-    return lax.scan(one, x_BTD, (index_L, stacked), unroll=unroll)[0]
+    table = _gather(mesh, "embedding_VD", seen["embedding_VD"])
+    x_BTD = lax.with_sharding_constraint(ends.embed(table, tokens_BT, dtype=dtype), spread)
+    model = nnx.merge(graph, parameters.fill(empty, seen))
+    return model.run_layers(x_BTD, around=around, unroll=config.unroll)[0]
 
   return layers
 
 
 def _gather(mesh: Mesh, name: str, value: Any) -> Any:
+  """A matrix whole along D; anything else as it is."""
   if not places.is_matrix(name):
     return value
   where = layout.sharding(mesh, name.rpartition("_")[2], gathered=True)
@@ -269,12 +262,6 @@ def _rematerialized(layer: Callable, remat: str) -> Callable:
   policy = is_kept if remat == "dots" else jax.checkpoint_policies.nothing_saveable
   # Within a loop nothing can be merged with the forward pass, so no barrier is needed.
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _norm(eps: float, scale_D: Array, x_BTD: Array) -> Array:
-  norm = RMSNorm(x_BTD.shape[-1], eps=eps, dtype=jnp.float32)
-  norm.scale_D.set_value(scale_D)
-  return norm(x_BTD)
 
 
 def _gradients(
