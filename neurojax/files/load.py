@@ -1,9 +1,9 @@
 """From a model file to the parameters of a span of its layers, and of no other."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,11 @@ from jax.typing import DTypeLike
 from neurojax.config import Span
 from neurojax.files.kept import stored_forms, ternary_matrices
 from neurojax.files.model_file import ModelFile
-from neurojax.forms import Form, Grouped, Plain, Weights
+from neurojax.forms import Form, Grouped, Plain, Scales, Weights
 from neurojax.model import params
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.weights.grouped import GroupedArray
-from neurojax.weights.int8 import Int8Array
-from neurojax.weights.ternary import TernaryArray
+from neurojax.weights.build import Source, build
+from neurojax.weights.rows import TernaryRows
 
 _ALIGNMENT = 64
 _AT_ONCE = 2
@@ -48,20 +47,23 @@ def load_span(
   """
   config = file.config
   span = span or Span.whole(config)
-  forms = _kept(file, weights)
-  plain = _PLAIN.get(jnp.dtype(dtype).name)
+  form_of = _forms(file, dtype, weights)
   graph, state = nnx.split(NeuroLLM.abstract(config, span=span, dtype=dtype))
   shapes = nnx.to_pure_dict(state)
   pure: dict[str, Any] = {}
 
   def read(name: str, layer: int | None, shape: tuple[int, ...]) -> Any:
-    if name in forms:
-      return _stored(file, name, layer, shape, weights, forms[name])
-    is_plain = plain is not None and weights != "int8" and params.is_matrix(name)
-    if is_plain and file.narrow_form(name, layer) == plain:
-      # The same numbers without float32 in between.
-      return _sound(file.read_plain(name, layer), file, name, layer, shape)
-    return _narrow(_checked(file, name, layer, shape), name, dtype, weights)
+    form = form_of(name, layer)
+    source = _source(file, name, layer, form, shape)
+    if form is None:
+      assert isinstance(source, np.ndarray)
+      return source.astype(dtype)
+    experts, own_shape = None, shape
+    if params.is_expert(name):
+      experts, *own_shape = shape
+    mode = "w2a8" if weights == "w2a8" else "w2a16"
+    axes = params.contracted(name)
+    return build(form, source, tuple(own_shape), axes, experts=experts, mode=mode)
 
   for name, path in params.outer_names(config, span):
     value = read(name, None, params.get(shapes, path).shape)
@@ -88,42 +90,32 @@ def load_span(
   return nnx.merge(graph, state)
 
 
-def _checked(file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-  return _sound(file.read(name, layer), file, name, layer, shape)
+def _forms(
+  file: ModelFile, dtype: DTypeLike, weights: Weights
+) -> Callable[[str, int | None], Form | Literal["int8"] | None]:
+  """The form in which a tensor is to be held, by its name and layer; None: numbers of `dtype`."""
+  kept = _kept(file, weights)
+  plain = _PLAIN.get(jnp.dtype(dtype).name)
+
+  def form_of(name: str, layer: int | None) -> Form | Literal["int8"] | None:
+    if name in kept or not params.is_matrix(name):
+      return kept.get(name)
+    if weights == "int8":
+      return "int8"
+    # Numbers that the file has in this very dtype are read without float32 in between.
+    return plain if plain is not None and file.narrow_form(name, layer) == plain else None
+
+  return form_of
 
 
-def _sound(
-  array: np.ndarray, file: ModelFile, name: str, layer: int | None, shape: tuple[int, ...]
-) -> np.ndarray:
-  where = f"{file.path}: {name}" + ("" if layer is None else f" of layer {layer}")
-  if array.shape != shape:
-    raise ValueError(f"{where} has shape {array.shape}, the configuration wants {shape}")
-  if not _is_finite(array):
-    raise ValueError(f"{where} holds NaN or infinity: the file is damaged, get it again")
-  return array
-
-
-def _narrow(array: np.ndarray, name: str, dtype: DTypeLike, weights: Weights) -> Any:
-  if weights != "int8" or not params.is_matrix(name):
-    return array.astype(dtype)
-  if params.is_expert(name):
-    return _together([Int8Array.quantize(expert, contracted_axes=1) for expert in array])
-  return Int8Array.quantize(array, contracted_axes=params.contracted(name))
-
-
-def _together(experts: list[Any]) -> Any:
-  """The matrices of all experts of a layer, on a leading axis E."""
-  return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *experts)
-
-
-def _kept(file: ModelFile, weights: Weights) -> dict[str, Form]:
+def _kept(file: ModelFile, weights: Weights) -> Mapping[str, Form]:
   """The matrices to keep as they are in the file."""
   if weights == "stored":
     return stored_forms(file)
   if weights not in ("w2a16", "w2a8"):
     return {}
   if found := ternary_matrices(file):
-    return dict(found)
+    return found
   kinds = ", ".join(sorted({info.type for info in file.tensors.values()}))
   raise ValueError(
     f"{file.path}: weights = {weights!r}, and no matrix of the file is ternary ({kinds}): choose"
@@ -131,38 +123,29 @@ def _kept(file: ModelFile, weights: Weights) -> dict[str, Form]:
   )
 
 
-def _stored(
+def _source(
   file: ModelFile,
   name: str,
   layer: int | None,
+  form: Form | Literal["int8"] | None,
   shape: tuple[int, ...],
-  weights: Weights,
-  form: Form,
-) -> Any:
-  axes = params.contracted(name)
-  experts = shape[0] if params.is_expert(name) else None
-  shape = shape if experts is None else shape[1:]
-  if isinstance(form, Plain):
-    whole = shape if experts is None else (experts, *shape)
-    return _sound(file.read_plain(name, layer), file, name, layer, whole)
-  if isinstance(form, Grouped):
-    rows = file.read_grouped(name, layer).as_form(form)
-    if experts is None:
-      return GroupedArray.from_rows(rows, shape, axes)
-    parts = rows.split(experts)
-    return _together([GroupedArray.from_rows(part, shape, axes) for part in parts])
-  codes, scales, group_size = file.read_ternary(name, layer)
-  mode = "w2a8" if weights == "w2a8" else "w2a16"
-  if experts is None:
-    return TernaryArray.from_rows(codes, scales, shape, axes, group_size=group_size, mode=mode)
-  if group_size is None:
-    scales = np.broadcast_to(scales, (experts, 1))
-  return _together([
-    TernaryArray.from_rows(of_codes, of_scales, shape, axes, group_size=group_size, mode=mode)
-    for of_codes, of_scales in zip(
-      np.split(codes, experts), np.split(scales, experts), strict=True
-    )
-  ])  # fmt: skip
+) -> Source:
+  """What the file holds of a tensor, as `weights.build.build` takes it; numbers are checked."""
+  match form:
+    case Scales():
+      return TernaryRows(*file.read_ternary(name, layer))
+    case Grouped():
+      return file.read_grouped(name, layer)
+    case Plain():
+      numbers = file.read_plain(name, layer)
+    case _:
+      numbers = file.read(name, layer)
+  where = f"{file.path}: {name}" + ("" if layer is None else f" of layer {layer}")
+  if numbers.shape != shape:
+    raise ValueError(f"{where} has shape {numbers.shape}, the configuration wants {shape}")
+  if not _is_finite(numbers):
+    raise ValueError(f"{where} holds NaN or infinity: the file is damaged, get it again")
+  return numbers
 
 
 def _is_finite(array: np.ndarray) -> bool:

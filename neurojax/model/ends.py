@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
@@ -11,6 +10,7 @@ from neurojax.config import ModelConfig
 from neurojax.model.attention import softcap
 from neurojax.model.norm import rms_norm
 from neurojax.model.project import project
+from neurojax.weights import matrix
 
 
 def embed(
@@ -19,11 +19,10 @@ def embed(
   """Looks up the rows of the embedding, in `dtype`.
 
   Args:
-    table_VD: A jax.Array or a `Matrix`.
+    table_VD: A jax.Array or a `weights.matrix.Matrix`.
     scale: Factor of the rows, rounded to `dtype` (`ModelConfig.embedding_scale`).
   """
-  rows = table_VD[tokens] if isinstance(table_VD, jax.Array) else table_VD.take(tokens)
-  x = rows.astype(dtype)
+  x = matrix.take(table_VD, tokens).astype(dtype)
   return x if scale == 1 else x * jnp.asarray(scale, dtype)
 
 

@@ -1,7 +1,5 @@
 """Feed-forward networks: one for every token, or a few chosen out of many."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,11 +8,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import Activation, ModelConfig
-from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.model.initial import normal
 from neurojax.model.norm import RMSNorm
-from neurojax.model.project import StackedLayer, project, project_all
-from neurojax.weights.ternary import TernaryArray
+from neurojax.model.project import project, project_all
+from neurojax.weights.matrix import layer
 
 
 def activate(x: jax.Array, activation: Activation) -> jax.Array:
@@ -100,20 +97,9 @@ class Experts(nnx.Module):
 
   def _expert(self, expert: Int[Array, ""], x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
     gate, up, down = (
-      _pick(param.get_value(), expert) for param in (self.gate_EDF, self.up_EDF, self.down_EFD)
+      layer(param.get_value(), expert) for param in (self.gate_EDF, self.up_EDF, self.down_EFD)
     )
     x_BTD = x_MD[None]
     gate_BTF, up_BTF = project_all(x_BTD, ("BTD,DF->BTF", gate), ("BTD,DF->BTF", up))
     inner_BTF = activate(gate_BTF, self.activation) * up_BTF
     return project("BTF,FD->BTD", inner_BTF, down, dtype=jnp.float32)[0]
-
-
-def _pick(experts: Any, expert: Int[Array, ""]) -> Any:
-  """The matrix of one expert: a ternary one is not copied out."""
-  if isinstance(experts, StackedLayer):
-    count = jax.tree.leaves(experts.stacked)[0].shape[1]
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experts.stacked)
-    experts, expert = flat, experts.index * count + expert
-  if isinstance(experts, TernaryArray):
-    return TernaryLayer(experts, expert)
-  return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, expert, keepdims=False), experts)

@@ -15,7 +15,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig, Span
-from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.model import ends, params
 from neurojax.model.attention import Kind
 from neurojax.model.block import Block
@@ -24,8 +23,8 @@ from neurojax.model.initial import normal
 from neurojax.model.loops import ScanBody, loop_runs, scan_runs, unknown_count
 from neurojax.model.norm import RMSNorm
 from neurojax.model.order import rounds
-from neurojax.model.project import StackedLayer
-from neurojax.weights.ternary import TernaryArray
+from neurojax.weights import matrix
+from neurojax.weights.matrix import StackedLayer
 
 
 class NeuroLLM(nnx.Module):
@@ -231,16 +230,12 @@ def _empty(
 def _numbers(stacked: nnx.State, index: jax.Array) -> nnx.State:
   """The parameters of one layer of a stack; those of experts are not taken out, few of them are read."""
 
-  def one(leaf: Any) -> Any:
-    if isinstance(leaf, TernaryArray):
-      return TernaryLayer(leaf, index)
-    return lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-
-  def variable(path: tuple[Any, ...], param: Any) -> Any:
+  def one(path: tuple[Any, ...], param: nnx.Variable) -> nnx.Variable:
+    value = param.get_value()
     if params.is_expert(path[-1].key):
-      return param.replace(StackedLayer(param.get_value(), index))
-    return jax.tree.map(one, param, is_leaf=lambda leaf: isinstance(leaf, TernaryArray))
+      return param.replace(StackedLayer(value, index))
+    return param.replace(matrix.layer(value, index))
 
   return jax.tree_util.tree_map_with_path(
-    variable, stacked, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    one, stacked, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
   )

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +78,25 @@ class Contraction:
         f"spec {spec!r}: x has shape {x_shape}, the weight contracts {self.contracted_shape}"
       )
     return x_shape[: len(batch)]
+
+
+def contract_rows(
+  x: Float[Array, "..."],
+  products: "Sequence[tuple[str, Contraction]]",
+  multiply: Callable[[Float[Array, "M K"]], Sequence[Float[Array, "M N"]]],
+) -> list[Float[Array, "..."]]:
+  """`einsum(spec, x, w)` for each product, by a function that multiplies rows of x.
+
+  Args:
+    products: Specs are like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing axes are
+      contracted. x's last axes are the contracted ones, in the weight's order; no weight has a batch
+      axis. All weights contract as many elements.
+    multiply: From x as [M, K] to [M, N] for each product.
+  Raises: ValueError: a spec is of another form, or does not fit the shapes.
+  """
+  batches = [contraction.batch_shape(spec, x.shape) for spec, contraction in products]
+  ys = multiply(x.reshape(math.prod(batches[0]), products[0][1].k))
+  return [
+    y.reshape(*batch, *contraction.kept_shape)
+    for y, batch, (_, contraction) in zip(ys, batches, products, strict=True)
+  ]

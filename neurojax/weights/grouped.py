@@ -11,7 +11,8 @@ from jax import Array, lax
 from jaxtyping import Float, Float32, Int
 
 from neurojax.forms import PARENT, Grouped
-from neurojax.weights.contraction import Contraction
+from neurojax.weights.contraction import Contraction, contract_rows
+from neurojax.weights.matrix import RowMatrix
 from neurojax.weights.rows import FLOAT8, GroupedRows
 
 # Weights that are float32 at a time on a CPU: 4 MB, which its caches hold. Fewer cost loops.
@@ -20,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GroupedArray:
+class GroupedArray(RowMatrix):
   """A weight matrix of K contracted elements (its leading axes; for a tied head its trailing ones) and
   N output channels, as `GroupedRows` with codes packed into bit planes. A pytree.
 
@@ -65,17 +66,8 @@ class GroupedArray:
     )  # fmt: skip
 
   @property
-  def contraction(self) -> Contraction:
-    return Contraction(self.weight_shape, self.contracted_axes)
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The weight's shape behind the further leading axes, if there are any."""
-    return (*self.scales.shape[:-2], *self.weight_shape)
-
-  @property
-  def nbytes(self) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+  def leading(self) -> tuple[int, ...]:
+    return self.scales.shape[:-2]
 
   def dequantize(self) -> Float32[Array, "..."]:
     """The weight that `contract` multiplies by, float32 of `shape`."""
@@ -89,36 +81,28 @@ class GroupedArray:
     On a CPU a block of rows becomes float32 at a time, so that memory is read as narrow as it is.
 
     Args:
-      x: float32 or bfloat16; specs as those of `weights.int8.Int8Array.contract_all`.
+      x: float32 or bfloat16; specs are as in `weights.contraction.contract_rows`.
     Raises: ValueError: a spec is of another form, or does not fit the shapes.
     """
-    self._check_single()
-    c = self.contraction
-    batch = c.batch_shape(spec, x.shape)
-    x_TxK = jnp.asarray(x, jnp.float32).reshape(-1, c.k)
-    y_TxN = self._product(x_TxK)
-    return y_TxN.reshape(*batch, *c.kept_shape).astype(x.dtype)
+    return self.contract_all(x, (spec, self))[0]
 
   @staticmethod
   def contract_all(
     x: Float[Array | np.ndarray, "..."], *products: tuple[str, "GroupedArray"]
   ) -> list[Float[Array, "..."]]:
     """`contract` with each weight."""
-    return [w.contract(spec, x) for spec, w in products]
+    for _, w in products:
+      w.check_single()
+    x = jnp.asarray(x)
+    ys = contract_rows(
+      x,
+      [(spec, w.contraction) for spec, w in products],
+      lambda x_TxK: [w._product(x_TxK.astype(jnp.float32)) for _, w in products],
+    )
+    return [y.astype(x.dtype) for y in ys]
 
-  def take(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
-    """Rows of the dequantised weight: the embedding of each id, out-of-range ids clamped.
-
-    Raises: ValueError: the weight is not `[V, D]` with the trailing axis contracted.
-    """
-    self._check_single()
-    if self.contracted_axes != -1 or len(self.weight_shape) != 2:
-      raise ValueError(
-        f"take needs a weight [V, D] with contracted_axes=-1, not one of shape"
-        f" {self.weight_shape} with contracted_axes={self.contracted_axes}"
-      )
-    vocab, d = self.weight_shape
-    flat = jnp.clip(ids, 0, vocab - 1).reshape(-1)
+  def _rows_at(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
+    flat, d = ids.reshape(-1), self.weight_shape[1]
     rows = jax.tree.map(lambda leaf: leaf[flat], self)
     rows = dataclasses.replace(rows, weight_shape=(flat.size, d))
     return rows.dequantize().reshape(*ids.shape, d)
@@ -186,13 +170,6 @@ class GroupedArray:
       return lax.dynamic_update_slice_in_dim(y_TxN, product(rows), start, axis=1)
 
     return lax.fori_loop(0, -(-n // at_once), block, jnp.zeros((len(x_TxK), n), jnp.float32))
-
-  def _check_single(self) -> None:
-    if self.scales.ndim != 2:
-      raise ValueError(
-        f"{self.shape} has {self.scales.ndim - 2} axes in front of the weight's"
-        f" {self.weight_shape}: index them or scan over them first"
-      )
 
 
 def _plane(codes: np.ndarray, low: int, bits: int) -> np.ndarray:

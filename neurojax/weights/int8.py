@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Int32
 
-from neurojax.weights.contraction import Contraction
+from neurojax.weights.contraction import Contraction, contract_rows
+from neurojax.weights.matrix import RowMatrix
 
 # Weight rows that one loop multiplies by a row of activations, and sums that it can hold: 4 * 4
 # fit the vector registers.
@@ -31,7 +32,7 @@ _LEVELS_MAX = 2.0**22 - 2
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8Array:
+class Int8Array(RowMatrix):
   """A weight matrix: int8, symmetric, one scale per output channel. A pytree of three arrays.
 
   The weight has K contracted elements (its leading axes; for a tied head its trailing ones) and
@@ -104,17 +105,8 @@ class Int8Array:
     )
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """The weight's shape behind the further leading axes, if there are any."""
-    return (*self.codes.shape[:-3], *self.weight_shape)
-
-  @property
-  def nbytes(self) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.codes, self.scales, self.levels))
-
-  @property
-  def contraction(self) -> Contraction:
-    return Contraction(self.weight_shape, self.contracted_axes)
+  def leading(self) -> tuple[int, ...]:
+    return self.codes.shape[:-3]
 
   def dequantize(self) -> Float32[Array, "..."]:
     """The weight that `contract` multiplies by, float32 of `shape`."""
@@ -151,40 +143,25 @@ class Int8Array:
     """
     weights = [w for _, w in products]
     for w in weights:
-      w._check_single()
-    batches = [w.contraction.batch_shape(spec, x.shape) for spec, w in products]
-    x_TxK = jnp.asarray(x, jnp.float32).reshape(-1, weights[0].codes.shape[-1])
-    if x_TxK.shape[0] <= MAX_INTEGER_ROWS:
-      results = _integer(weights, x_TxK)
-    else:
-      results = [_dequantised(w, x_TxK) for w in weights]
-    return [
-      y_TxN[:, : w.contraction.n].reshape(*batch, *w.contraction.kept_shape).astype(x.dtype)
-      for y_TxN, w, batch in zip(results, weights, batches, strict=True)
-    ]
+      w.check_single()
+    x = jnp.asarray(x)
+    ys = contract_rows(
+      x, [(spec, w.contraction) for spec, w in products], lambda x_TxK: _products(weights, x_TxK)
+    )
+    return [y.astype(x.dtype) for y in ys]
 
-  def take(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
-    """Rows of the dequantised weight: the embedding of each id, out-of-range ids clamped.
-
-    Raises: ValueError: the weight is not `[V, D]` with the trailing axis contracted.
-    """
-    self._check_single()
-    if self.contracted_axes != -1 or len(self.weight_shape) != 2:
-      raise ValueError(
-        f"take needs a weight [V, D] with contracted_axes=-1, not one of shape"
-        f" {self.weight_shape} with contracted_axes={self.contracted_axes}"
-      )
-    vocab, k = self.weight_shape
-    ids = jnp.clip(ids, 0, vocab - 1)
-    codes = self.codes.reshape(-1, k)[ids].astype(jnp.float32)
+  def _rows_at(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
+    codes = self.codes.reshape(-1, self.codes.shape[-1])[ids].astype(jnp.float32)
     return codes * self.scales.reshape(-1)[ids][..., None]
 
-  def _check_single(self) -> None:
-    if self.codes.ndim != 3:
-      raise ValueError(
-        f"{self.shape} has {self.codes.ndim - 3} axes in front of the weight's"
-        f" {self.weight_shape}: index them or scan over them first"
-      )
+
+def _products(weights: list[Int8Array], x_TxK: Float[Array, "T K"]) -> list[Array]:
+  x_TxK = x_TxK.astype(jnp.float32)
+  if x_TxK.shape[0] <= MAX_INTEGER_ROWS:
+    results = _integer(weights, x_TxK)
+  else:
+    results = [_dequantised(w, x_TxK) for w in weights]
+  return [y_TxN[:, : w.contraction.n] for y_TxN, w in zip(results, weights, strict=True)]
 
 
 def _integer(weights: list[Int8Array], x_TxK: Float32[Array, "T K"]) -> list[Array]:

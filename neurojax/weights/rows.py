@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,32 @@ FLOAT8 = {
   "e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }  # fmt: skip
 """The dtypes of `Grouped.float8`."""
+
+
+class TernaryRows(NamedTuple):
+  """A ternary matrix on the host, in the packing of `weights.ternary`.
+
+  Attributes:
+    codes: uint8 [N, Y].
+    scales: [N, K / group_size]; [1, 1], or [experts, 1], if group_size is None.
+    group_size: Elements of a row that share a scale; None: all of a matrix.
+  """
+
+  codes: UInt8[np.ndarray, "N Y"]
+  scales: np.ndarray
+  group_size: int | None
+
+  def split(self, parts: int) -> "list[TernaryRows]":
+    """Cuts the rows into as many matrices of equally many rows, one after the other."""
+    scales = self.scales
+    if self.group_size is None:
+      scales = np.broadcast_to(scales, (parts, 1))
+    return [
+      TernaryRows(part, part_scales, self.group_size)
+      for part, part_scales in zip(
+        np.split(self.codes, parts), np.split(scales, parts), strict=True
+      )
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
-from neurojax.weights.contraction import Contraction
+from neurojax.weights.matrix import RowMatrix
 
 BLOCK = 64
 """Contracted elements are padded with zeros to a multiple of this: 16 bytes of codes."""
@@ -40,7 +40,7 @@ def row_bytes(k: int) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TernaryArray:
+class TernaryArray(RowMatrix):
   """A weight matrix with elements -s, 0 and s. A pytree of two arrays.
 
   The weight has K contracted elements (its leading axes; for a tied head its trailing ones) and
@@ -111,17 +111,12 @@ class TernaryArray:
     return w
 
   @property
-  def contraction(self) -> Contraction:
-    return Contraction(self.weight_shape, self.contracted_axes)
+  def leading(self) -> tuple[int, ...]:
+    return self.codes.shape[:-2]
 
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The weight's shape behind the further leading axes, if there are any."""
-    return (*self.codes.shape[:-2], *self.weight_shape)
-
-  @property
-  def nbytes(self) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.codes, self.scales))
+  def layer(self, index: Int[Array, ""]) -> "TernaryLayer":
+    """The `index`-th of stacked matrices, left where it is."""
+    return TernaryLayer(self, index)
 
   def dequantize(self) -> Float32[Array, "..."]:
     """The weight that products multiply by, float32 of `shape`."""
@@ -130,30 +125,10 @@ class TernaryArray:
     w_NxK = w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)
     return w_NxK.reshape(self.shape)
 
-  def take(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
-    """Rows of the dequantised weight: the embedding of each id, out-of-range ids clamped.
-
-    Raises: ValueError: the weight is not `[V, D]` with the trailing axis contracted.
-    """
-    self.check_single()
-    if self.contracted_axes != -1 or len(self.weight_shape) != 2:
-      raise ValueError(
-        f"take needs a weight [V, D] with contracted_axes=-1, not one of shape"
-        f" {self.weight_shape} with contracted_axes={self.contracted_axes}"
-      )
-    vocab, k = self.weight_shape
-    ids = jnp.clip(ids, 0, vocab - 1)
+  def _rows_at(self, ids: Int[Array, "*shape"]) -> Float32[Array, "*shape D"]:
     scales = self.scales[0] if self.group_size is None else self.scales[ids]
     scales = jnp.broadcast_to(scales, (*ids.shape, scales.shape[-1]))
-    return self._rows(self.codes[ids], scales)[..., :k]
-
-  def check_single(self) -> None:
-    """Raises: ValueError: there are further leading axes."""
-    if self.codes.ndim != 2:
-      raise ValueError(
-        f"{self.shape} has {self.codes.ndim - 2} axes in front of the weight's"
-        f" {self.weight_shape}: index them or scan over them first"
-      )
+    return self._rows(self.codes[ids], scales)[..., : self.weight_shape[1]]
 
   def _rows(self, codes: Array, scales: Array) -> Float32[Array, "... K"]:
     """Dequantised rows with their padding."""
@@ -164,3 +139,21 @@ class TernaryArray:
     if self.group_size is not None:
       s = jnp.repeat(s, self.group_size, axis=-1)[..., : w.shape[-1]]
     return w * s
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TernaryLayer:
+  """The `index`-th of stacked ternary matrices: to be multiplied by without being copied out.
+
+  What a compiler fuses may slice the stack for nothing. But a kernel is handed whole arrays, and a
+  slice of them, inside a loop over layers, is a copy: kernels are handed the stack and the index.
+
+  Attributes:
+    stacked: With one further leading axis.
+    index: int32 [], not negative; beyond the stack's last layer it is clamped.
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  stacked: Any
+  index: Any

@@ -8,7 +8,6 @@ once has `matmul_all(x, weights)`.
 import functools
 import importlib
 import logging
-import math
 import re
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from neurojax.kernels.gemm import tuned
-from neurojax.kernels.gemm.layer import TernaryLayer
-from neurojax.weights.ternary import TernaryArray
+from neurojax.weights.contraction import contract_rows
+from neurojax.weights.ternary import TernaryArray, TernaryLayer
 
 log = logging.getLogger(__name__)
 
@@ -109,17 +108,12 @@ def contract_all(
       are contracted. x's last axes are the contracted ones, in the weight's order.
   Raises: ValueError: a spec is of another form, or does not fit the shapes.
   """
-  contractions = [_array(w).contraction for _, w in products]
-  batches = [
-    contraction.batch_shape(spec, x.shape)
-    for contraction, (spec, _) in zip(contractions, products, strict=True)
-  ]
-  x = x.reshape(math.prod(batches[0]), contractions[0].k)
-  ys = matmul_all(x, *[w for _, w in products], implementation=implementation)
-  return [
-    y.reshape(*batch, *contraction.kept_shape)
-    for y, batch, contraction in zip(ys, batches, contractions, strict=True)
-  ]
+  weights = [w for _, w in products]
+  return contract_rows(
+    x,
+    [(spec, _array(w).contraction) for spec, w in products],
+    lambda x_MxK: matmul_all(x_MxK, *weights, implementation=implementation),
+  )
 
 
 def choose(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> Choice:

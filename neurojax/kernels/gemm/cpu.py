@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from neurojax.folders import cache_dir
-from neurojax.kernels.gemm.layer import TernaryLayer, take_out
-from neurojax.weights.ternary import TernaryArray
+from neurojax.kernels.gemm.layer import take_out
+from neurojax.weights.ternary import TernaryArray, TernaryLayer
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "cpu_vectors.h"))
 # No -ffast-math and no contraction: the same bits from every instruction set.

@@ -11,10 +11,9 @@ import pytest
 from flax import nnx
 
 from neurojax.kernels.gemm import api, cpu, tuned
-from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.kernels.gemm.shapes import ODD
 from neurojax.model.project import project, project_all
-from neurojax.weights.ternary import TernaryArray
+from neurojax.weights.ternary import TernaryArray, TernaryLayer
 from tests.kernels.gemm import problem
 
 GROUPS = (None, 64, 128, 256)

@@ -14,9 +14,8 @@ import pytest
 from jax import lax
 
 from neurojax.kernels.gemm import api, cpu
-from neurojax.kernels.gemm.layer import TernaryLayer
 from neurojax.kernels.gemm.shapes import MODELS
-from neurojax.weights.ternary import TernaryArray
+from neurojax.weights.ternary import TernaryArray, TernaryLayer
 from tests.kernels.gemm import problem
 
 needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
