@@ -61,7 +61,7 @@ class Export:
   def run(self) -> int:
     to_gguf = self.out.suffix.lower() == ".gguf"
     self._check(to_gguf)
-    from neurojax.train.trained import read_run
+    from neurojax.train.trained_model import read_run
 
     with stderr.status("reading the checkpoint"):
       trained = read_run(self.workdir, self.step)

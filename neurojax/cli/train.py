@@ -32,14 +32,21 @@ class Train:
   Every key of the file can be given here too, and goes before it: --steps 100, --data.folder books,
   --optimizer.peak-lr 1e-3; `none` takes a key away. --show prints the result and all keys.
 
+  --steps is the length of the schedule too: learning rates decay towards the last step, and the second
+  stage begins at a fraction of all steps. A run that goes on with another number follows the schedule of
+  that number from there on.
+
   The same --workdir goes on where its last checkpoint ends, to the same losses to the bit. SIGTERM
   and Ctrl-C save a checkpoint and end the run (exit codes 143 and 130).
 
-  Example: neurojax train --config configs/train/tiny.toml --workdir runs/tiny --data.folder data/books
+  Example: neurojax train --config tiny --workdir runs/tiny --data.folder data/books
   """
 
-  config: Annotated[Path, tyro.conf.arg(metavar="TOML")]
-  """The run's configuration."""
+  config: Annotated[str, tyro.conf.arg(metavar="NAME|TOML")]
+  """The run's configuration: a TOML file, or the name of one in configs/train."""
+  arch: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
+  """An architecture in place of the configuration's [model]: a TOML file, as `neurojax size --out-config`
+  writes it, or the name of one in configs/model. --model.num-layers and the like still go before it."""
   workdir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
   """Folder of the run: metrics, checkpoints, what it was started with."""
   overwrite: bool = False
@@ -62,7 +69,10 @@ class Train:
     from neurojax.config import from_dict, to_toml
     from neurojax.train.config import TrainConfig
 
-    table = merged(_read(self.config), self.overrides, TrainConfig)
+    table = _read(self.config)
+    if self.arch is not None:
+      table["model"] = _architecture(self.arch)
+    table = merged(table, self.overrides, TrainConfig)
     config = from_dict(TrainConfig, table, where=f"{self.config} and options")
     if self.show:
       print(to_toml(config), end="")
@@ -109,9 +119,9 @@ class Train:
     from neurojax.data.token_shards import check_digests, read_meta
     from neurojax.folders import cache_dir
     from neurojax.stage.compile import use_compilation_cache
-    from neurojax.train.folder import RunFolder
     from neurojax.train.loop import Loop, TrainingError, check_data
-    from neurojax.train.program import MeshProgram
+    from neurojax.train.mesh_program import MeshProgram
+    from neurojax.train.run_folder import RunFolder
 
     use_compilation_cache(cache_dir() / "xla")
     first = jax.process_index() == 0
@@ -127,7 +137,7 @@ class Train:
     check_data(config, program)
     _check_trackers(config)
     if self.overwrite and folder.begun and config.init_from is not None:
-      from neurojax.train.start import from_file
+      from neurojax.train.pretrained import from_file
 
       from_file(config.init_from, config.model)
     with contextlib.ExitStack() as stack:
@@ -228,16 +238,35 @@ def _value(text: str) -> Any:
   return table["value"] if len(table) == 1 else text
 
 
-def _read(path: Path) -> dict[str, Any]:
+def recipes() -> dict[str, Path]:
+  """The named configurations: configs/train/NAME.toml of the repository or the installed package."""
+  from neurojax.config import named_configs
+
+  return named_configs("train")
+
+
+def _read(given: str) -> dict[str, Any]:
+  """The table of a configuration by its path or name. Raises: ValueError or OSError: there is none."""
+  path = Path(given)
+  known = recipes()
+  if not path.suffix and not path.exists() and given in known:
+    path = known[given]
   try:
     return tomllib.loads(path.read_bytes().decode("utf-8"))
   except (FileNotFoundError, IsADirectoryError) as error:
     what = "a folder" if path.is_dir() else "no such file"
     raise type(error)(
-      f"--config {path}: {what}: give a TOML file, such as configs/train/tiny.toml"
+      f"--config {given}: {what}: give a TOML file, or one of {', '.join(known)}"
     ) from error
   except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path}: not valid TOML: {error}") from error
+
+
+def _architecture(given: str) -> dict[str, Any]:
+  """The [model] table of an architecture. Raises: ValueError: there is none, or it is wrong."""
+  from neurojax.config import ModelConfig, to_toml
+
+  return tomllib.loads(to_toml(ModelConfig.named(given)))
 
 
 def _check_trackers(config: "TrainConfig") -> None:

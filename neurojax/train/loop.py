@@ -13,9 +13,9 @@ import numpy as np
 from neurojax.data.batches import Batches, Rows, open_dataset
 from neurojax.train.checkpoint import Checkpoints
 from neurojax.train.config import TrainConfig
-from neurojax.train.folder import CHECKPOINTS, METRICS, RunFolder
 from neurojax.train.guard import Guard
 from neurojax.train.metrics import Log, MetricsFile
+from neurojax.train.run_folder import CHECKPOINTS, METRICS, RunFolder
 
 
 @runtime_checkable

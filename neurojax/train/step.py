@@ -23,7 +23,7 @@ from neurojax.model import ends
 from neurojax.model import params as places
 from neurojax.model.attention import Kind
 from neurojax.model.loops import ScanBody
-from neurojax.train import optimizer, parameters, start
+from neurojax.train import optimizer, parameters, pretrained
 from neurojax.train.config import TrainConfig
 from neurojax.train.loss import chunks_for, next_token_loss
 from neurojax.train.parameters import Params
@@ -77,7 +77,7 @@ def init_state(config: TrainConfig, mesh: Mesh) -> State:
   """The state before the first step, spread over the mesh; no device ever holds all of it.
 
   Weights are random, by `config.seed`, or those of the file `config.init_from`.
-  Raises: as `start.from_file` does.
+  Raises: as `pretrained.from_file` does.
   """
   abstract = abstract_state(config, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -85,7 +85,7 @@ def init_state(config: TrainConfig, mesh: Mesh) -> State:
     make = functools.partial(parameters.initial, config.model, config.seed)
     weights = jax.jit(make, out_shardings=shardings.params)()
   else:
-    read = start.from_file(config.init_from, config.model)
+    read = pretrained.from_file(config.init_from, config.model)
     weights = jax.tree.map(
       lambda w, where: jax.make_array_from_callback(w.shape, where, w.__getitem__),
       read,

@@ -19,7 +19,7 @@ from neurojax.files.open import open_model
 from neurojax.model.sample import score
 from neurojax.tokenizer import Tokenizer
 from neurojax.train.step import make_eval_step
-from neurojax.train.trained import read_run
+from neurojax.train.trained_model import read_run
 
 CONFIG = """
 steps = 3

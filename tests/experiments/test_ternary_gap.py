@@ -20,7 +20,7 @@ from neurojax.cli.train import merged
 from neurojax.config import from_dict
 from neurojax.scaling.presets import PRESETS
 from neurojax.train.config import TrainConfig
-from neurojax.train.folder import differences
+from neurojax.train.run_folder import differences
 
 PLAN = Plan.load()
 

@@ -11,9 +11,9 @@ import pytest
 
 from neurojax.data.batches import open_dataset
 from neurojax.train.config import TrainConfig
-from neurojax.train.folder import RunFolder
 from neurojax.train.guard import Guard, GuardConfig
 from neurojax.train.loop import Loop, Program, TrainingError, check_data
+from neurojax.train.run_folder import RunFolder
 from tests.train.standin import Bigrams, read_metrics, settings, write_data
 
 

@@ -1,5 +1,6 @@
 """`neurojax train` on the real step: it learns, it survives being killed, it refuses what is wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from neurojax.cli import main
 from neurojax.cli.train import Train
-from neurojax.config import from_toml
+from neurojax.config import ModelConfig, from_toml
 from neurojax.engine.api import EngineError
 from neurojax.train.config import TrainConfig
 from neurojax.train.metrics import WandB
@@ -223,7 +224,12 @@ def test_what_is_wrong_is_refused_by_name(capsys, data: Path, tmp_path: Path):
     ("train", "--config", str(bad), "--workdir", str(work)): "bad.toml: not valid TOML",
     ("train", "--config", str(flat), "--model.num-layers", "1"): "model = 3 in the configuration",
     ("train", "--config", str(TINY)): "--workdir is missing",
-    ("train", "--config", "tiny"): "--config tiny: no such file: give a TOML file",
+    (
+      "train",
+      "--config",
+      "tyni",
+    ): "--config tyni: no such file: give a TOML file, or one of embedded",
+    ("train", "--config", "tiny", "--arch", "giant"): "architecture 'giant': give the path",
     ("train", "--config", str(mine)): "a folder: give a TOML file",
     (*command(data, work), "--coordinator", "localhost:1"): "go together",
   }.items():
@@ -254,7 +260,7 @@ def test_processes_that_were_started_together_join(monkeypatch, variables, optio
   monkeypatch.setattr(
     jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments)
   )
-  Train(config=TINY, **options)._join()
+  Train(config=str(TINY), **options)._join()
   assert calls == ([] if given is None else [given])
 
 
@@ -264,7 +270,7 @@ def test_alone_where_a_launcher_is_meant_the_way_without_one_is_named(monkeypatc
 
   monkeypatch.setattr(jax.distributed, "initialize", alone)
   with pytest.raises(ValueError, match=r"no launcher says which process.*give --coordinator"):
-    Train(config=TINY, distributed=True)._join()
+    Train(config=str(TINY), distributed=True)._join()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +288,7 @@ def test_a_lost_process_is_named(tmp_path: Path, monkeypatch, processes, words: 
   monkeypatch.setattr(Train, "_train", lost)
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   with pytest.raises(Exception, match=named) as raised:
-    Train(config=TINY, workdir=tmp_path).run()
+    Train(config=str(TINY), workdir=tmp_path).run()
   assert isinstance(raised.value, EngineError) == named.startswith("another")
 
 
@@ -295,6 +301,33 @@ def test_the_resolved_configuration_is_shown(capsys):
   config = from_toml(TrainConfig, out)
   assert (config.optimizer.peak_lr, config.optimizer.second_lr) == (1e-3, None)
   assert config.tracker.tensorboard and config.data.folder == "some where"
+
+
+def test_a_configuration_and_an_architecture_have_names(capsys, tmp_path: Path):
+  code, out, err = run(capsys, "train", "--config", "tiny", "--show")
+  assert code == 0, err
+  assert from_toml(TrainConfig, out) == TrainConfig.load(TINY)
+  sized = tmp_path / "sized.toml"
+  code, _, err = run(
+    capsys,
+    "size",
+    "--memory",
+    "2GB",
+    "--for",
+    "train",
+    "--vocab",
+    "1024",
+    "--out-config",
+    str(sized),
+  )
+  assert code == 0, err
+  for given in (str(sized), "neurollm-3m"):
+    code, out, err = run(
+      capsys, "train", "--config", "tiny", "--arch", given, "--model.num-layers", "3", "--show"
+    )
+    assert code == 0, err
+    wanted = dataclasses.replace(ModelConfig.named(given), num_layers=3)
+    assert from_toml(TrainConfig, out).model == wanted
 
 
 def test_tensorboard_is_written_when_asked(capsys, data: Path, tmp_path: Path):

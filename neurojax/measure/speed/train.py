@@ -15,7 +15,7 @@ from neurojax.config import ModelConfig
 from neurojax.kernels import timing
 from neurojax.train import step
 from neurojax.train.config import DataConfig, OptimizerConfig, Quantization, TrainConfig
-from neurojax.train.program import peak_flops_per_s
+from neurojax.train.mesh_program import peak_flops_per_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

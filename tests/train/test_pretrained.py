@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from neurojax.train.start import from_file
+from neurojax.train.pretrained import from_file
 from neurojax.train.step import init_state
 from tests.files import tiny as files
 from tests.train import tiny

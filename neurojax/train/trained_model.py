@@ -10,7 +10,7 @@ from neurojax.layout import Layout
 from neurojax.train.checkpoint import Checkpoints
 from neurojax.train.config import TrainConfig
 from neurojax.train.deploy import deploy
-from neurojax.train.folder import CHECKPOINTS, CONFIG
+from neurojax.train.run_folder import CHECKPOINTS, CONFIG
 from neurojax.train.step import abstract_state
 
 
