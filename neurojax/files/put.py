@@ -16,11 +16,17 @@ def stored(path: Path) -> Iterator[BinaryIO]:
 
   Raises: OSError: it cannot be written; a full disk is said in words.
   """
+  with saying_no_room(path), path.open("wb") as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def saying_no_room(path: Path) -> Iterator[None]:
+  """Says in words, with the path, that the disk is full. Raises: OSError: whatever the block raises."""
   try:
-    with path.open("wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
+    yield
   except OSError as error:
     if error.errno != errno.ENOSPC:
       raise

@@ -1,9 +1,11 @@
 """Checkpoints of a run: the sharded state and, beside it, everything else that decides what comes next."""
 
 import contextlib
+import functools
 import logging
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +25,7 @@ class Checkpoints:
 
   def __init__(self, folder: Path, *, keep: int):
     self._folder = folder.absolute()
-    # Orbax writes the trace of what it then raises.
-    logging.getLogger("absl").addFilter(_is_not_raised_again)
+    _quiet()
     self._manager = ocp.CheckpointManager(
       self._folder,
       item_names=(_STATE, _REST),
@@ -87,8 +88,8 @@ class Checkpoints:
       others = [other for other in self._manager.all_steps() if other != step]
       remedy = f"go on from step {max(others)}" if others else "start anew"
       raise ValueError(
-        f"{self._folder / str(step)}: this checkpoint cannot be read ({error}): remove that folder to"
-        f" {remedy}"
+        f"{self._folder / str(step)}: this checkpoint cannot be read: remove that folder to {remedy}"
+        f" ({_one_line(error)})"
       ) from error
 
   def wait(self) -> None:
@@ -114,7 +115,7 @@ class Checkpoints:
       full = "no room is left on the disk: make some" if _NO_ROOM in str(error) else "see to that"
       raise OSError(
         f"{self._folder}: a checkpoint cannot be written: {full}, and give the same command; {last}"
-        f" ({str(error)[:300]})"
+        f" ({_one_line(error)})"
       ) from error
 
 
@@ -122,9 +123,32 @@ def remove(folder: Path) -> None:
   shutil.rmtree(folder, ignore_errors=True)
 
 
+def _one_line(error: Exception) -> str:
+  """The beginning of an error's text: TensorStore adds pages of its settings."""
+  return " ".join(str(error).split())[:300]
+
+
 _NO_ROOM = "os_error_code='28'"
 """How TensorStore spells ENOSPC."""
 
 
-def _is_not_raised_again(record: logging.LogRecord) -> bool:
-  return not (record.exc_info and "orbax" in record.pathname)
+def _quiet() -> None:
+  """Keeps Orbax and TensorStore from writing about failures that Orbax raises as well."""
+  logging.getLogger("absl").addFilter(_is_not_of_orbax)
+  logging.getLogger("asyncio").addFilter(_is_not_of_tensorstore)
+  if getattr(sys.unraisablehook, "func", None) is not _report:
+    sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
+
+
+def _is_not_of_tensorstore(record: logging.LogRecord) -> bool:
+  return "OCDBT" not in record.getMessage()
+
+
+def _report(report: Callable[[Any], object], unraisable: Any) -> None:
+  """Hides what TensorStore says when it ends something that Orbax waited for until a first failure."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    report(unraisable)

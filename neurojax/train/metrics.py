@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from neurojax.files.put import saying_no_room
+
 Value = float | int | str | bool | None
 
 
@@ -48,8 +50,9 @@ class MetricsFile:
       key: None if isinstance(value, float) and not math.isfinite(value) else value
       for key, value in record.items()
     }
-    self._file.write(json.dumps(plain).encode() + b"\n")
-    self._file.flush()
+    with saying_no_room(self._path):
+      self._file.write(json.dumps(plain).encode() + b"\n")
+      self._file.flush()
 
   def sync(self) -> None:
     os.fsync(self._file.fileno())

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurojax.config import from_toml, to_toml
+from neurojax.files.put import stored
 
 if TYPE_CHECKING:
   from neurojax.train.config import TrainConfig
@@ -181,8 +182,6 @@ def _commit() -> str | None:
 
 def _replace(path: Path, text: str) -> None:
   partial = path.with_name(f".{path.name}.partial")
-  with partial.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+  with stored(partial) as file:
+    file.write(text.encode("utf-8"))
   os.replace(partial, path)

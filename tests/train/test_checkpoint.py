@@ -1,6 +1,8 @@
 """Checkpoints that cannot be written."""
 
 import logging
+import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -34,7 +36,9 @@ def test_a_full_disk_is_named_with_the_way_on(tmp_path: Path, monkeypatch: pytes
   checkpoints.close()
 
 
-def test_a_trace_of_what_is_raised_again_is_not_written(tmp_path: Path):
+def test_what_is_raised_is_not_written_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  said = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: said.append(unraisable.exc_value))
   Checkpoints(tmp_path, keep=1).close()
   log = logging.getLogger("absl")
 
@@ -45,4 +49,29 @@ def test_a_trace_of_what_is_raised_again_is_not_written(tmp_path: Path):
   orbax, other = "site-packages/orbax/checkpoint/a.py", "site-packages/other/a.py"
   kept = [(path, raised) for path in (orbax, other) for raised in (True, False)
           if log.filter(record(path, raised=raised))]  # fmt: skip
-  assert kept == [(orbax, False), (other, True), (other, False)]
+  assert kept == [(other, True), (other, False)]
+  asyncio = logging.getLogger("asyncio")
+  for words, is_written in (("RESOURCE_EXHAUSTED: OCDBT database", False), ("a task failed", True)):
+    record_ = asyncio.makeRecord("asyncio", logging.ERROR, "a.py", 1, "%s", (words,), None)
+    assert bool(asyncio.filter(record_)) == is_written
+  Checkpoints(tmp_path, keep=1).close()
+  others = [RuntimeError("Event loop is closed"), RuntimeError("else")]
+  for error in others:
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert said == others[1:]
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, capfd):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for step in (0, 1):
+    checkpoints.save(step, STATE, {})
+  checkpoints.wait()
+  for path in (tmp_path / "1").rglob("manifest.ocdbt"):
+    path.write_bytes(b"junk")
+  with pytest.raises(
+    ValueError, match=r"1: this checkpoint cannot be read: .*step 0 \(DATA_LOSS"
+  ) as error:
+    checkpoints.restore(1, STATE)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 500
+  checkpoints.close()
+  assert capfd.readouterr().err == ""

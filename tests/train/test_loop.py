@@ -215,7 +215,10 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(config: TrainConfig, tmp_
   for file in (tmp_path / "checkpoints" / "4" / "state").rglob("*"):
     if file.is_file():
       file.write_bytes(b"")
-  with pytest.raises(ValueError, match=r"checkpoints/4: this checkpoint cannot be read.*step 0"):
+  with pytest.raises(
+    ValueError,
+    match=r"checkpoints/4: this checkpoint cannot be read: remove that folder to go on from step 0",
+  ):
     train(config, tmp_path)
 
 
