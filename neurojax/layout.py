@@ -1,4 +1,9 @@
-"""One way to shard inside a host, or over hosts of one kind: shape letter -> mesh axis."""
+"""Shards arrays inside a host, or over hosts of one kind: each shape letter has a mesh axis.
+
+There is always a mesh, of 1 x 1 x 1 for one device. Its axes are of JAX's kind Auto: arrays enter and leave
+programs with shardings, `lax.with_sharding_constraint` says where those in between lie, and XLA chooses
+the rest.
+"""
 
 import dataclasses
 
@@ -16,13 +21,13 @@ LETTERS = {"D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor", "V": "tenso
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """How many devices each axis of the mesh has. The mesh is explicit always: one device is 1 x 1 x 1.
+  """The number of devices on each axis of the mesh.
 
   Attributes:
-    data: Batches are spread, parameters repeated.
-    fsdp: Batches are spread, and parameters too, along D; a layer's are gathered when it runs
-      (arXiv:1910.02054, stage 3).
-    tensor: Heads, the FFN's width and the vocabulary are spread (arXiv:1909.08053).
+    data: Devices that batches are spread over while parameters are repeated.
+    fsdp: Devices that batches and parameters are spread over, parameters along D; those of a layer are
+      gathered when it runs (arXiv:1910.02054, stage 3).
+    tensor: Devices that heads, the FFN's width and the vocabulary are spread over (arXiv:1909.08053).
   """
 
   data: int = 1
@@ -41,13 +46,13 @@ class Layout:
 
   @property
   def batch_shards(self) -> int:
-    """Parts that a batch is cut into."""
+    """Number of parts that a batch is cut into."""
     return self.data * self.fsdp
 
   def mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh, over all devices of all processes unless some are given.
+    """Makes the mesh, over all devices of all processes unless some are given.
 
-    Raises: ValueError: their number is another one than the layout's.
+    Raises: ValueError: the number of devices is not the layout's.
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) != self.devices:
@@ -59,7 +64,7 @@ class Layout:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
   def check(self, sizes: dict[str, int], *, batch_size: int) -> None:
-    """Raises: ValueError: a letter's size, or the batch, is no multiple of its axes."""
+    """Raises: ValueError: the size of a letter, or the batch, is no multiple of the axes it lies on."""
     for letter, axis in LETTERS.items():
       if sizes[letter] % getattr(self, axis):
         raise ValueError(
@@ -83,14 +88,11 @@ _WHAT = {
 
 
 def spec(letters: str, *, gathered: bool = False) -> PartitionSpec:
-  """Where the axes of an array lie, one letter each.
-
-  A matrix goes by `LETTERS`. A vector of any letter (a norm's scale, with or without L in front) is
-  whole everywhere: it is small, and each device needs all of it.
+  """Returns the mesh axes of an array, given a letter for each of its axes.
 
   Args:
-    letters: Of the array's axes, for example "LDF"; "B" is spread as batches are.
-    gathered: A matrix as a layer multiplies by it, whole along D.
+    letters: One for each axis, for example "LDF"; "B" is spread as batches are.
+    gathered: Whether the array is whole along D, as a layer multiplies by it.
   """
 
   def axis(letter: str) -> str | tuple[str, ...] | None:
@@ -103,8 +105,10 @@ def spec(letters: str, *, gathered: bool = False) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, letters: str, *, gathered: bool = False) -> NamedSharding:
+  """Places an array on a mesh, see `spec`."""
   return NamedSharding(mesh, spec(letters, gathered=gathered))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Repeats an array on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -25,7 +25,10 @@ from jaxtyping import install_import_hook
 
 from tests import skips
 
-install_import_hook(["neurojax.model", "neurojax.weights"], "beartype.beartype")
+install_import_hook(
+  [f"neurojax.{room}" for room in ("model", "weights", "kernels", "train", "stage")],
+  "beartype.beartype",
+)
 # No deadlines: on a busy machine they say nothing.
 hypothesis.settings.register_profile("neurojax", deadline=None)
 hypothesis.settings.load_profile("neurojax")

@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv:2305.13245), over a whole sequence or over the cache."""
+"""Grouped-query attention (arXiv:2305.13245) over a whole sequence or over the cache."""
 
 import dataclasses
 import functools
@@ -13,22 +13,23 @@ from neurojax.forms import KEY_BLOCK, PREFILL
 from neurojax.model.cache import KVCache
 
 _MASKED = -1e30
-"""Below any score, yet finite: a row of masked keys gives no NaN."""
+"""Score of masked keys: below any other, yet finite, so that a row of masked keys gives no NaN."""
 
 _FEWEST_KEYS = 64
-"""A single query reads this many keys, or twice as many, or twice that."""
+"""The fewest keys that a single query reads; longer caches are read by powers of two of it."""
 
 
 Kind = Literal["einsum", "cudnn"]
+"""How a whole sequence attends to itself, see `attend`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """How the scores of queries and keys are made.
+  """Settings of the scores of queries and keys.
 
   Attributes:
-    scale: Their factor; None: head_dim**-0.5.
-    softcap: They are drawn below it; None: they are not.
+    scale: Factor of the scores; None: head_dim**-0.5.
+    softcap: Bound that tanh bends the scores below; None: no bound.
   """
 
   scale: float | None = None
@@ -44,17 +45,17 @@ def attend(
   scores: Scores = Scores(),
   window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Causal attention within one sequence: query t sees keys 0..t. Differentiable.
+  """Computes causal attention within one sequence: query t sees keys 0..t. Differentiable.
 
   Softmax in float32. Query head n uses key-value head n // G.
 
   Args:
     kind: "einsum" keeps the scores of all T x T pairs and runs anywhere; "cudnn" keeps none
       (FlashAttention, arXiv:2307.08691), on a CUDA GPU in bfloat16 or float16.
-    window: Keys that a query sees at most, the last ones; None: all.
+    window: Number of keys that a query sees at most, the last ones; None: all.
   Raises:
-    NotImplementedError: cuDNN is wanted, and it has no soft cap.
-    RuntimeError or ValueError, from JAX: cuDNN does not take this device, dtype or shape.
+    NotImplementedError: cuDNN is asked for a soft cap, which it does not have.
+    RuntimeError or ValueError, from JAX: cuDNN does not support this device, dtype or shape.
   """
   if kind == "cudnn":
     if scores.softcap is not None:
@@ -85,13 +86,12 @@ def attend_cache(
   scores: Scores = Scores(),
   window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Attention of T new queries over the cache: query t of row b sees keys 0..start_B[b]+t, and of
-  those the last `window`.
+  """Computes attention of T new queries over the cache.
 
-  Work and memory follow the positions in use, not the capacity of the cache, nor what lies in front
-  of the window. Many queries visit keys in blocks with a running maximum and sum; a single one sees
-  all it needs at once, as its scores are few and each operation in a loop over blocks costs more
-  than it does.
+  Query t of row b sees the last `window` of keys 0..start_B[b]+t. Work and memory follow the positions
+  in use, not the capacity of the cache, nor what lies in front of the window. Many queries visit keys in
+  blocks with a running maximum and sum. A single query reads all its keys at once: its scores are few,
+  and a loop over blocks would cost more than the scores themselves.
 
   Raises: ValueError: the cache keeps too few positions for so many queries and the window.
   Source: online softmax, arXiv:1805.02867; blocks as in arXiv:2205.14135.
@@ -146,15 +146,15 @@ def _attend_one(
   scores: Scores,
   window: int | None,
 ) -> Float[Array, "B 1 N H"]:
-  """`attend_cache` of one query, over the least sufficient power of two of keys."""
+  """Computes `attend_cache` of one query, over the least sufficient power of two of keys."""
   batch, _, _, head_dim = q_B1NH.shape
   num_kv_heads = cache.k_LBKSH.shape[2]
   q_BKGH = _scaled_groups(q_B1NH, num_kv_heads, scores)[:, 0]
-  # Of the keys that some row sees.
+  # The first key that some row sees.
   first = None if window is None else jnp.maximum(start_B.min() - window + 1, 0)
 
   def over(count: int) -> jax.Array:
-    # In front of the end, where XLA would move the slice back and the positions would not.
+    # Not beyond the end: XLA would move the slice back there, and the positions would stay.
     begin = 0 if first is None else jnp.minimum(first, cache.capacity - count)
     at, size = (layer, 0, 0, begin, 0), (1, batch, num_kv_heads, count, head_dim)
     k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
@@ -167,7 +167,7 @@ def _attend_one(
     else:
       key_BS = jnp.broadcast_to(key_S + begin, (batch, count))
       if count == cache.capacity:
-        # What each place holds once positions have gone round: the last one not beyond the query.
+        # After positions have gone round, each place holds the last position not beyond the query.
         key_BS = start_B[:, None] - (start_B[:, None] - key_S[None]) % cache.capacity
       seen_BS = (key_BS >= 0) & (key_BS <= start_B[:, None])
       seen_BS &= key_BS > start_B[:, None] - window
@@ -200,7 +200,7 @@ def _capped(score: jax.Array, scores: Scores) -> jax.Array:
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-  """x where it is small, never beyond +-cap. Gemma 2, arXiv:2408.00118, section 2.2."""
+  """Bounds x smoothly by +-cap; small x stay as they are. Gemma 2, arXiv:2408.00118, section 2.2."""
   return cap * jnp.tanh(x / cap)
 
 

@@ -1,4 +1,4 @@
-"""One layer: attention or a convolution, then a feed-forward network, each added to what came in."""
+"""One layer: attention or a convolution, then a feed-forward network, each added to its input."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class Attention(nnx.Module):
   """Grouped-query attention with rotary positions, causal.
 
   Args:
-    kinds: Of layers that have this shape; where they are several, a call says `which`.
+    kinds: Kinds of the layers that have this shape; with several, a call says `which`.
     attention: How a whole sequence attends to itself, see `attention.attend`.
   """
 
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     layer: Int[Array, ""],
     which: Int[Array, ""] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Run over T positions; arguments as in `Block`."""
+    """Runs over T positions; arguments as in `Block`."""
     products = [("BTD,DNH->BTNH", self.q_DNH), ("BTD,DKH->BTKH", self.k_DKH)]
     if self.v_DKH is not None:
       products.append(("BTD,DKH->BTKH", self.v_DKH))
@@ -87,8 +87,10 @@ class Attention(nnx.Module):
   def _positions(
     self, which: Int[Array, ""] | None
   ) -> tuple[Array | np.ndarray, Array | float, int | None]:
-    """Frequencies of the rotation, their factor, and the window: constants where all layers are of one
-    kind, else the first two are looked up."""
+    """Frequencies of the rotation, their factor, and the window.
+
+    All three are constants where the layers are of one kind; else the first two are looked up.
+    """
     tables = [frequencies(k.head_dim, k.rope_base, k.rope_scaling) for k in self.kinds]
     window = self.kinds[0].sliding_window
     if len(self.kinds) == 1:
@@ -104,7 +106,7 @@ class Block(nnx.Module):
   """One pre-norm layer.
 
   Args:
-    kinds: Of layers that have this shape; absent: those of a model whose layers all have it.
+    kinds: Kinds of the layers that have this shape; absent: those of a model whose layers all have it.
     attention: How a whole sequence attends to itself, see `attention.attend`.
   """
 
@@ -142,12 +144,13 @@ class Block(nnx.Module):
     which: Int[Array, ""] | None = None,
     count_B: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-    """Run over T positions.
+    """Runs over T positions.
 
     Args:
-      cache: Of the layers of this shape; `layer` is this one's place among them.
-      which: Of `kinds`, where they are several.
-      count_B: How many of each row's inputs mean something; None: all.
+      cache: Cache of all layers of this shape.
+      layer: Index of this layer among them.
+      which: Index of this layer's kind in `kinds`, if there are several.
+      count_B: Number of inputs of each row that are no padding; None: all.
     """
     normed_BTD = self.attn_norm(x_BTD)
     if self.convolution is not None:

@@ -1,4 +1,4 @@
-"""What layers remember of each sequence: keys and values, or the last inputs of a convolution."""
+"""The caches of layers: keys and values of earlier positions, or the last inputs of a convolution."""
 
 import dataclasses
 from typing import Any
@@ -21,8 +21,9 @@ class KVCache:
   beyond its query's own, so what lies past the end of a sequence is never read.
 
   Attributes:
-    is_ring: Position s is kept in place s modulo the capacity, as layers with a window read no more
-      than the last positions.
+    k_LBKSH, v_LBKSH: Keys and values of the dtype of the cache.
+    is_ring: Whether position s is kept in place s modulo the capacity, as layers with a window read only
+      the last positions.
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.
@@ -42,8 +43,12 @@ class KVCache:
     dtype: DTypeLike,
     window: int | None = None,
   ) -> "KVCache":
-    """window: Keys that a query sees at most; where that is less than the capacity, no more is kept
-    than it takes for calls of MOST_INPUTS."""
+    """Makes an empty cache.
+
+    Args:
+      window: Number of keys that a query sees at most; None: all. A window smaller than the capacity
+        leaves room for the window and `forms.PREFILL` new inputs.
+    """
     if capacity % KEY_BLOCK:
       raise ValueError(f"capacity = {capacity}: it must be a multiple of {KEY_BLOCK}")
     kept = kept_positions(capacity, window)
@@ -52,7 +57,7 @@ class KVCache:
 
   @property
   def capacity(self) -> int:
-    """Positions per sequence (S) that are kept."""
+    """Number of positions per sequence (S) that are kept."""
     return self.k_LBKSH.shape[3]
 
   def write(
@@ -62,7 +67,7 @@ class KVCache:
     v_BTKH: Float[Array, "B T K H"],
     start_B: Int[Array, "B"],
   ) -> "KVCache":
-    """Store T positions of one layer, row b from `start_B[b]` on.
+    """Stores T positions of one layer, row b from `start_B[b]` on.
 
     Raises: ValueError: the positions do not fit. Under `jit` the start is unknown and a write past
       the end would be moved back by XLA, so whoever compiles must check first: `check_room`.
@@ -112,10 +117,10 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConvState:
-  """What went into the convolutions of a range of layers at the X last positions before the next one.
+  """Inputs of the convolutions of a range of layers at the last X positions.
 
-  It goes on only from where it stands: unlike keys and values it cannot be read again from an
-  earlier position. Of positions before 0 it gives zeros, whatever it holds.
+  Unlike keys and values it cannot be read again from an earlier position: a sequence goes on from its end
+  only. Positions before 0 read as zeros.
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.
@@ -125,11 +130,11 @@ class ConvState:
   def zeros(
     cls, *, num_layers: int, batch: int, width: int, channels: int, dtype: DTypeLike
   ) -> "ConvState":
-    """width: Positions that the convolution sees, its own included."""
+    """Makes an empty state. width: Number of positions that the convolution sees, its own included."""
     return cls(jnp.zeros((num_layers, batch, width - 1, channels), dtype))
 
   def read(self, layer: Int[Array, ""], start_B: Int[Array, "B"]) -> Float[Array, "B X M"]:
-    """The X positions before `start_B`."""
+    """Reads the X positions before `start_B`."""
     u_BXM = lax.dynamic_index_in_dim(self.u_LBXM, layer, keepdims=False)
     before = u_BXM.shape[1]
     position_BX = start_B[:, None] - before + jnp.arange(before, dtype=start_B.dtype)[None]
@@ -138,11 +143,11 @@ class ConvState:
   def write(
     self, layer: Int[Array, ""], all_BSM: Float[Array, "B S M"], count_B: Int[Array, "B"]
   ) -> "ConvState":
-    """Keep the X positions in front of the one that comes next.
+    """Stores the last X positions.
 
     Args:
-      all_BSM: X positions that were read, and the new ones.
-      count_B: How many of the new ones each row keeps.
+      all_BSM: The X positions that were read, then the new ones.
+      count_B: Number of new positions of each row that are no padding.
     """
     before = self.u_LBXM.shape[2]
     new_BXM = jax.vmap(lambda u_SM, n: lax.dynamic_slice_in_dim(u_SM, n, before))(all_BSM, count_B)
@@ -153,10 +158,10 @@ class ConvState:
 
 
 LayerCache = KVCache | ConvState
-"""Of layers of one shape."""
+"""The cache of all layers of one shape."""
 
 Cache = LayerCache | dict[str, LayerCache]
-"""Of a span: by the name of each stack, see `params.stacks`, if the model has several."""
+"""The cache of a span: one for each stack, by name, if the model has several (`params.stacks`)."""
 
 
 def check_room(start: int, length: int, capacity: int) -> None:

@@ -14,8 +14,9 @@ from neurojax.model.project import project
 
 
 class Convolution(nnx.Module):
-  """out(c * conv(b * u)) with b, c, u = in(x): a causal convolution over `conv_width` positions, each
-  channel by itself, gated on both sides.
+  """A causal convolution over `conv_width` positions, each channel by itself, gated on both sides.
+
+  Computes out(c * conv(b * u)) with b, c, u = in(x).
 
   Source: LFM2, arXiv:2511.23404; the order of b, c and u is that of its published weights.
   """
@@ -34,11 +35,11 @@ class Convolution(nnx.Module):
     layer: Int[Array, ""],
     count_B: Int[Array, "B"],
   ) -> tuple[Float[Array, "B T D"], ConvState | None]:
-    """Run over T positions from `start_B` on.
+    """Runs over T positions from `start_B` on.
 
     Args:
-      state: What the positions before gave; None: there are none.
-      count_B: How many of a row's inputs mean something: the others leave no trace in the state.
+      state: Inputs at the positions before; None: there are none.
+      count_B: Number of inputs of each row that are no padding; padding leaves no trace in the state.
     """
     batch, length, channels = x_BTD.shape
     kernel_WM = self.kernel_WM[...].astype(jnp.float32)

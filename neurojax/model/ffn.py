@@ -15,7 +15,7 @@ from neurojax.weights.matrix import layer
 
 
 def activate(x: jax.Array, activation: Activation) -> jax.Array:
-  """`activation` of each element, see ModelConfig."""
+  """Applies the activation function that `ModelConfig.activation` names."""
   match activation:
     case "silu":
       return jax.nn.silu(x)
@@ -26,8 +26,10 @@ def activate(x: jax.Array, activation: Activation) -> jax.Array:
 
 
 class FFN(nnx.Module):
-  """down(activation(gate(x)) * up(x)), arXiv:2002.05202, section 2; the product is normalised where the
-  configuration says so."""
+  """A gated feed-forward network: down(activation(gate(x)) * up(x)), arXiv:2002.05202, section 2.
+
+  With `ModelConfig.sub_norm` the inner product is normalised.
+  """
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     d, f = config.model_dim, config.ffn_dim
@@ -48,10 +50,10 @@ class FFN(nnx.Module):
 
 
 class Experts(nnx.Module):
-  """A mixture of FFNs: a router chooses a few for each token, and weighs them by its softmax over those.
+  """A mixture of FFNs: a router chooses a few for each token and weighs them by its softmax over those.
 
-  Every chosen expert is computed for every token, whatever the others chose: none is dropped for want
-  of room. Source: arXiv:2401.04088, section 2.1.
+  Every expert that a token chose is computed: there is no capacity beyond which tokens are dropped.
+  Source: arXiv:2401.04088, section 2.1.
   """
 
   def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""What parameters are before a file or a training run fills them."""
+"""Initial parameters, before a file or a training run fills them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ STD = 0.02
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+  """Normal random numbers of standard deviation STD."""
   return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(STD, dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+  """A parameter of zeros."""
   return nnx.Param(jnp.zeros(shape, dtype))

@@ -74,13 +74,13 @@ class NeuroLLM(nnx.Module):
     start_B: Int[Array, "B"] | None = None,
     count_B: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B T X"], Cache | None]:
-    """Run the span: from token ids if it is the first, else from activations.
+    """Runs the span: from token ids if it is the first, else from activations.
 
     Args:
-      cache: Absent: one causal pass over the T given positions, from position 0.
+      cache: None: one causal pass over the T given positions, from position 0.
       start_B: Position of each row's first input; needed with a cache.
-      count_B: How many of each row's inputs mean something; the others are padding, and what they
-        leave in the cache is not read. None: all.
+      count_B: Number of inputs of each row that are no padding; what padding leaves in the cache is never
+        read. None: all.
     Returns: float32 logits [B, T, V] if the span is the last, else activations [B, T, D]; and the
       cache with the new positions in it.
     """
@@ -89,6 +89,7 @@ class NeuroLLM(nnx.Module):
     return (self.logits(x_BTD) if self.span.is_last else x_BTD), cache
 
   def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Looks up the embedding of each token."""
     table, scale = self.embedding_VD.get_value(), self.config.embedding_scale
     return ends.embed(table, tokens_BT, dtype=self.dtype, scale=scale)
 
@@ -153,15 +154,16 @@ class NeuroLLM(nnx.Module):
     return x_BTD, caches
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 logits of what the last layer gave."""
     weight = getattr(self, ends.head_name(self.config))
     return ends.head(self.normed(x_BTD), weight, self.config)
 
   def normed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The final norm of what the last layer gave."""
+    """Normalises what the last layer gave."""
     return ends.final_norm(x_BTD, self.final_norm.scale_D[...], self.final_norm.eps)
 
   def new_cache(self, *, batch: int, capacity: int) -> Cache:
-    """An empty cache for the layers of this span."""
+    """Makes an empty cache for the layers of this span."""
     return empty_cache(self.config, self.span, batch=batch, capacity=capacity, dtype=self.dtype)
 
   @classmethod
@@ -173,7 +175,7 @@ class NeuroLLM(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     attention: Kind = "einsum",
   ) -> "NeuroLLM":
-    """The module with shapes in place of arrays: costs no memory."""
+    """Makes the module with shapes in place of arrays, which costs no memory."""
     return nnx.eval_shape(
       lambda: cls(config, span=span, dtype=dtype, rngs=nnx.Rngs(0), attention=attention)
     )
@@ -182,7 +184,7 @@ class NeuroLLM(nnx.Module):
 def empty_cache(
   config: ModelConfig, span: Span, *, batch: int, capacity: int, dtype: DTypeLike
 ) -> Cache:
-  """A cache for a span of layers, with nothing in it.
+  """Makes an empty cache for a span of layers.
 
   Raises: ValueError: the capacity is no multiple of KEY_BLOCK.
   """
@@ -228,7 +230,7 @@ def _empty(
 
 
 def _numbers(stacked: nnx.State, index: jax.Array) -> nnx.State:
-  """The parameters of one layer of a stack; those of experts are not taken out, few of them are read."""
+  """The parameters of one layer of a stack; experts stay in the stack, as few of them are read."""
 
   def one(path: tuple[Any, ...], param: nnx.Variable) -> nnx.Variable:
     value = param.get_value()

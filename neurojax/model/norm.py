@@ -8,10 +8,10 @@ from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x**2) + eps) * scale, in float32 whatever the dtype of x. arXiv:1910.07467."""
+  """Root-mean-square norm with a scale, see `rms_norm`."""
 
   def __init__(self, *dims: int, eps: float, dtype: DTypeLike):
-    """Over as many trailing axes as there are `dims`."""
+    """Normalises over as many trailing axes as there are `dims`, which are their sizes."""
     self.eps = eps
     self.scale_D = nnx.Param(jnp.ones(dims, dtype))
 
@@ -22,9 +22,9 @@ class RMSNorm(nnx.Module):
 def rms_norm(
   x: Float[Array, "*shape"], scale_D: Float[Array, "*D"], eps: float
 ) -> Float[Array, "*shape"]:
-  """x / sqrt(mean(x**2) + eps) * scale over the trailing axes that `scale_D` has.
+  """Computes x / sqrt(mean(x**2) + eps) * scale over the trailing axes that `scale_D` has.
 
-  Computed in float32; returns the dtype of x.
+  The computation is in float32 whatever the dtype of x, which is returned.
   """
   wide = x.astype(jnp.float32)
   leading = x.ndim - scale_D.ndim
@@ -34,6 +34,6 @@ def rms_norm(
 
 
 def normalised(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
-  """x / sqrt(mean(x**2) + eps) over the last axis, without a scale."""
+  """Computes x / sqrt(mean(x**2) + eps) over the last axis, without a scale."""
   wide = x.astype(jnp.float32)
   return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)

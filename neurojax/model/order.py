@@ -1,4 +1,4 @@
-"""In which order the layers of several stacks run, in as few loops as may be."""
+"""Orders the layers of several stacks into as few loops as possible."""
 
 import dataclasses
 import itertools
@@ -9,11 +9,13 @@ from neurojax.model import params
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Layers of one stack, one after the other.
+  """Consecutive layers of one stack.
 
   Attributes:
-    first: Place in its stack of the first, in the first round.
-    stride: By how much that moves from one round to the next.
+    stack: Name of the stack.
+    first: Index in the stack of the run's first layer, in the first round.
+    count: Number of layers.
+    stride: What is added to `first` from one round to the next.
   """
 
   stack: str
@@ -24,17 +26,21 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-  """Runs that come in turn, and then over again."""
+  """A sequence of runs that is repeated.
+
+  Attributes:
+    runs: The runs of one round.
+    count: Number of rounds.
+  """
 
   runs: tuple[Run, ...]
   count: int = 1
 
 
 def rounds(config: ModelConfig, span: Span) -> list[Rounds]:
-  """The layers of a span in their order.
+  """Groups the layers of a span, in their order, into repeated runs.
 
-  What repeats is one entry: a program then holds each of its runs once, however many layers there
-  are.
+  What repeats is one entry: a program then holds each of its runs once, whatever the number of layers.
   """
   owner = {layer: stack.name for stack in params.stacks(config, span) for layer in stack.layers}
   names = [owner[layer] for layer in range(span.first_layer, span.last_layer + 1)]
@@ -56,7 +62,7 @@ def rounds(config: ModelConfig, span: Span) -> list[Rounds]:
 
 
 def _best_repeat(runs: list[tuple[str, int]]) -> tuple[int, int]:
-  """Length and number of the repeats at the beginning that cover most; (1, 1) if nothing repeats."""
+  """Length and number of the repeats at the beginning that cover most runs; (1, 1): nothing repeats."""
   best = (1, 1)
   for unit in range(2, len(runs) // 2 + 1):
     count = 1

@@ -1,4 +1,4 @@
-"""Canonical parameter names: what every file format maps to, and where NeuroLLM keeps each."""
+"""Canonical parameter names: every file format maps to them, and NeuroLLM keeps each in one place."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -34,8 +34,8 @@ LAYER: Mapping[str, tuple[str, ...]] = {
   "up_EDF": ("layers", "ffn", "up_EDF"),
   "down_EFD": ("layers", "ffn", "down_EFD"),
 }
-"""One per layer that has it; stacked over layers of one shape on a leading axis L. The places are
-those in a model whose layers all have one shape, see `stacks` for others."""
+"""Parameters of a layer and their places in a model whose layers all have one shape; `stacks` tells the
+places in other models. They are stacked over layers of one shape on a leading axis L."""
 
 _CONTRACTED = {"o_NHD": 2, "embedding_VD": -1}
 
@@ -51,10 +51,10 @@ class Stack:
   """Layers of one shape and window, whose parameters and caches are stacked on a leading axis L.
 
   Attributes:
-    name: Where NeuroLLM keeps it, the first part of its parameters' places.
-    kinds: Those of the model that have this shape; they differ in rotary positions.
-    layers: Numbers in the whole model, ascending.
-    which: For each layer its place in `kinds`.
+    name: Attribute of NeuroLLM that holds the stack, the first part of its parameters' places.
+    kinds: Layer kinds of the model that have this shape; they differ in rotary positions.
+    layers: Layer numbers in the whole model, ascending.
+    which: Index in `kinds` for each layer.
   """
 
   name: str
@@ -64,12 +64,12 @@ class Stack:
 
   @property
   def kind(self) -> LayerKind:
-    """One that has the shape of all."""
+    """A kind that has the shape of all."""
     return self.kinds[0]
 
 
 def stacks(config: ModelConfig, span: Span | None = None) -> tuple[Stack, ...]:
-  """The stacks that a span of layers (None: all) consists of."""
+  """Lists the stacks of a span of layers (None: all)."""
   span = span or Span.whole(config)
   kinds = config.kinds
   shapes = list(dict.fromkeys(map(_shape, kinds)))
@@ -94,7 +94,7 @@ def stacks(config: ModelConfig, span: Span | None = None) -> tuple[Stack, ...]:
 
 
 def stack_names(config: ModelConfig, stack: Stack) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Names and places of the parameters that every layer of a stack has."""
+  """Yields names and places of the parameters that every layer of a stack has."""
   is_conv = stack.kind.mixer == "convolution"
   is_there = {
     "q_DNH": not is_conv,
@@ -124,9 +124,9 @@ def stack_names(config: ModelConfig, stack: Stack) -> Iterator[tuple[str, tuple[
 
 
 def layer_names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Names and places of the parameters that every layer has, where all have one shape.
+  """Yields names and places of the parameters that every layer has, where all have one shape.
 
-  Raises: NotImplementedError: they have not: go through `stacks`.
+  Raises: NotImplementedError: the layers have several shapes: use `stacks`.
   """
   first, *more = stacks(config)
   if more:
@@ -137,32 +137,33 @@ def layer_names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def is_matrix(name: str) -> bool:
-  """Whether a canonical name is of a matrix that products multiply by and that may be held narrow:
-  no norm, bias, kernel or scale, and not the small matrix of a router, by which experts are chosen.
+  """Whether a parameter is a matrix that products multiply by and that may be held narrow.
+
+  Norms, biases, kernels and scales are not, nor is the small matrix by which a router chooses experts.
   """
   return not any(part in name for part in ("_norm_", "_bias_", "_kernel_", "_scale_", "router_"))
 
 
 def contracted(name: str) -> int:
-  """Axes of a matrix that a product sums over: c > 0: its first c axes, c < 0: its last -c.
+  """The axes of a matrix that a product sums over: c > 0: its first c axes, c < 0: its last -c.
 
-  A matrix of each expert counts without its leading axis E, one of stacked layers without L.
+  Leading axes L of stacked layers and E of experts do not count.
   """
   return _CONTRACTED.get(name, 1)
 
 
 def is_expert(name: str) -> bool:
-  """Whether a layer's parameter is a matrix of each expert, behind a leading axis E."""
+  """Whether a parameter of a layer holds a matrix of each expert, on a leading axis E."""
   return name in ("gate_EDF", "up_EDF", "down_EFD")
 
 
 def _shape(kind: LayerKind) -> tuple[object, ...]:
-  # Not the window for its own sake: caches of layers that have one are shorter.
+  # The window counts because caches of layers with a window are shorter.
   return kind.mixer, kind.head_dim, kind.num_kv_heads, kind.shared_kv, kind.sliding_window
 
 
 def outer_names(config: ModelConfig, span: Span) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Names and places of the parameters outside the layers that a span holds."""
+  """Yields names and places of the parameters outside the layers that a span holds."""
   if span.is_first or (span.is_last and config.tied_embedding):
     yield from FIRST.items()
   if span.is_last:
@@ -172,14 +173,14 @@ def outer_names(config: ModelConfig, span: Span) -> Iterator[tuple[str, tuple[st
 
 
 def get(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-  """The value at a path of nested mappings."""
+  """Gets the value at a path of nested mappings."""
   for key in path:
     tree = tree[key]
   return tree
 
 
 def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-  """Set the value at a path of nested dicts, making those that are missing."""
+  """Sets the value at a path of nested dicts and makes those that are missing."""
   for key in path[:-1]:
     tree = tree.setdefault(key, {})
   tree[path[-1]] = value

@@ -12,7 +12,7 @@ from neurojax.config import RopeScaling, RopeStyle
 def frequencies(
   head_dim: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Float64[np.ndarray, "P"], float]:
-  """Radians that each pair of a head turns per position, and what cosine and sine are multiplied by.
+  """Returns the radians that each pair of a head turns per position, and a factor of cosine and sine.
 
   Without scaling pair i turns by base**(-2i/H).
   Source: `RopeScaling` says what each kind does; llama3 is that of Llama 3.1's reference code.
@@ -50,14 +50,14 @@ def rotate(
   style: RopeStyle,
   factor: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "B T N H"]:
-  """Turn pair i of each head by the angle `position * frequency[i]`, in float32.
+  """Turns pair i of each head by the angle `position * frequency[i]`, in float32.
 
   Args:
     position_BT: Absolute positions, exact below 2**24.
     frequency: As `frequencies` gives it; rounded to float32.
     style: "interleaved" pairs elements (2i, 2i+1), "half" pairs (i, i + H/2).
-    factor: Of cosine and sine.
-  Returns: The dtype of `x_BTNH`.
+    factor: Factor of cosine and sine.
+  Returns: Turned heads, in the dtype of `x_BTNH`.
   Source: arXiv:2104.09864, section 3.4.2.
   """
   head_dim = x_BTNH.shape[-1]
@@ -78,7 +78,7 @@ def rotate(
 
 
 def _yarn_ramp(head_dim: int, base: float, scaling: RopeScaling) -> Float64[np.ndarray, "P"]:
-  """0 where a pair keeps its frequency, 1 where it is slowed. arXiv:2309.00071, section 3.2."""
+  """A number for each pair: 0 where it keeps its frequency, 1 where it is slowed. arXiv:2309.00071, section 3.2."""
 
   def pair_that_turns(times: float) -> float:
     length = _original_length(scaling)

@@ -1,4 +1,4 @@
-"""Choosing the next token. Every row of a batch is drawn alone: same logits, same seed, same token."""
+"""Chooses the next token. Every row of a batch is drawn alone: same logits, same seed, same token."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ _OFF = -jnp.inf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-  """`Sampling` of each row as arrays, and which tokens the row has seen.
+  """The `Sampling` of each row as arrays, and the tokens that the row has seen.
 
   Floats are float32, counts int32; key_B2 is the seed's upper and lower half as uint32.
   answer_count_BV counts the tokens of the answer, prompt_seen_BV marks those of the prompt (bool),
@@ -60,7 +60,7 @@ class SamplerState:
 def observe(
   state: SamplerState, tokens_BT: Int[Array, "B T"], valid: Int[Array, ""]
 ) -> SamplerState:
-  """Mark the first `valid` of T prompt tokens as seen; the rest is padding."""
+  """Marks the first `valid` of T prompt tokens as seen; the rest is padding."""
   vocab_size = state.prompt_seen_BV.shape[1]
   tokens_BT = jnp.where(jnp.arange(tokens_BT.shape[1])[None] < valid, tokens_BT, vocab_size)
   row_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
@@ -71,7 +71,7 @@ def observe(
 def sample(
   logits_BV: Float[Array, "B V"], state: SamplerState
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], SamplerState]:
-  """Draw one token per row, in the order that `Sampling` states.
+  """Draws one token per row, by the steps of `Sampling` in their order.
 
   Returns: token ids, their log-probabilities under the untouched logits, and the state after them.
   """
@@ -112,7 +112,7 @@ def _penalize(logits_BV: jax.Array, state: SamplerState) -> jax.Array:
 
 
 def _likeliest(logits_BV: jax.Array) -> jax.Array:
-  """`argmax`, the first of equals; any token if a logit is NaN.
+  """Takes the likeliest token, the first of equals; any token if a logit is NaN.
 
   XLA:CPU goes through `argmax` one logit at a time, but vectorises these two reductions.
   """
@@ -122,7 +122,7 @@ def _likeliest(logits_BV: jax.Array) -> jax.Array:
 
 
 def _draw(logits_BV: jax.Array, state: SamplerState) -> jax.Array:
-  """Temperature, filters and a Gumbel-max draw; rows with temperature 0 are not meaningful."""
+  """Applies temperature and filters, and draws by Gumbel-max; rows of temperature 0 mean nothing."""
   temperature_B = jnp.where(state.temperature_B == 0, 1.0, state.temperature_B)
   # Subtracting the maximum first keeps a tiny temperature from overflowing.
   logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature_B[:, None]
@@ -152,7 +152,7 @@ def _draw_row(
 
 
 def _at_least(logits_V: jax.Array, enough) -> jax.Array:
-  """Drop all logits below the highest floor at which `enough` holds, found without a sort.
+  """Drops all logits below the highest floor at which `enough` holds, found without a sort.
 
   `enough` is true at -inf and turns false once as the floor rises. Floats order like the integers
   of their bits, so 32 halvings of an integer interval find the very logit.
@@ -171,7 +171,7 @@ def _at_least(logits_V: jax.Array, enough) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-  """uint32 in the same order as the float32 x: negative numbers have all bits flipped."""
+  """Maps float32 to uint32 in the same order: negative numbers have all bits flipped."""
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 

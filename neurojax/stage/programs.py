@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ Kind = Literal["model", "fused"]
 Wanted = Literal["auto", "model", "fused"]
 
 
+@runtime_checkable
 class Programs(Protocol):
   """Functions to be compiled, for one sequence at a time.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from neurojax.config import ModelConfig, from_toml
 from neurojax.layout import Layout
@@ -205,6 +205,6 @@ class TrainConfig:
     return self.accumulation * self.data.batch_size * self.data.seq_len
 
   @classmethod
-  def load(cls, path: str | Path) -> Self:
+  def load(cls, path: str | Path) -> "TrainConfig":
     """Read a TOML file. Raises ValueError for an unknown key, a missing one or a wrong value."""
     return from_toml(cls, Path(path).read_text(encoding="utf-8"), where=str(path))

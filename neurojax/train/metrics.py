@@ -7,13 +7,14 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from neurojax.files.put import saying_no_room
 
 Value = float | int | str | bool | None
 
 
+@runtime_checkable
 class Log(Protocol):
   def log(self, step: int, values: Mapping[str, float]) -> None: ...
 

@@ -1,13 +1,13 @@
-"""Quantization-aware training: what products see of a float32 weight that is to become ternary.
+"""Quantization-aware training: rounds float32 weights to the ternary numbers that products multiply by.
 
-The optimizer keeps and moves a float32 weight. Once a step, `absmean` makes of it the very numbers
+The optimizer keeps and moves a float32 weight. Once a step, `absmean` rounds it to the very numbers
 that the model file will hold, and all products of the step multiply by those. Gradients are taken
 with respect to them and applied to the float32 weight as they are: the straight-through estimator
 (arXiv:1308.3432), without a line of code. Activations are rounded inside a product (`AwareMatrix`),
 straight-through as well.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -23,7 +23,7 @@ from neurojax.weights.ternary import LEVEL_MAX, SMALLEST_ABSMAX
 Activations = Literal["none", "int8"]
 
 SMALLEST_SCALE = 2.0**-17
-"""A group of a smaller scale becomes zeros: float16 would not hold all of a bfloat16's bits below."""
+"""Groups with a smaller scale become zeros: below it, float16 does not hold all bits of a bfloat16."""
 
 
 def absmean(
@@ -33,18 +33,18 @@ def absmean(
   group_size: int | None = None,
   dtype: DTypeLike = jnp.bfloat16,
 ) -> tuple[Float[Array, "..."], Float32[Array, "..."]]:
-  """Round each group of a weight to -s, 0 and s, where s is its mean of |w|.
+  """Rounds each group of a weight to -s, 0 and s, where s is the group's mean of |w|.
 
   s has the 8 significant bits of a bfloat16, so that it is exact in float16 too, in which model files
   keep it, and the products -s and s are exact in bfloat16, in which a GPU multiplies. These are the
   values of `quantize.absmean(..., scale_dtype="bfloat16")`.
 
   Args:
-    w: One weight; `jax.vmap` takes those of layers, stacked.
+    w: One weight; use `jax.vmap` for stacked layers.
     contracted_axes: c > 0: products sum over its first c axes, c < 0: over its last -c.
     group_size: Contracted elements that share s, counted in the order of the axes; None: all of
       the weight's.
-    dtype: Of the values: bfloat16 or wider.
+    dtype: The dtype of the values, bfloat16 or wider.
   Returns: The values, in the shape of w; and s: [N, ceil(K / group_size)] for N kept and K
     contracted elements, or [1, 1].
   Source: BitNet b1.58, arXiv:2402.17764, equations 1 to 3.
@@ -82,13 +82,13 @@ def absmean(
 
 
 def _scale(mean: Float32[Array, "..."]) -> Float32[Array, "..."]:
-  """The mean as a scale. Not `astype`: XLA may leave out a conversion there and back."""
+  """Rounds a mean to a scale. `astype` would not do: XLA may leave out a conversion there and back."""
   s = lax.reduce_precision(mean, exponent_bits=8, mantissa_bits=7)
   return jnp.where(s < SMALLEST_SCALE, 0.0, s)
 
 
 def _sum(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
-  """A sum that is off by half a unit in the last place, in whatever order a compiler adds.
+  """Sums with an error of half a unit in the last place, in whatever order a compiler adds.
 
   So a scale is the same number in a training step, sharded or not, and in the export. Errors of the
   additions are added up beside the sum (Knuth's TwoSum, The Art of Computer Programming, 4.2.2).
@@ -109,15 +109,16 @@ def _sum(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "...
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AwareMatrix:
-  """A matrix as training multiplies by it: a `model.project.Matrix`, differentiable.
+  """A differentiable matrix, as training multiplies by it: a `weights.matrix.Matrix`.
 
   Products are of the dtype of `values`, which a GPU sums in float32; gradients of the activations and
   of the values come out in that dtype too.
 
   Attributes:
-    values: bfloat16 or float32 of the weight's own shape, or stacked on a further leading axis;
-      `lax.scan` takes that off.
-    activations: "int8": rounded for each token by its own absmax, with straight-through gradients.
+    values: bfloat16 or float32, in the weight's own shape or stacked on a further leading axis, which
+      `lax.scan` takes off.
+    activations: "int8": activations are rounded for each token by its absmax, with straight-through
+      gradients; "none": they stay as they are.
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.
@@ -125,14 +126,14 @@ class AwareMatrix:
   activations: Activations = field(default="none", metadata={"static": True})
 
   def contract(self, spec: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`einsum(spec, x, values)`, of the dtype of the values."""
+    """Computes `einsum(spec, x, values)` in the dtype of the values."""
     return self.contract_all(x, (spec, self))[0]
 
   @staticmethod
   def contract_all(
     x: Float[Array, "..."], *products: tuple[str, "AwareMatrix"]
   ) -> list[Float[Array, "..."]]:
-    """`contract` with each weight. Those of rounded activations share one rounding of x."""
+    """Computes `contract` with each weight; x is rounded once for all that round activations."""
     # Prepared once: what several products share is kept for the backward pass only once.
     prepared: dict[tuple, tuple[Array, Array | None]] = {}
     results = []
@@ -151,14 +152,18 @@ class AwareMatrix:
     return results
 
   def take(self, ids: Array) -> Array:
-    """Rows of the values."""
+    """Looks up rows of the values."""
     return self.values[ids]
+
+  def layer(self, index: Array) -> "AwareMatrix":
+    """The `index`-th of stacked matrices."""
+    return replace(self, values=lax.dynamic_index_in_dim(self.values, index, keepdims=False))
 
 
 def levels_and_steps(
   x: Float[Array, "..."], kept: int
 ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
-  """x as whole numbers in [-127, 127] times a step for each index of its first `kept` axes.
+  """Rounds x to whole numbers in [-127, 127], with a step for each index of its first `kept` axes.
 
   In the forward pass these are the numbers of `kernels.gemm.reference.quantize_rows`, to the bit.
   Gradients pass the rounding unchanged, and the step counts as a constant.
@@ -179,7 +184,7 @@ def levels_and_steps(
 
 
 def _kept_axes(spec: str) -> int:
-  """How many leading axes of x a product keeps."""
+  """The number of leading axes of x that a product keeps."""
   operands, _, out = spec.partition("->")
   left, _, _ = operands.partition(",")
   return len([letter for letter in left if letter in out])

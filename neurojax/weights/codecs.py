@@ -1,6 +1,6 @@
 """The bit layouts in which files keep ternary weights, both ways, exactly, in NumPy.
 
-Each turns the bytes of a tensor into rows of the packing that `weights.ternary` defines and back.
+Each codec turns the bytes of a tensor into rows of the packing that `weights.ternary` defines, and back.
 Nothing passes through floating point: scales keep their bits, and a tensor that decodes encodes
 to the bytes it came from.
 
@@ -55,7 +55,7 @@ class Codec:
 
   @property
   def group_size(self) -> int | None:
-    """Elements that share a scale, or None when all of the tensor do."""
+    """Number of elements that share a scale; None if all of the tensor do."""
     return None if self.scale_at is None else self.block
 
   @property
@@ -67,7 +67,7 @@ class Codec:
     return self.code_bytes + (0 if self.scale_at is None else _HALF.itemsize)
 
   def nbytes(self, rows: int, k: int) -> int:
-    """Bytes of a tensor. Raises: ValueError: k is not a multiple of the block."""
+    """Number of bytes of a tensor. Raises: ValueError: k is not a multiple of the block."""
     if k < 1 or k % self.block:
       raise ValueError(f"rows of {k} elements are no whole {self.name} blocks of {self.block}")
     tail = _SINGLE.itemsize if self.scale_at is None else 0
@@ -76,7 +76,7 @@ class Codec:
   def unpack(
     self, raw: UInt8[np.ndarray, "bytes"], rows: int, k: int
   ) -> tuple[UInt8[np.ndarray, "N Y"], Float[np.ndarray, "#N Q"]]:
-    """The codes and scales of a tensor, a few rows at a time.
+    """Unpacks the codes and scales of a tensor, a few rows at a time.
 
     Args:
       raw: The tensor's bytes, exactly `nbytes(rows, k)`; need not be aligned.
@@ -106,7 +106,7 @@ class Codec:
   def pack(
     self, codes: UInt8[np.ndarray, "N Y"], scales: Float[np.ndarray, "#N Q"]
   ) -> UInt8[np.ndarray, "bytes"]:
-    """The bytes of a tensor whose rows have K = 4 Y elements: the inverse of `unpack`.
+    """Packs a tensor whose rows have K = 4 Y elements into bytes: the inverse of `unpack`.
 
     Raises: ValueError: rows that are no whole blocks, scales of another dtype or grouping or not
       finite, or a code that is not ternary.
@@ -161,7 +161,7 @@ def check_codes(codes: UInt8[np.ndarray, "N Y"], first_row: int = 0) -> None:
 def dequantize(
   codes: UInt8[np.ndarray, "N Y"], scales: Float[np.ndarray, "#N Q"], group_size: int | None
 ) -> Float32[np.ndarray, "N K"]:
-  """float32 weights of whole rows, padding included (K = 4 Y)."""
+  """Dequantises whole rows to float32, padding included (K = 4 Y)."""
   w = _VALUES[codes].reshape(len(codes), -1)
   s = scales.astype(np.float32)
   if group_size is None:
@@ -182,14 +182,14 @@ def _check_scales(scales: np.ndarray, group_size: int | None) -> None:
 
 
 def gather(fields: np.ndarray) -> np.ndarray:
-  """Bytes [..., 4 n] that hold one code each to bytes [..., n] that hold four."""
+  """Packs bytes [..., 4 n] that hold one code each into bytes [..., n] that hold four."""
   words = fields.view("<u4")
   # Field s moves from bit 8 s to bit 24 + 2 s; no two of the products share a bit.
   return (words * np.uint32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6) >> np.uint32(24)).astype(np.uint8)
 
 
 def spread(codes: np.ndarray) -> np.ndarray:
-  """The inverse of `gather`."""
+  """Unpacks four codes from each byte: the inverse of `gather`."""
   words = codes.astype("<u4")
   words = (words | words << np.uint32(12)) & np.uint32(0x000F000F)
   words = (words | words << np.uint32(6)) & np.uint32(0x03030303)
@@ -197,7 +197,7 @@ def spread(codes: np.ndarray) -> np.ndarray:
 
 
 def _planar(shifts: tuple[int, ...]) -> tuple[Callable, Callable]:
-  """32 bytes, 128 elements: element 32 p + j is in byte j at bit shifts[p]."""
+  """Lays out 128 elements in 32 bytes: element 32 p + j is in byte j at bit shifts[p]."""
 
   def decode(theirs: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(theirs).reshape(-1, 32).view("<u4")
@@ -282,4 +282,4 @@ CODECS: Mapping[str, Codec] = {
     Codec("PQ2_0", 142, 128, 0, 2, 32, _same, _same),
   )
 }
-"""By name. Only the tensor's size in the file tells the two of number 42 apart."""
+"""Codecs by the name of the type. Only the tensor's size tells the two types of number 42 apart."""

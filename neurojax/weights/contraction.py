@@ -1,4 +1,4 @@
-"""The shape of a product with a weight matrix whose axes are contracted from one end."""
+"""Products with weights whose first or last axes are contracted, reduced to rows times a matrix."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-  """Which axes of a weight a product sums over.
+  """The axes of a weight that a product sums over.
 
   Attributes:
     weight_shape: The weight's own shape.
@@ -39,16 +39,16 @@ class Contraction:
 
   @property
   def n(self) -> int:
-    """Output channels."""
+    """Number of output channels."""
     return math.prod(self.kept_shape)
 
   @property
   def k(self) -> int:
-    """Contracted elements."""
+    """Number of contracted elements."""
     return math.prod(self.contracted_shape)
 
   def batch_shape(self, spec: str, x_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The leading axes of x that an einsum such as "BTD,DNH->BTNH" keeps.
+    """Sizes of the leading axes of x that an einsum such as "BTD,DNH->BTNH" keeps.
 
     Raises: ValueError: the spec is of another form, or does not fit the shapes.
     """
@@ -85,7 +85,7 @@ def contract_rows(
   products: "Sequence[tuple[str, Contraction]]",
   multiply: Callable[[Float[Array, "M K"]], Sequence[Float[Array, "M N"]]],
 ) -> list[Float[Array, "..."]]:
-  """`einsum(spec, x, w)` for each product, by a function that multiplies rows of x.
+  """Computes `einsum(spec, x, w)` for each product, by a function that multiplies rows of x.
 
   Args:
     products: Specs are like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing axes are

@@ -1,4 +1,4 @@
-"""A weight as small integers, groups of which share a scale, that XLA multiplies as they are."""
+"""A weight as groups of small integers with scales, which XLA multiplies in that form."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -22,8 +22,10 @@ _BLOCK_ELEMENTS = 1 << 20
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupedArray(RowMatrix):
-  """A weight matrix of K contracted elements (its leading axes; for a tied head its trailing ones) and
-  N output channels, as `GroupedRows` with codes packed into bit planes. A pytree.
+  """A weight matrix as `GroupedRows` whose codes are packed into bit planes. A pytree.
+
+  The weight has K contracted elements (its leading axes; for a tied head its trailing ones) and N output
+  channels (the other axes).
 
   A plane of b bits is uint8 [..., N, K b / 8]: with Y = K b / 8 bytes in a row, bits b j .. b j + b - 1
   of byte y are those of element j Y + y. The bits of a code are in `form.planes(K)`, the lowest first.
@@ -50,7 +52,7 @@ class GroupedArray(RowMatrix):
   def from_rows(
     cls, rows: GroupedRows, weight_shape: tuple[int, ...], contracted_axes: int
   ) -> "GroupedArray":
-    """One weight, without further leading axes. Raises: ValueError: another shape."""
+    """Packs one weight, without further leading axes. Raises: ValueError: the shapes do not fit."""
     c = Contraction(tuple(weight_shape), contracted_axes)
     if rows.codes.shape != (c.n, c.k):
       raise ValueError(
@@ -70,13 +72,13 @@ class GroupedArray(RowMatrix):
     return self.scales.shape[:-2]
 
   def dequantize(self) -> Float32[Array, "..."]:
-    """The weight that `contract` multiplies by, float32 of `shape`."""
+    """The weight that `contract` multiplies by, float32 in the shape `shape`."""
     w_NxK = jnp.concatenate([self._part(part) for part in range(self._parts)], axis=-1)
     w_NxK = w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)
     return w_NxK.reshape(self.shape)
 
   def contract(self, spec: str, x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    """`jnp.einsum(spec, x, w.dequantize())`, computed in float32, in x's dtype.
+    """Computes `jnp.einsum(spec, x, w.dequantize())` in float32; returns x's dtype.
 
     On a CPU a block of rows becomes float32 at a time, so that memory is read as narrow as it is.
 
@@ -90,7 +92,7 @@ class GroupedArray(RowMatrix):
   def contract_all(
     x: Float[Array | np.ndarray, "..."], *products: tuple[str, "GroupedArray"]
   ) -> list[Float[Array, "..."]]:
-    """`contract` with each weight."""
+    """Computes `contract` with each weight."""
     for _, w in products:
       w.check_single()
     x = jnp.asarray(x)
@@ -109,11 +111,11 @@ class GroupedArray(RowMatrix):
 
   @property
   def _parts(self) -> int:
-    """Equal parts of a row, each of which is some bits of a run of bytes in every plane."""
+    """Number of equal parts of a row; each is some bits of a run of bytes in every plane."""
     return 8 // min(self.form.planes(self.contraction.k))
 
   def _part(self, part: int) -> Float32[Array, "... R P"]:
-    """One part of every row, float32."""
+    """Dequantises one part of every row to float32."""
     form, k, parts = self.form, self.contraction.k, self._parts
     width, low, codes = k // parts, 0, None
     for plane, bits in zip(self.planes, form.planes(k), strict=True):
@@ -173,7 +175,7 @@ class GroupedArray(RowMatrix):
 
 
 def _plane(codes: np.ndarray, low: int, bits: int) -> np.ndarray:
-  """Bits low .. low + bits - 1 of every code, packed as the class says."""
+  """Packs bits low .. low + bits - 1 of every code as the class says."""
   if bits == 8:
     return np.ascontiguousarray(codes)
   n, k = codes.shape

@@ -63,7 +63,7 @@ class Int8Array(RowMatrix):
 
   @classmethod
   def quantize(cls, w: Float32[np.ndarray | Array, "..."], contracted_axes: int) -> "Int8Array":
-    """Round a weight to int8, on the host.
+    """Rounds a weight to int8, on the host.
 
     Absmax rounding, as LLM.int8() does per channel (arXiv:2208.07339, section 2.1):
     `scale = absmax / 127`, so an element is off by at most `scale / 2`.
@@ -109,7 +109,7 @@ class Int8Array(RowMatrix):
     return self.codes.shape[:-3]
 
   def dequantize(self) -> Float32[Array, "..."]:
-    """The weight that `contract` multiplies by, float32 of `shape`."""
+    """The weight that `contract` multiplies by, float32 in the shape `shape`."""
     lead, k = self.codes.shape[:-3], self.codes.shape[-1]
     n = self.contraction.n
     w_NxK = (self.codes.astype(jnp.float32) * self.scales[..., None]).reshape(*lead, -1, k)
@@ -117,14 +117,14 @@ class Int8Array(RowMatrix):
     return (w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)).reshape(self.shape)
 
   def contract(self, spec: str, x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    """`contract_all` with a single weight."""
+    """Computes `contract_all` with a single weight."""
     return self.contract_all(x, (spec, self))[0]
 
   @staticmethod
   def contract_all(
     x: Float[Array | np.ndarray, "..."], *products: tuple[str, "Int8Array"]
   ) -> list[Float[Array, "..."]]:
-    """`jnp.einsum(spec, x, w.dequantize())` for each (spec, w); no weight may have a batch axis.
+    """Computes `jnp.einsum(spec, x, w.dequantize())` for each (spec, w); no weight has a batch axis.
 
     Up to MAX_INTEGER_ROWS rows (products of x's batch axes), each row of x is rounded to
     integers in [-levels, levels] by its own absmax, levels being the least of any w, and products
@@ -136,8 +136,7 @@ class Int8Array(RowMatrix):
 
     Args:
       x: float32 or bfloat16.
-      products: specs are like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing
-        axes are contracted. x's last axes are the contracted ones, in the weight's order.
+      products: specs are as in `weights.contraction.contract_rows`.
     Returns: x's dtype, computed in float32, in the order of `products`.
     Raises: ValueError: a spec is of another form, or does not fit the shapes.
     """
@@ -165,7 +164,7 @@ def _products(weights: list[Int8Array], x_TxK: Float[Array, "T K"]) -> list[Arra
 
 
 def _integer(weights: list[Int8Array], x_TxK: Float32[Array, "T K"]) -> list[Array]:
-  """x times each weight, float32 [T, N]; x is rounded once for all of them."""
+  """Multiplies x by each weight, float32 [T, N]; x is rounded once for all of them."""
   levels = functools.reduce(jnp.minimum, [w.levels for w in weights])
   absmax_Tx1 = jnp.max(jnp.abs(x_TxK), axis=1, keepdims=True)
   # Divided before the broadcast: XLA would do so for some T only, and round otherwise.
@@ -186,7 +185,7 @@ def _integer(weights: list[Int8Array], x_TxK: Float32[Array, "T K"]) -> list[Arr
 
 
 def _integer_sums(codes: list[Array], q_TxK: Int32[Array, "T K"]) -> list[Array]:
-  """q times each matrix [4, R, K] of codes, int32 [T, 4 * R]."""
+  """Multiplies q by each matrix [4, R, K] of codes, int32 [T, 4 * R]."""
   count = q_TxK.shape[0]
   # A single row passes all matrices of one height in one loop: threads start and meet but once.
   loops: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""From float weights to ternary ones, on the host: by rounding, or exactly where they are ternary."""
+"""Packs float weights as ternary ones, on the host: by rounding, or exactly where they are ternary."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def absmean(
   scale_dtype: DTypeLike = "float16",
   mode: Mode = "w2a16",
 ) -> TernaryArray:
-  """Round a weight to -s, 0 and s, where s is the mean of |w| over a group, in `scale_dtype`.
+  """Rounds a weight to -s, 0 and s, where s is the mean of |w| over a group, in `scale_dtype`.
 
   An element becomes the nearest of the three (0 where two are), one beyond s becomes s. A group
   whose mean is 0 in `scale_dtype` becomes zeros.
@@ -56,7 +56,7 @@ def exact(
   scale_dtype: DTypeLike = "float16",
   mode: Mode = "w2a16",
 ) -> TernaryArray:
-  """The same weight, packed: each of its groups holds no other values than -s, 0 and s.
+  """Packs a weight without rounding: each of its groups holds no other values than -s, 0 and s.
 
   Arguments as in `absmean`.
   Raises: ValueError: a group holds another value, or `scale_dtype` has no such s; it names the row
@@ -85,7 +85,7 @@ def exact(
 
 
 def pack_rows(w_NxK: Int8[np.ndarray, "N K"]) -> UInt8[np.ndarray, "N Y"]:
-  """Rows of -1, 0 and 1 as codes, padded with zeros. Values are not checked."""
+  """Packs rows of -1, 0 and 1 as codes, padded with zeros. Values are not checked."""
   n, k = w_NxK.shape
   fields = np.ones((n, 4 * row_bytes(k)), np.uint8)
   np.add(w_NxK, 1, out=fields[:, :k].view(np.int8))
@@ -93,7 +93,7 @@ def pack_rows(w_NxK: Int8[np.ndarray, "N K"]) -> UInt8[np.ndarray, "N Y"]:
 
 
 def unpack_rows(codes: UInt8[np.ndarray, "N Y"], k: int) -> Int8[np.ndarray, "N K"]:
-  """The -1, 0 and 1 of rows of k elements: the inverse of `pack_rows`."""
+  """Unpacks rows of k elements to -1, 0 and 1: the inverse of `pack_rows`."""
   return spread(codes).view(np.int8)[:, :k] - np.int8(1)
 
 
@@ -110,7 +110,7 @@ def _starts(w_NxK: np.ndarray, group_size: int | None) -> np.ndarray:
 def _reduce(
   operation: np.ufunc, w_NxK: np.ndarray, group_size: int | None
 ) -> Float64[np.ndarray, "N Q"]:
-  """|w| reduced over each group, or over the tensor to [1, 1]."""
+  """Reduces |w| over each group, or over the tensor to [1, 1]."""
   starts = _starts(w_NxK, group_size)
   parts = [
     operation.reduceat(np.abs(w_nxK), starts, axis=1, dtype=np.float64)
@@ -126,7 +126,7 @@ def _reduce(
 def _chunks(
   w_NxK: np.ndarray, scales: np.ndarray, group_size: int | None
 ) -> Iterator[tuple[slice, Float32[np.ndarray, "n K"], Float32[np.ndarray, "#n #K"]]]:
-  """Some rows at a time, with the scale of each element."""
+  """Yields some rows at a time, with the scale of each element."""
   n, k = w_NxK.shape
   step = max(1, _CHUNK_ELEMENTS // k)
   for first in range(0, n, step):

@@ -1,4 +1,4 @@
-"""What quantized files hold, exactly: small integers, groups of which share a scale. Imports no JAX."""
+"""Quantized matrices exactly as files hold them: groups of small integers with scales, on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -44,15 +44,15 @@ class TernaryRows(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupedRows:
-  """A matrix on the host: a row of K elements is an output channel, or an entry of the vocabulary.
+  """A grouped matrix on the host: a row of K elements is an output channel, or a vocabulary entry.
 
   Attributes:
     form: What the arrays mean.
     codes: uint8 [N, K], below 2**form.bits.
     scales: [N, K / group_size] of form.scale; int8 if form.parent.
     parents: [N, K / PARENT] of form.scale if form.parent, else None.
-    minima: like scales, but uint8 for a "zero" or under a parent, or None.
-    minima_parents: like parents.
+    minima: Shaped like scales, but uint8 for a "zero" or under a parent; None without minima.
+    minima_parents: Shaped like parents, of the minima.
   """
 
   form: Grouped
@@ -63,7 +63,7 @@ class GroupedRows:
   minima_parents: np.ndarray | None = None
 
   def split(self, parts: int) -> "list[GroupedRows]":
-    """As many matrices of equally many rows, one after the other."""
+    """Cuts the rows into `parts` matrices of equally many rows, one after the other."""
     arrays = {
       field.name: getattr(self, field.name) for field in fields(self) if field.name != "form"
     }
@@ -77,7 +77,7 @@ class GroupedRows:
 
   @classmethod
   def join(cls, rows: "Sequence[GroupedRows]") -> "GroupedRows":
-    """One matrix of the rows of several, all of one form."""
+    """Joins the rows of several matrices of one form into one matrix."""
     arrays = {
       field.name: [getattr(one, field.name) for one in rows]
       for field in fields(cls)
@@ -87,7 +87,7 @@ class GroupedRows:
     return replace(rows[0], **whole)
 
   def values(self) -> Float32[np.ndarray, "N K"]:
-    """The numbers that these stand for: each product and sum rounded to float32 once."""
+    """Dequantises: each product and each sum is rounded to float32 once."""
     n, k = self.codes.shape
     form = self.form
     if form.float8 != "none":
@@ -119,7 +119,7 @@ class GroupedRows:
         raise ValueError(f"row {row}: a {what} is NaN or infinite")
 
   def as_form(self, form: Grouped) -> "GroupedRows":
-    """The same numbers in another form, one that `Grouped.join` gave of this one and others."""
+    """Converts to another form without any change of numbers: one that `Grouped.join` gave for this one."""
     if form == self.form:
       return self
     mine = self.form
@@ -151,7 +151,7 @@ class GroupedRows:
 
 
 def _scaled(scales: np.ndarray, parents: np.ndarray | None) -> np.ndarray:
-  """float32 of each group."""
+  """Multiplies scales by their parents: float32 for each group."""
   s = scales.astype(np.float32)
   if parents is None:
     return s

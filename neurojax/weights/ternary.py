@@ -34,14 +34,14 @@ CODE_BYTES = np.array([sum(v // 3**j % 3 << 2 * j for j in range(4)) for v in ra
 
 
 def row_bytes(k: int) -> int:
-  """Bytes of codes in a row of k contracted elements, padding included."""
+  """Number of bytes of codes in a row of k contracted elements, padding included."""
   return -(-k // BLOCK) * BLOCK // 4
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TernaryArray(RowMatrix):
-  """A weight matrix with elements -s, 0 and s. A pytree of two arrays.
+  """A weight matrix with elements -s, 0 and s as two-bit codes and scales. A pytree of two arrays.
 
   The weight has K contracted elements (its leading axes; for a tied head its trailing ones) and
   N output channels (the other axes). With Y = 16 * ceil(K / 64), byte y of row n holds elements
@@ -53,7 +53,7 @@ class TernaryArray(RowMatrix):
   of GGUF's Q2_0, without the scales between them.
 
   Further leading axes on both arrays (layers) are allowed: `jax.tree.map` with `jnp.stack` adds
-  one, `lax.scan` or an index takes it off. Only then can it be multiplied by.
+  one, `lax.scan` or an index takes it off. `kernels.gemm` multiplies by a single matrix only.
 
   Attributes:
     codes: uint8 [..., N, Y].
@@ -89,10 +89,10 @@ class TernaryArray(RowMatrix):
     group_size: int | None,
     mode: Mode = "w2a16",
   ) -> "TernaryArray":
-    """One weight, without further leading axes, from arrays of the shapes and dtypes above.
+    """Makes one weight, without further leading axes, from arrays of the shapes and dtypes above.
 
-    Raises: ValueError: a shape or dtype is another one. That codes are 0, 1 or 2 and padding is 1
-      is not checked: whoever packs (`quantize`, `codecs`) sees to it.
+    Raises: ValueError: a shape or dtype does not fit. Codes (0, 1 or 2) and padding (1) are not
+      checked: `quantize` and `codecs` pack nothing else.
     """
     w = cls(codes, scales, weight_shape, contracted_axes, group_size, mode)
     n, k = w.contraction.n, w.contraction.k
@@ -119,7 +119,7 @@ class TernaryArray(RowMatrix):
     return TernaryLayer(self, index)
 
   def dequantize(self) -> Float32[Array, "..."]:
-    """The weight that products multiply by, float32 of `shape`."""
+    """The weight that products multiply by, float32 in the shape `shape`."""
     c = self.contraction
     w_NxK = self._rows(self.codes, self.scales)[..., : c.k]
     w_NxK = w_NxK if self.contracted_axes < 0 else jnp.swapaxes(w_NxK, -1, -2)
@@ -131,7 +131,7 @@ class TernaryArray(RowMatrix):
     return self._rows(self.codes[ids], scales)[..., : self.weight_shape[1]]
 
   def _rows(self, codes: Array, scales: Array) -> Float32[Array, "... K"]:
-    """Dequantised rows with their padding."""
+    """Dequantises rows, with their padding."""
     shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8).reshape((1,) * codes.ndim + (4,))
     fields = codes[..., None] >> shifts & 3
     w = (fields.astype(jnp.int8) - 1).astype(jnp.float32).reshape(*codes.shape[:-1], -1)
@@ -144,13 +144,13 @@ class TernaryArray(RowMatrix):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TernaryLayer:
-  """The `index`-th of stacked ternary matrices: to be multiplied by without being copied out.
+  """One of stacked ternary matrices, which kernels multiply by without a copy.
 
-  What a compiler fuses may slice the stack for nothing. But a kernel is handed whole arrays, and a
-  slice of them, inside a loop over layers, is a copy: kernels are handed the stack and the index.
+  XLA may slice a stack for free in what it fuses. But a kernel gets whole arrays, and inside a loop over
+  layers a slice of them is a copy: kernels get the stack and the index.
 
   Attributes:
-    stacked: With one further leading axis.
+    stacked: A TernaryArray with one further leading axis.
     index: int32 [], not negative; beyond the stack's last layer it is clamped.
   """
 
