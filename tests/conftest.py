@@ -27,7 +27,7 @@ from tests import skips
 
 install_import_hook(
   [f"neurojax.{room}" for room in ("model", "weights", "kernels", "train", "stage")],
-  "beartype.beartype",
+  "tests.typecheck.check",
 )
 # No deadlines: on a busy machine they say nothing.
 hypothesis.settings.register_profile("neurojax", deadline=None)

@@ -1,4 +1,4 @@
-"""`neurojax train`."""
+"""`neurojax train`: trains a model, or goes on with a training run."""
 
 import dataclasses
 import difflib
@@ -19,25 +19,25 @@ FAILED, TERMINATED, INTERRUPTED = 1, 143, 130
 
 
 _LOST_S = 30
-"""Without a sign of life for so long a process of a run is taken for dead, and the others end."""
+"""Seconds without a heartbeat after which a process of a run counts as dead, and the others end."""
 
 _LOST = ("Gloo", "NCCL", "heartbeat", "UNAVAILABLE")
-"""Words of the errors of whoever waits for a process that is gone."""
+"""Words in the errors of processes that wait for a lost one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
   """Train a model as a TOML file says, or go on with a run.
 
-  Every key of the file can be given here too, and goes before it: --steps 100, --data.folder books,
-  --optimizer.peak-lr 1e-3; `none` takes a key away. --show prints the result and all keys.
+  Every key of the configuration is an option too and overrides it: --steps 100, --data.folder books,
+  --optimizer.peak-lr 1e-3; `none` removes a key. --show prints the result and all keys.
 
   --steps is the length of the schedule too: learning rates decay towards the last step, and the second
   stage begins at a fraction of all steps. A run that goes on with another number follows the schedule of
   that number from there on.
 
-  The same --workdir goes on where its last checkpoint ends, to the same losses to the bit. SIGTERM
-  and Ctrl-C save a checkpoint and end the run (exit codes 143 and 130).
+  With the same --workdir a run goes on from its newest checkpoint, to the same losses to the bit.
+  SIGTERM and Ctrl-C save a checkpoint and end the run (exit codes 143 and 130).
 
   Example: neurojax train --config tiny --workdir runs/tiny --data.folder data/books
   """
@@ -46,20 +46,22 @@ class Train:
   """The run's configuration: a TOML file, or the name of one in configs/train."""
   arch: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
   """An architecture in place of the configuration's [model]: a TOML file, as `neurojax size --out-config`
-  writes it, or the name of one in configs/model. --model.num-layers and the like still go before it."""
+  writes it, or the name of one in configs/model. --model.num-layers and the like override it."""
   workdir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-  """Folder of the run: metrics, checkpoints, what it was started with."""
+  """Folder of the run: its configuration, metrics and checkpoints."""
   overwrite: bool = False
-  """Take away the run in the folder and begin anew."""
+  """Remove the run in the folder and begin anew."""
   show: bool = False
   """Print the resolved configuration and end."""
   distributed: bool = False
-  """One of several processes, as JAX finds out (Slurm, Open MPI, Kubernetes); under srun and mpirun
-  this is on by itself."""
+  """Join the other processes of the run, which JAX finds by itself under Slurm, Open MPI and Kubernetes;
+  under srun and mpirun this is the default."""
   coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-  """Of process 0, where JAX cannot find out; with --processes and --process."""
+  """Address of process 0, where JAX cannot find the others; needs --processes and --process."""
   processes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  """Number of processes of the run."""
   process: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+  """Number of this process, from 0."""
   overrides: tyro.conf.Suppress[tuple[str, ...]] = ()
 
   def run(self) -> int:
@@ -95,7 +97,7 @@ class Train:
       ) from error
 
   def _join(self) -> None:
-    """Become one of several processes, if there are several."""
+    """Joins the other processes of the run, if there are any."""
     import jax
 
     if self.coordinator is not None:
@@ -133,7 +135,7 @@ class Train:
       )
     folder = RunFolder(workdir)
     program = MeshProgram(config)
-    # What cannot be is refused before a run is begun, let alone taken away.
+    # Wrong settings are refused before a run begins, and before an old one is removed.
     check_data(config, program)
     _check_trackers(config)
     if self.overwrite and folder.begun and config.init_from is not None:
@@ -173,17 +175,17 @@ class Train:
 def launched_in_parallel() -> bool:
   """Whether srun or mpirun started this process as one of several.
 
-  A shell inside an allocation has SLURM_JOB_ID too, but no step of several tasks: alone it must not
-  wait for others.
+  A shell inside an allocation has SLURM_JOB_ID too, but no step of several tasks, and must not wait for
+  others.
   """
   counts = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
   return any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def merged(table: dict[str, Any], overrides: Sequence[str], cls: type) -> dict[str, Any]:
-  """A configuration's table with options put into it: `--a.b-c VALUE`, `--a.b_c=VALUE`.
+  """Puts options into the table of a configuration: `--a.b-c VALUE`, `--a.b_c=VALUE`.
 
-  Values are TOML; what is not is a string; `none` takes the key away.
+  Values are TOML, or else strings; `none` removes the key.
 
   Raises: ValueError: an option without value, a value without option, or no such key.
   """
@@ -218,7 +220,7 @@ def merged(table: dict[str, Any], overrides: Sequence[str], cls: type) -> dict[s
 
 
 def keys_of(cls: type, prefix: str = "") -> "list[str]":
-  """Dotted names of all values of a configuration."""
+  """Lists the dotted names of all values of a configuration."""
   import typing
 
   hints = typing.get_type_hints(cls)
@@ -246,7 +248,7 @@ def recipes() -> dict[str, Path]:
 
 
 def _read(given: str) -> dict[str, Any]:
-  """The table of a configuration by its path or name. Raises: ValueError or OSError: there is none."""
+  """Reads a configuration by its path or name. Raises: ValueError or OSError: there is none."""
   path = Path(given)
   known = recipes()
   if not path.suffix and not path.exists() and given in known:
@@ -263,7 +265,7 @@ def _read(given: str) -> dict[str, Any]:
 
 
 def _architecture(given: str) -> dict[str, Any]:
-  """The [model] table of an architecture. Raises: ValueError: there is none, or it is wrong."""
+  """Reads an architecture as a [model] table. Raises: ValueError: there is none, or it is wrong."""
   from neurojax.config import ModelConfig, to_toml
 
   return tomllib.loads(to_toml(ModelConfig.named(given)))
@@ -301,7 +303,7 @@ def _introduce(config: "TrainConfig", latest: int | None) -> None:
 
 
 def _meet(what: str) -> None:
-  """Wait for the other processes."""
+  """Waits for the other processes."""
   import jax
 
   if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""In what forms a file keeps its matrices, told from its header. Imports no JAX."""
+"""Tells the forms of a file's matrices from its header."""
 
 from neurojax.config import Span
 from neurojax.files.model_file import ModelFile
@@ -7,8 +7,10 @@ from neurojax.model import params
 
 
 def stored_forms(file: ModelFile) -> dict[str, Form]:
-  """What the matrices are in the file, where one form has room for those of all layers, exactly, and is
-  no wider than 16 bits a number."""
+  """The forms of the file's matrices by canonical name.
+
+  A matrix is listed if one form holds it exactly in all layers, with at most 16 bits a number.
+  """
   config = file.config
   places = {name: [None] for name, _ in params.outer_names(config, Span.whole(config))}
   for stack in params.stacks(config):
@@ -24,7 +26,7 @@ def stored_forms(file: ModelFile) -> dict[str, Form]:
 
 
 def ternary_matrices(file: ModelFile) -> dict[str, Scales]:
-  """Those of `stored_forms` that are ternary."""
+  """The ternary ones of `stored_forms`."""
   return {name: form for name, form in stored_forms(file).items() if isinstance(form, Scales)}
 
 

@@ -1,4 +1,4 @@
-"""From a model file to the parameters of a span of its layers, and of no other."""
+"""Loads the parameters of a span of layers from a model file."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from neurojax.weights.rows import TernaryRows
 
 _ALIGNMENT = 64
 _AT_ONCE = 2
-"""Tensors of a layer that are read at once: one is copied while the other is unpacked; each takes room."""
+"""Number of tensors of a layer that are read at once: one is copied while the other is unpacked."""
 _ROWS_AT_ONCE = 64
 _PLAIN = {form.dtype: form for form in (Plain("float16"), Plain("bfloat16"))}
 
@@ -35,15 +35,16 @@ def load_span(
   weights: Weights = "dense",
   progress: Callable[[int], None] | None = None,
 ) -> NeuroLLM:
-  """Read the tensors of `span` and nothing else.
+  """Reads the tensors of `span` and nothing else.
 
   Args:
-    dtype: Of activations, cache, norms, and of matrices if `weights` is "dense".
-    weights: "w2a16" and "w2a8" keep what `ternary_matrices` lists packed, without any change, and
-      the other matrices dense; "stored" keeps all that `stored_forms` lists.
+    span: The layers; None: all.
+    dtype: Dtype of activations, cache and norms, and of dense matrices.
+    weights: "w2a16" and "w2a8" keep the matrices that `ternary_matrices` lists packed, without any
+      change, and the others dense; "stored" keeps all that `stored_forms` lists.
     progress: Called with the number of layers read so far.
-  Raises: ValueError: a tensor has another shape than the configuration says, or holds NaN or
-    infinity; the file has no ternary matrix to keep; and whatever the file's reader raises.
+  Raises: ValueError: a tensor does not have the configuration's shape, or holds NaN or infinity; the
+    file has no ternary matrix to keep; and whatever the file's reader raises.
   """
   config = file.config
   span = span or Span.whole(config)
@@ -93,7 +94,7 @@ def load_span(
 def _forms(
   file: ModelFile, dtype: DTypeLike, weights: Weights
 ) -> Callable[[str, int | None], Form | Literal["int8"] | None]:
-  """The form in which a tensor is to be held, by its name and layer; None: numbers of `dtype`."""
+  """Returns a function from name and layer to the form to hold; None: numbers of `dtype`."""
   kept = _kept(file, weights)
   plain = _PLAIN.get(jnp.dtype(dtype).name)
 
@@ -109,7 +110,7 @@ def _forms(
 
 
 def _kept(file: ModelFile, weights: Weights) -> Mapping[str, Form]:
-  """The matrices to keep as they are in the file."""
+  """The forms of matrices that are kept as they are in the file, by name."""
   if weights == "stored":
     return stored_forms(file)
   if weights not in ("w2a16", "w2a8"):
@@ -130,7 +131,7 @@ def _source(
   form: Form | Literal["int8"] | None,
   shape: tuple[int, ...],
 ) -> Source:
-  """What the file holds of a tensor, as `weights.build.build` takes it; numbers are checked."""
+  """Reads a tensor as `weights.build.build` takes it; plain numbers are checked."""
   match form:
     case Scales():
       return TernaryRows(*file.read_ternary(name, layer))
@@ -152,7 +153,7 @@ def _is_finite(array: np.ndarray) -> bool:
   exponent = {"float16": 0x7C00, "bfloat16": 0x7F80}.get(array.dtype.name)
   if exponent is None:
     return bool(np.isfinite(array).all())
-  # A quarter of the time.
+  # Integer operations take a quarter of the time of isfinite here.
   return bool(((array.view(np.uint16) & np.uint16(exponent)) != exponent).all())
 
 
@@ -170,13 +171,15 @@ class _Stacked:
       _copy(whole[place, ...], np.asarray(leaf))
 
   def pop(self, name: str) -> Any:
-    """On the default device, out of this host's memory if that is another."""
+    """Takes a parameter out, on the default device; the host's memory is freed if that is another."""
     return jax.tree.map(jax.device_put, self._whole.pop(name))
 
 
 def _copy(into: np.ndarray, leaf: np.ndarray) -> None:
-  """`into[...] = leaf`, of which axes may be swapped: a few of its rows at a time, as one after the
-  other would touch all of `into` for each."""
+  """Copies a leaf whose axes may be swapped: `into[...] = leaf`.
+
+  A few rows are copied at a time: each row alone would touch all of `into`.
+  """
   if leaf.flags.c_contiguous or leaf.ndim < 2:
     into[...] = leaf
     return
@@ -190,7 +193,7 @@ def _copy(into: np.ndarray, leaf: np.ndarray) -> None:
 
 
 def _buffer(layers: int, leaf: Any) -> np.ndarray:
-  """Room for a leaf of each layer, placed so that XLA:CPU takes it over without a copy."""
+  """Allocates room for a leaf of each layer, aligned so that XLA:CPU takes it over without a copy."""
   nbytes = layers * leaf.nbytes
   room = np.empty(nbytes + _ALIGNMENT, np.uint8)
   start = -room.ctypes.data % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""Arrays into new files."""
+"""Writes arrays into new files."""
 
 import contextlib
 import errno
@@ -12,9 +12,9 @@ import numpy as np
 
 @contextlib.contextmanager
 def stored(path: Path) -> Iterator[BinaryIO]:
-  """A file to write, which the system has stored when the block ends.
+  """Opens a file to write; the system has stored it when the block ends.
 
-  Raises: OSError: it cannot be written; a full disk is said in words.
+  Raises: OSError: the file cannot be written; a full disk is said in words.
   """
   with saying_no_room(path), path.open("wb") as file:
     yield file
@@ -24,7 +24,7 @@ def stored(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def saying_no_room(path: Path) -> Iterator[None]:
-  """Says in words, with the path, that the disk is full. Raises: OSError: whatever the block raises."""
+  """Words a full disk with the path and a remedy. Raises: OSError: what the block raises."""
   try:
     yield
   except OSError as error:
@@ -35,5 +35,5 @@ def saying_no_room(path: Path) -> Iterator[None]:
 
 
 def put(file: BinaryIO, array: np.ndarray) -> None:
-  """The bytes of an array, in C order."""
+  """Writes the bytes of an array, in C order."""
   file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Stages of random weights in any form: what a device makes of a shape, without a file."""
+"""Makes models of random weights in any form, to measure an architecture without a file."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from neurojax.weights.int8 import Int8Array
 from neurojax.weights.ternary import TernaryArray, row_bytes
 
 GROUP = 128
-"""Contracted elements that share a scale of a ternary matrix, as in Q2_0."""
+"""Number of contracted elements of a ternary matrix that share a scale, as in Q2_0."""
 
 
 def random_model(
@@ -27,7 +27,7 @@ def random_model(
   weights: Weights = "dense",
   seed: int = 0,
 ) -> NeuroLLM:
-  """What `files.load.load_span` gives of a file whose matrices are all ternary.
+  """Makes what `files.load.load_span` loads from a file whose matrices are all ternary.
 
   All layers have the same numbers, each in memory of its own.
   """

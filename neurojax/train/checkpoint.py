@@ -1,9 +1,8 @@
-"""Checkpoints of a run: the sharded state and, beside it, everything else that decides what comes next."""
+"""Checkpoints of a training run: the sharded state, and all else that decides how the run goes on."""
 
 import contextlib
 import functools
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ _STATE, _REST = "state", "rest"
 
 
 class Checkpoints:
-  """`folder`/STEP/, written while training goes on; one that was not finished does not exist.
+  """The checkpoints in `folder`/STEP/. They are written while training goes on; unfinished ones do not count.
 
   Every process of a run calls every method, in the same order.
   """
@@ -35,15 +34,18 @@ class Checkpoints:
     )
 
   def latest(self) -> int | None:
+    """The step of the newest checkpoint; None: there is none."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, rest: dict[str, Any]) -> None:
-    """Returns when the state has been copied; what is written later raises at the next call.
+    """Starts to save, and returns when the state has been copied.
+
+    Errors of what is written after that are raised by the next call.
 
     Args:
       state: A pytree of arrays.
-      rest: Plain values that JSON can hold.
-    Raises: OSError: this checkpoint, or the one before, cannot be written.
+      rest: Plain values that JSON can hold: data position, guard, metrics.
+    Raises: OSError: this checkpoint or the previous one cannot be written.
     """
     with self._writing():
       self._manager.save(
@@ -54,10 +56,10 @@ class Checkpoints:
       )
 
   def restore(self, step: int, abstract: T) -> tuple[T, dict[str, Any]]:
-    """The state and the rest of a step.
+    """Reads the state and the rest of a step.
 
     Args:
-      abstract: Shapes, dtypes and shardings of the state as it is wanted.
+      abstract: Shapes, dtypes and shardings that the state is to have.
     Raises: ValueError: the checkpoint is damaged, or of another state.
     """
     found = self._restore(
@@ -67,7 +69,7 @@ class Checkpoints:
     return found[_STATE], found[_REST]
 
   def restore_fields(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Some fields of the state, without the memory for the others; otherwise as `restore`."""
+    """Reads some fields of the state as `restore` does, without the memory for the others."""
     found = self._restore(
       step,
       **{
@@ -93,12 +95,12 @@ class Checkpoints:
       ) from error
 
   def wait(self) -> None:
-    """Until everything is on disk. Raises: OSError: it cannot be written."""
+    """Waits until everything is on disk. Raises: OSError: something cannot be written."""
     with self._writing():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Raises: OSError: something cannot be written."""
+    """Waits and closes. Raises: OSError: something cannot be written."""
     self.wait()
     self._manager.close()
 
@@ -107,7 +109,7 @@ class Checkpoints:
     try:
       yield
     except jax.errors.JaxRuntimeError:
-      # Another process was lost, say: nothing about this one's disk.
+      # Such errors are about other processes, for example a lost one, not about this one's disk.
       raise
     except Exception as error:
       kept = self._manager.latest_step()
@@ -119,17 +121,13 @@ class Checkpoints:
       ) from error
 
 
-def remove(folder: Path) -> None:
-  shutil.rmtree(folder, ignore_errors=True)
-
-
 def _one_line(error: Exception) -> str:
   """The beginning of an error's text: TensorStore adds pages of its settings."""
   return " ".join(str(error).split())[:300]
 
 
 _NO_ROOM = "os_error_code='28'"
-"""How TensorStore spells ENOSPC."""
+"""TensorStore's words for ENOSPC."""
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""What a training run is: recipe, data, model and layout, in one TOML file."""
+"""The configuration of a training run: recipe, data, model and layout, in one TOML file."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ from neurojax.train.guard import GuardConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantization:
-  """What products see of the weights and the activations of a layer's seven matrices.
+  """The rounding of weights and activations in products with a layer's seven matrices.
 
   Attributes:
-    weights: "ternary": -s, 0 and s by absmean with straight-through gradients (arXiv:2402.17764);
-      "none": in the compute dtype.
-    group_size: Elements that share s along the contracted axis, in a file's order: 64 or 128 for
-      Q2_0, 256 for TQ2_0 and TQ1_0. None: one s for the matrix of a layer, as published.
-    activations: "int8": rounded per token by absmax, straight-through (the same paper).
-    outer: What the embedding and an untied head are rounded to, in training as in the export.
+    weights: "ternary": rounded to -s, 0 and s by absmean, with straight-through gradients
+      (arXiv:2402.17764); "none": in the compute dtype.
+    group_size: Number of elements that share s along the contracted axis, in a file's order: 64 or 128
+      for Q2_0, 256 for TQ2_0 and TQ1_0. None: one s for the matrix of a layer, as published.
+    activations: "int8": rounded per token by absmax, straight-through (the same paper); "none".
+    outer: The dtype that the embedding and an untied head are rounded to, in training and in the export.
   """
 
   weights: Literal["none", "ternary"] = "none"
@@ -38,20 +38,21 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """How gradients become steps. See `train.optimizer` for the formulas.
+  """The optimizer and its schedule. See `train.optimizer` for the formulas.
 
   Attributes:
-    name: "adamw"; or "muon", for the layers' matrices alone, the rest under AdamW.
+    name: "adamw"; or "muon" for the layers' matrices, with AdamW for the rest.
     peak_lr: Learning rate after warm-up.
     second_lr: Peak of the second stage, from `second_stage` of the steps on; None: one stage.
-    final_fraction: Of the peak, where the decay ends.
-    decay: Its form from the end of warm-up to the last step.
-    warmup_steps: The learning rate rises linearly over them.
-    weight_decay, second_weight_decay: Of the matrices, decoupled; norms have none. The second is of
-      the second stage; None: the same.
-    second_stage: Where the second stage begins, as a fraction of all steps.
-    clip_norm: Gradients of a greater global norm are scaled down to it; None: never.
-    muon_beta: Muon's momentum.
+    final_fraction: Fraction of the peak at which the decay ends.
+    decay: Form of the decay from the end of warm-up to the last step.
+    warmup_steps: Number of steps over which the learning rate rises linearly.
+    weight_decay: Decoupled weight decay of the matrices; norms have none.
+    second_weight_decay: Weight decay in the second stage; None: the same.
+    second_stage: Begin of the second stage, as a fraction of all steps.
+    beta1, beta2, eps: Constants of Adam.
+    clip_norm: Greatest global norm of gradients, to which greater ones are scaled down; None: no limit.
+    muon_beta: Momentum of Muon.
   """
 
   name: Literal["adamw", "muon"] = "adamw"
@@ -89,14 +90,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Which tokens, and how many at once.
+  """The training data and the size of batches.
 
   Attributes:
-    folder: What `neurojax data prepare` wrote.
-    batch_size: Sequences of one forward pass over all devices, not counting accumulation.
-    seq_len: Tokens of each that are predicted; windows hold one more.
-    seed: Of the shuffling.
-    workers: Threads that read ahead; 0: none.
+    folder: Folder that `neurojax data prepare` wrote.
+    batch_size: Number of sequences of one forward pass over all devices, not counting accumulation.
+    seq_len: Number of predicted tokens of a sequence; its window holds one more.
+    seed: Seed of the shuffling.
+    workers: Number of threads that read ahead.
   """
 
   folder: str
@@ -115,7 +116,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-  """Where metrics go beside metrics.jsonl."""
+  """Trackers that get metrics beside metrics.jsonl."""
 
   tensorboard: bool = False
   wandb: bool = False
@@ -127,23 +128,25 @@ class TrainConfig:
   """One training run.
 
   Attributes:
-    steps: Of the optimizer.
-    accumulation: Forward and backward passes of each step; its batch has
+    model, optimizer, data, quantization, layout, tracker, guard: See their classes.
+    steps: Number of the optimizer's steps, and the length of its schedule.
+    accumulation: Number of forward and backward passes of each step, whose batch has
       accumulation * data.batch_size sequences.
     z_loss: Weight of log(Z)**2 in the objective (arXiv:2204.02311, section 5); 0 is off.
-    compute_dtype: Of products and activations. Master weights, optimizer, norms, softmax, the loss
-      and sums of gradients are float32 in any case.
-    remat: What the backward pass computes anew in each layer: "none": nothing; "dots": all but
+    compute_dtype: Dtype of products and activations. Master weights, optimizer, norms, softmax, the
+      loss and sums of gradients are always float32.
+    remat: The part of each layer that the backward pass computes anew: "none": nothing; "dots": all but
       products and attention; "full": everything.
-    unroll: Layers that the compiler sees one after the other in each round of the loop over them.
-      All of them: a GPU's step is about a tenth shorter, nothing being copied into and out of stacks,
-      and compiles for a minute (experiments/train_mfu).
-    attention: "einsum" anywhere; "cudnn" on a CUDA GPU in bfloat16. "auto" is the latter on a CUDA
-      GPU if compute_dtype is bfloat16, else the former.
-    seed: Of the initial weights.
-    eval_every, checkpoint_every, log_every: In steps. eval_batches: of data.batch_size each;
-      0: no evaluation, which data without a held-out split need.
-    keep: Checkpoints that are kept.
+    unroll: Number of layers that the compiler sees one after the other in each round of the loop over
+      them. With all of them a GPU's step is about a tenth shorter, as nothing is copied into and out of
+      stacks, and compiling takes a minute (experiments/train_mfu).
+    attention: "einsum" runs anywhere; "cudnn" on a CUDA GPU in bfloat16. "auto" is "cudnn" on a CUDA
+      GPU if compute_dtype is bfloat16, else "einsum".
+    seed: Seed of the initial weights.
+    eval_every, checkpoint_every, log_every: Intervals in steps.
+    eval_batches: Number of batches of each evaluation, of data.batch_size sequences; 0: no evaluation,
+      which data without a held-out split need.
+    keep: Number of checkpoints that are kept.
     init_from: A model file whose weights are the initial ones, in place of random ones.
   """
 
@@ -201,10 +204,10 @@ class TrainConfig:
 
   @property
   def tokens_per_step(self) -> int:
-    """Predicted tokens of one step of the optimizer."""
+    """Number of predicted tokens in one step of the optimizer."""
     return self.accumulation * self.data.batch_size * self.data.seq_len
 
   @classmethod
   def load(cls, path: str | Path) -> "TrainConfig":
-    """Read a TOML file. Raises ValueError for an unknown key, a missing one or a wrong value."""
+    """Reads a TOML file. Raises ValueError for an unknown key, a missing one or a wrong value."""
     return from_toml(cls, Path(path).read_text(encoding="utf-8"), where=str(path))

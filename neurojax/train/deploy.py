@@ -1,4 +1,4 @@
-"""From master weights to what a model file holds: the very numbers that training multiplied by."""
+"""Turns master weights into what a model file holds: the very numbers that training multiplied by."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from neurojax.weights.ternary import TernaryArray, row_bytes
 
 
 def deploy(weights: Params, config: TrainConfig) -> dict[str, Any]:
-  """The trained model by canonical name, on the host.
+  """Makes the arrays of a model file by canonical name, on the host.
 
   Returns: a layer's matrices as TernaryArrays stacked on L, scales float16, where the recipe says
     ternary, else in the compute dtype; embedding and head in the dtype of `quantization.outer`; norms
@@ -69,7 +69,7 @@ def _packed(name: str, w: jax.Array, config: TrainConfig) -> TernaryArray:
 
 
 def _whole(array: jax.Array) -> np.ndarray:
-  """All of an array on the host, wherever its parts are."""
+  """Gathers all parts of an array on the host."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     array = multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)

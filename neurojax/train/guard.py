@@ -1,4 +1,4 @@
-"""When a training step went wrong, and what to do about it. Imports no JAX."""
+"""Judges whether a training step went wrong, and what to do about it."""
 
 import collections
 import dataclasses
@@ -11,17 +11,17 @@ Verdict = Literal["fine", "skipped", "back"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-  """What a run survives.
+  """Limits of what a run recovers from.
 
   A step whose loss or gradient is not finite changes nothing and is skipped (the step function sees
   to that). Going back to the last checkpoint and on with later batches is the remedy of PaLM,
   arXiv:2204.02311, section 5.1.
 
   Attributes:
-    skips: So many skipped steps in a row send the run back to its last checkpoint.
-    spike_factor: So does a loss above this times the median of recent ones; None never does.
-    spike_window: How many losses are recent; fewer than half of it judge nothing.
-    returns: The run ends with an error when it would have to go back once more.
+    skips: Number of skipped steps in a row that send the run back to its last checkpoint.
+    spike_factor: A loss above this times the median of recent ones does so too; None: never.
+    spike_window: Number of losses that are recent; with fewer than half of it there is no judgement.
+    returns: Number of returns after which the next one ends the run with an error.
   """
 
   skips: int = 5
@@ -40,7 +40,7 @@ class GuardConfig:
 
 
 class Guard:
-  """Sees every step's loss in order."""
+  """Judges the loss of every step, in order."""
 
   def __init__(self, config: GuardConfig):
     self._config = config
@@ -50,7 +50,7 @@ class Guard:
     self.reason = ""
 
   def observe(self, loss: float, finite: bool) -> Verdict:
-    """What to do after this step; `reason` says why, if not "fine"."""
+    """Decides what to do after this step; `reason` says why, if not "fine"."""
     if not finite or not math.isfinite(loss):
       self._skipped_in_a_row += 1
       self.reason = "loss or gradient is not finite"
@@ -69,7 +69,7 @@ class Guard:
     return "fine"
 
   def get_state(self) -> dict[str, Any]:
-    """Plain values."""
+    """The state as plain values, for a checkpoint."""
     return {
       "recent": list(self._recent),
       "skipped_in_a_row": self._skipped_in_a_row,

@@ -1,4 +1,4 @@
-"""The training loop: everything around the pure step that touches files, clocks and signals."""
+"""The training loop: runs the pure step, and deals with files, clocks and signals."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ from neurojax.train.run_folder import CHECKPOINTS, METRICS, RunFolder
 
 @runtime_checkable
 class Program(Protocol):
-  """What the loop runs: state and compiled functions of one configuration on one mesh.
+  """State and compiled functions of one configuration on one mesh.
 
   Attributes:
-    flops_per_token: Of a training step, forward and backward.
-    peak_flops_per_s: Of all devices together in the compute dtype; None where it is not known.
+    flops_per_token: FLOPs of a training step for each token, forward and backward.
+    peak_flops_per_s: Peak of all devices together in the compute dtype; None where it is unknown.
   """
 
   flops_per_token: float
@@ -35,36 +35,44 @@ class Program(Protocol):
   def abstract_state(self) -> Any: ...
 
   def rows(self, batch_size: int) -> Rows:
-    """Which rows of a global batch this process feeds."""
+    """The rows of a global batch that this process feeds."""
     ...
 
   def put(self, rows: Rows, local: np.ndarray, batch_size: int) -> jax.Array:
-    """The global batch of which this process has these rows."""
+    """Makes the global batch of which this process has these rows."""
     ...
 
   def train_step(self, state: Any, tokens: jax.Array) -> tuple[Any, Mapping[str, jax.Array]]: ...
 
   def eval_step(self, state: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of nats, and of how many tokens."""
+    """Returns the sum of nats, and the number of tokens."""
     ...
 
 
 class TrainingError(Exception):
-  """Training went wrong in a way that going on would not mend."""
+  """Training went wrong in a way that going back to a checkpoint does not mend."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
+  """The end of a run.
+
+  Attributes:
+    step: The last step.
+    loss: Loss of that step.
+    valid_loss: Loss of the last evaluation.
+    stopped_by: The signal that ended the run early.
+  """
+
   step: int
   loss: float
   valid_loss: float | None
   stopped_by: int | None
-  """The signal that ended the run early."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-  """A step that was started, whose numbers were not looked at."""
+  """A step that was started and whose metrics were not read yet."""
 
   step: int
   metrics: Mapping[str, jax.Array]
@@ -72,11 +80,11 @@ class _Pending:
 
 
 class Loop:
-  """One run, from its first or last checkpoint to its last step.
+  """A run from its newest checkpoint, or its beginning, to its last step.
 
-  The numbers of a step are read while the next one runs, but for steps before a checkpoint or an
-  evaluation: what the run decides depends on those numbers and on nothing else, so that a run that
-  was ended at any moment goes on to the same losses.
+  The metrics of a step are read while the next step runs, except before a checkpoint or an evaluation.
+  Decisions depend on those metrics alone, so that a run that was ended at any moment goes on to the same
+  losses.
   """
 
   def __init__(
@@ -97,7 +105,7 @@ class Loop:
     )
     self._guard = Guard(config.guard)
     self._checkpoints = Checkpoints(folder.path / CHECKPOINTS, keep=config.keep)
-    # Other processes count bytes too: what a checkpoint says must be the same for all.
+    # One process writes metrics: checkpoints must say the same for all processes.
     self._metrics = MetricsFile(folder.path / METRICS) if self._first else None
     self._stop = _Stop()
     self._clock = _Clock()
@@ -108,11 +116,14 @@ class Loop:
     self._valid_loss: float | None = None
 
   def latest(self) -> int | None:
-    """The step of the last checkpoint."""
+    """The step of the newest checkpoint; None: there is none."""
     return self._checkpoints.latest()
 
   def run(self) -> Outcome:
-    """Raises: TrainingError: the run went back too often. ValueError: a damaged checkpoint."""
+    """Runs to the last step or to a signal.
+
+    Raises: TrainingError: the run went back too often. ValueError: a damaged checkpoint.
+    """
     config = self._config
     with self._stop:
       state, step = self._restored()
@@ -197,7 +208,7 @@ class Loop:
     self._clock.pause(time.monotonic() - began)
 
   def _settle(self, pending: _Pending) -> tuple[float, bool]:
-    """Look at the numbers of a step: its loss, and whether the run has to go back."""
+    """Reads the metrics of a step: returns its loss, and whether the run has to go back."""
     values = {name: float(value) for name, value in jax.device_get(dict(pending.metrics)).items()}
     loss, finite = values["loss"], bool(values.pop("finite", 1.0))
     verdict = self._guard.observe(loss, finite)
@@ -220,7 +231,7 @@ class Loop:
     return loss, verdict == "back"
 
   def _back(self, bad: _Pending) -> tuple[Any, int, None]:
-    """Go back to the last checkpoint, and on with what comes after the bad batch."""
+    """Goes back to the newest checkpoint, and on with the batches after the bad one."""
     returns, reason = self._guard.returns + 1, self._guard.reason
     if returns > self._config.guard.returns:
       raise TrainingError(
@@ -292,7 +303,7 @@ class Loop:
 
 
 def check_data(config: TrainConfig, program: Program) -> None:
-  """Refuse what the loop would, before there is a folder for it.
+  """Refuses data that the loop would refuse, before the run has a folder.
 
   Raises: ValueError: a split is missing, or is less than a batch.
   """
@@ -310,7 +321,7 @@ class _HeldOut:
 
 
 def held_out(config: TrainConfig, program: Program) -> _HeldOut:
-  """The same windows at every evaluation: the first `eval_batches` batches of one shuffled epoch.
+  """Opens the held-out windows, the same at every evaluation: the first batches of a shuffled epoch.
 
   Raises: ValueError: there is no held-out split, or less than a batch of it.
   """
@@ -331,7 +342,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Clock:
-  """Seconds per step since the last question, without pauses and without a first step's compiling."""
+  """Measures seconds per step since the last call, without pauses and without the first step's compiling."""
 
   def __init__(self) -> None:
     self.restart()
@@ -359,9 +370,9 @@ class _Clock:
 
 
 class _Stop:
-  """Whether someone asked the run to end: SIGTERM (Slurm, Kubernetes) or Ctrl-C, once.
+  """Notes whether someone asked the run to end: SIGTERM (Slurm, Kubernetes) or Ctrl-C, once.
 
-  With several processes JAX's coordination service passes SIGTERM on, so that all stop at one step.
+  With several processes, JAX's coordination service passes SIGTERM on, so that all stop at one step.
   """
 
   def __init__(self) -> None:

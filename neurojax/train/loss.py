@@ -1,4 +1,4 @@
-"""The loss of next tokens, without ever holding all logits."""
+"""The loss of next tokens, computed without ever holding all logits."""
 
 import functools
 import math
@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Float32, Int32
 from neurojax.layout import BATCH
 
 LOGIT_BYTES = 1 << 29
-"""Of float32 logits that a device holds at once."""
+"""Bytes of float32 logits that a device holds at once."""
 
 
 def chunks_for(batch: int, length: int, vocab_size: int) -> int:
-  """In how many parts the positions of `batch` sequences on a device are taken: the least divisor
-  of `length` with which a part's logits fit LOGIT_BYTES."""
+  """Number of parts in which the positions of `batch` sequences on a device are taken.
+
+  It is the least divisor of `length` with which a part's logits fit LOGIT_BYTES.
+  """
   least = max(1, math.ceil(4 * batch * length * vocab_size / LOGIT_BYTES))
   return next(n for n in range(min(least, length), length + 1) if length % n == 0)
 
@@ -32,14 +34,14 @@ def next_token_loss(
   chunks: int,
   mesh: Mesh | None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-  """Mean cross-entropy of the targets under softmax(x head), in nats, with what is added to it.
+  """Computes the mean cross-entropy of the targets under softmax(x head), in nats, and the objective.
 
   Products are in the dtype of x, all else is float32. The gradients are formed in the forward pass,
   chunk by chunk while its logits are there, so that nothing is computed twice and the products are
   those that 6 N counts: one forward, two backward.
 
   Args:
-    x_BTD: What the final norm gave.
+    x_BTD: Normalised activations of the last layer.
     head: Rounded to the dtype of x; its gradient is summed in float32.
     axes: "VD" for a tied embedding, "DV" for a head of its own.
     z_loss: Weight of the mean of log(Z)**2, which keeps logits small (arXiv:2204.02311, section 5).

@@ -1,4 +1,4 @@
-"""The step functions of a configuration, compiled for a mesh, as the loop runs them."""
+"""The compiled functions of a configuration on a mesh, as the loop runs them."""
 
 from collections.abc import Mapping
 
@@ -59,7 +59,7 @@ class MeshProgram:
 
 
 def peak_flops_per_s(config: TrainConfig) -> float | None:
-  """Of all devices together; None where it is not known, as on CPUs."""
+  """Peak FLOP/s of all devices together; None where it is unknown, as on CPUs."""
   if config.compute_dtype != "bfloat16":
     return None
   each = datasheet_flops_per_s(jax.devices()[0].device_kind)

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl always, other trackers when asked. Imports no JAX."""
+"""Writes the metrics of a run: to metrics.jsonl always, to other trackers on request."""
 
 import importlib.util
 import json
@@ -16,6 +16,8 @@ Value = float | int | str | bool | None
 
 @runtime_checkable
 class Log(Protocol):
+  """A tracker of metrics."""
+
   def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
   def close(self) -> None: ...
@@ -24,8 +26,8 @@ class Log(Protocol):
 class MetricsFile:
   """metrics.jsonl: a line per training step (`step`, `loss`, ...) and per event (`event`, `step`).
 
-  A number that is not finite is null: JSON has no other word for it. `offset` belongs into a
-  checkpoint; `cut` at it takes away what a run wrote that never got to the next one.
+  A number that is not finite is null: JSON has no other word for it. A checkpoint keeps `offset`; `cut`
+  at it removes what a run wrote after that checkpoint.
   """
 
   def __init__(self, path: Path):
@@ -37,7 +39,7 @@ class MetricsFile:
     return self._file.tell()
 
   def cut(self, offset: int) -> None:
-    """Raises: ValueError: the file is shorter than that."""
+    """Removes what lies behind an offset. Raises: ValueError: the file is shorter than that."""
     if self._file.tell() < offset:
       raise ValueError(
         f"{self._path}: {self._file.tell()} bytes, but the checkpoint was made at {offset}: the file"

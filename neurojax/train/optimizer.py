@@ -1,4 +1,4 @@
-"""From gradients to steps: schedules, clipping, AdamW and Muon.
+"""Turns gradients into steps: schedules, clipping, AdamW and Muon.
 
 At step t the weights move by -lr(t) * (direction + wd(t) * weights). Optax gives the direction;
 learning rate and weight decay are functions of the step alone, so that no state holds them.
@@ -14,11 +14,11 @@ from neurojax.train.config import OptimizerConfig, TrainConfig
 from neurojax.train.parameters import Params, is_projection
 
 _MUON_RMS = 0.2
-"""Root mean square of an orthogonalised update, as AdamW's is: one learning rate suits both."""
+"""Root mean square of an orthogonalised update. AdamW's is alike: one learning rate suits both."""
 
 
 def learning_rate(config: TrainConfig, step: Int32[Array, ""]) -> Float32[Array, ""]:
-  """Of step 0, 1, and so on.
+  """The learning rate of step 0, 1 and so on.
 
   A linear rise over `warmup_steps`, then the decay from 1 to `final_fraction` at the last step, times
   the peak: `peak_lr`, and `second_lr` from `second_stage` of all steps on, where the rate falls at
@@ -28,7 +28,7 @@ def learning_rate(config: TrainConfig, step: Int32[Array, ""]) -> Float32[Array,
   c = config.optimizer
   t = step.astype(jnp.float32)
   rise = (t + 1) / max(c.warmup_steps, 1)
-  # Of the steps after warm-up; 1 is one step past the last.
+  # Fraction of the steps after warm-up; 1 is one step past the last.
   progress = jnp.clip((t - c.warmup_steps) / max(config.steps - c.warmup_steps, 1), 0, 1)
   falling = {
     "linear": 1 - progress,
@@ -40,7 +40,7 @@ def learning_rate(config: TrainConfig, step: Int32[Array, ""]) -> Float32[Array,
 
 
 def weight_decay(config: TrainConfig, step: Int32[Array, ""]) -> Float32[Array, ""]:
-  """0.1 and then 0 in the recipe of ternary models, whose weights would not settle otherwise."""
+  """The weight decay of a step. Ternary recipes have 0.1 and then 0: weights would not settle otherwise."""
   c = config.optimizer
   return _staged(config, step, c.weight_decay, c.second_weight_decay)
 
@@ -53,7 +53,7 @@ def _staged(
 
 
 def transform(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Gradients to minus the direction, without learning rate or weight decay.
+  """Makes the transformation from gradients to minus the direction, without rate or weight decay.
 
   adamw  Adam with bias correction (arXiv:1711.05101)
   muon   momentum, orthogonalised by Newton-Schulz, for the layers' matrices, each as one of K x N
@@ -76,7 +76,7 @@ def transform(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def muon_axes(tree: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
-  """Which axes of each stacked matrix are contracted and which are outputs; None: not Muon's."""
+  """Tells the contracted and the output axes of each stacked matrix; None: not for Muon."""
 
   def one(name: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
     if not is_projection(name):
@@ -90,7 +90,7 @@ def muon_axes(tree: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | No
 
 
 def clip(gradients: Params, clip_norm: float | None) -> tuple[Params, Float32[Array, ""]]:
-  """Scaled down to a global norm of `clip_norm` at most, and the norm they had (arXiv:1211.5063)."""
+  """Scales gradients down to a global norm of at most `clip_norm`; returns the norm too (arXiv:1211.5063)."""
   norm = optax.tree.norm(gradients)
   if clip_norm is None:
     return gradients, norm
@@ -101,7 +101,7 @@ def clip(gradients: Params, clip_norm: float | None) -> tuple[Params, Float32[Ar
 def move(
   weights: Params, updates: Params, rate: Float32[Array, ""], decay: Float32[Array, ""]
 ) -> Params:
-  """The weights after a step. Norms do not decay."""
+  """Computes the weights after a step. Norms do not decay."""
 
   def one(name: str) -> Array:
     w = weights[name]

@@ -1,7 +1,8 @@
 """The parameters of a model in training: a flat dict by canonical name, layers stacked on L.
 
-Three forms of one tree: the float32 master weights that the optimizer moves; what a step multiplies
-by, made of them once a step; and one layer of that as the module that runs it.
+There are three kinds of one tree: the float32 master weights that the optimizer moves; the effective
+parameters that a step multiplies by, made from them once a step; and the layers of the model filled with
+those.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,23 +32,23 @@ _SEEDS = {
   "embedding_VD": 0, "head_DV": 2, "q_DNH": 4, "k_DKH": 5, "v_DKH": 6, "o_NHD": 10, "gate_DF": 12,
   "up_DF": 13, "down_FD": 15,
 }  # fmt: skip
-"""What is folded into a run's key for each matrix. A number stays its matrix's for good: with another
-one, the same seed would begin from other weights."""
+"""Numbers that are folded into a run's key, one for each matrix. They never change: with another number
+the same seed would give other initial weights."""
 
 
 def names(config: ModelConfig) -> list[str]:
-  """All parameters, those of the whole model first."""
+  """Names of all parameters, those outside the layers first."""
   outer = [name for name, _ in params.outer_names(config, Span.whole(config))]
   return outer + [name for name, _ in params.layer_names(config)]
 
 
 def is_projection(name: str) -> bool:
-  """One of a layer's matrices: what becomes ternary, and what Muon moves."""
+  """Whether a parameter is a matrix of a layer: those become ternary, and Muon moves them."""
   return name in params.LAYER and params.is_matrix(name)
 
 
 def letters(name: str) -> str:
-  """The axes of a master weight: "LDF" of "up_DF"."""
+  """Letters of the axes of a master weight: "LDF" for "up_DF"."""
   return ("L" if name in params.LAYER else "") + name.rpartition("_")[2]
 
 
@@ -57,15 +58,15 @@ def shape(config: ModelConfig, name: str) -> tuple[int, ...]:
 
 
 def where(mesh: Mesh, name: str) -> NamedSharding:
-  """Matrices go by their letters. Norms are whole everywhere: small, and needed by each device."""
+  """Places a parameter: matrices by their letters; norms whole, as each device needs all of them."""
   return layout.sharding(mesh, letters(name)) if params.is_matrix(name) else layout.replicated(mesh)
 
 
 def initial(config: ModelConfig, seed: int) -> Params:
-  """Normal weights of standard deviation 0.02, those that write to the residual stream smaller by
-  sqrt(2 L); norms are 1. Each weight depends on its name and the seed, and on no mesh.
+  """Draws normal weights of standard deviation 0.02; norms are 1.
 
-  Source: GPT-2 (Radford et al. 2019, section 2.3).
+  Matrices that write to the residual stream are smaller by sqrt(2 L). Each weight depends on its name and
+  the seed, and on no mesh. Source: GPT-2 (Radford et al. 2019, section 2.3).
   """
   key = jax.random.key(seed)
 
@@ -81,7 +82,7 @@ def initial(config: ModelConfig, seed: int) -> Params:
 
 
 def effective(master: Params, config: TrainConfig) -> dict[str, Any]:
-  """What a step multiplies by, and a model file will hold.
+  """Makes the parameters that a step multiplies by and a model file will hold.
 
   Projections become `AwareMatrix`; the embedding and an untied head are rounded as the export will
   be, yet stay float32, as a lookup's gradient is summed in float32; norms stay.
@@ -106,7 +107,7 @@ def _values(name: str, w_L: Array, config: TrainConfig) -> Array:
 def ternary(
   name: str, w_L: Float32[Array, "L ..."], recipe: Quantization, dtype: jnp.dtype
 ) -> tuple[Float[Array, "L ..."], Float32[Array, "L ..."]]:
-  """Values and scales of a stacked matrix: see `aware.absmean`."""
+  """Rounds a stacked matrix to values and scales: see `aware.absmean`."""
   axes = params.contracted(name)
   return jax.vmap(lambda w: aware.absmean(w, axes, group_size=recipe.group_size, dtype=dtype))(w_L)
 
@@ -118,7 +119,7 @@ def _outer(w: Array, recipe: Quantization) -> Array:
 
 
 def layers(config: ModelConfig, dtype: str, attention: Kind) -> tuple[nnx.GraphDef, nnx.State]:
-  """The layers of a model without numbers: their structure, and the state that `fill` fills."""
+  """Makes the layers of a model without numbers: their structure, and the state that `fill` fills."""
   whole = NeuroLLM.abstract(config, dtype=jnp.dtype(dtype), attention=attention)
   # Embedding and head are sharded, and multiplied by, in ways of training's own.
   del whole.embedding_VD, whole.final_norm
@@ -128,7 +129,7 @@ def layers(config: ModelConfig, dtype: str, attention: Kind) -> tuple[nnx.GraphD
 
 
 def fill(state: nnx.State, values: Mapping[str, Any]) -> nnx.State:
-  """The state of `layers` with stacked parameters in it, by canonical name."""
+  """Fills the state of `layers` with stacked parameters, given by canonical name."""
   pure: dict[str, Any] = {}
   for name, value in values.items():
     if name in params.LAYER:
@@ -142,7 +143,7 @@ _NAMES = {path[1:]: name for name, path in params.LAYER.items()}
 
 
 def map_layer(change: Callable[[str, Any], Any], numbers: nnx.State) -> nnx.State:
-  """The parameters of one layer, each replaced by `change(canonical name, value)`."""
+  """Replaces each parameter of a layer by `change(canonical name, value)`."""
 
   def one(path: tuple[Any, ...], param: nnx.Variable) -> nnx.Variable:
     return param.replace(change(_NAMES[tuple(key.key for key in path)], param.get_value()))

@@ -1,4 +1,4 @@
-"""Master weights from a model file, to go on training from."""
+"""Reads initial weights of training from a model file."""
 
 import dataclasses
 from pathlib import Path
@@ -13,13 +13,13 @@ from neurojax.model import params
 from neurojax.train import parameters
 
 _MAY_DIFFER = ("context_length",)
-"""What no weight depends on."""
+"""Fields of the architecture that no weight depends on."""
 
 
 def from_file(path: str | Path, config: ModelConfig) -> dict[str, Float32[np.ndarray, "..."]]:
-  """All weights of a model file, float32, layers stacked on L.
+  """Reads all weights of a model file, float32, layers stacked on L.
 
-  Raises: ValueError: the file is of another architecture than `config`, or a weight is not finite;
+  Raises: ValueError: the file has another architecture than `config`, or a weight is not finite;
     and whatever the file's reader raises.
   """
   with open_model(model_path(str(path))) as file:

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was started with, so that it goes on as it began. Imports no JAX.
+"""The folder of a training run, which keeps what the run was started with so that it can go on.
 
 config.toml      the resolved configuration
 data.json        digest of the data it trains on
@@ -38,13 +38,13 @@ MAY_CHANGE = (
   "steps", "eval_every", "eval_batches", "checkpoint_every", "keep", "log_every", "tracker", "layout",
   "remat", "guard", "data.folder", "data.workers", "init_from",
 )  # fmt: skip
-"""What may differ when a run goes on. `steps` changes what is left of the schedule of learning rates;
+"""Keys that may differ when a run goes on. `steps` changes the rest of the learning-rate schedule;
 another `layout` or `remat` gives the same losses to rounding, not to the bit; data.folder may have
 moved but not changed."""
 
 
 class RunFolder:
-  """Raises: ValueError: the folder holds something other than a run."""
+  """A folder that holds a run or will hold one. Raises: ValueError: it holds something else."""
 
   def __init__(self, path: Path):
     self.path = path
@@ -62,7 +62,7 @@ class RunFolder:
 
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
-    """Raises: ValueError: another process is running here."""
+    """Holds the folder for this process. Raises: ValueError: another process trains in it."""
     self.path.mkdir(parents=True, exist_ok=True)
     with (self.path / ".lock").open("w") as lock:
       try:
@@ -72,8 +72,8 @@ class RunFolder:
       yield
 
   def clear(self) -> None:
-    """Take away a run, and nothing else."""
-    # First what makes it a run: a clearing cut short is no run that goes on wrongly.
+    """Removes a run, and nothing else."""
+    # The configuration goes first: a folder that was cleared in part is no run.
     for name in _ALL:
       entry = self.path / name
       if name == ".lock":
@@ -104,16 +104,17 @@ class RunFolder:
       )
 
   def begin(self, config: "TrainConfig", identity: str) -> None:
-    """Write down what the run is of; `config.toml` comes last."""
+    """Writes down data and configuration of a new run; `config.toml` comes last."""
     self.path.mkdir(parents=True, exist_ok=True)
     _replace(self.path / DATA, json.dumps({"identity": identity}) + "\n")
     self.resume(config)
 
   def resume(self, config: "TrainConfig") -> None:
+    """Writes down the configuration that the run goes on with."""
     _replace(self.path / CONFIG, to_toml(config))
 
   def note_start(self, devices: Sequence[str], step: int) -> None:
-    """Add this start to env.json."""
+    """Adds this start to env.json."""
     path = self.path / ENVIRONMENT
     starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     starts.append({**environment(), "devices": list(devices), "step": step})
@@ -125,7 +126,7 @@ def may_change(name: str) -> bool:
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-  """Fields, by dotted name, in which two configurations of one class differ."""
+  """Lists (dotted name, before, after) of fields in which two configurations of one class differ."""
   found = []
   for field in dataclasses.fields(before):
     old, new = getattr(before, field.name), getattr(after, field.name)
@@ -138,7 +139,7 @@ def differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, An
 
 
 def environment() -> dict[str, Any]:
-  """What a result may depend on besides the configuration."""
+  """Describes what a result may depend on besides the configuration."""
   versions = {}
   for package in (
     "neurojax",
@@ -166,7 +167,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-  """Of the repository that this package lies in, "+" behind it if files were changed."""
+  """The commit of the repository that holds this package, with "+" if files were changed."""
 
   def git(*arguments: str) -> str:
     return subprocess.run(

@@ -34,12 +34,12 @@ Metrics = dict[str, Float32[Array, ""]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """All that a run carries from step to step.
+  """The state that a run carries from step to step.
 
   Attributes:
-    step: int32, steps taken, those that a non-finite gradient made void included.
-    params: Master weights, float32: see `train.parameters`.
-    opt_state: Of `optimizer.transform`.
+    step: int32, number of steps taken, including those that a non-finite gradient made void.
+    params: Float32 master weights, see `train.parameters`.
+    opt_state: State of `optimizer.transform`.
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.
@@ -49,7 +49,7 @@ class State:
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> State:
-  """The state with jax.ShapeDtypeStructs, sharding included, in place of arrays."""
+  """Makes the state with jax.ShapeDtypeStructs, which have shardings, in place of arrays."""
 
   def initial() -> State:
     weights = parameters.initial(config.model, config.seed)
@@ -74,7 +74,7 @@ _OUTER = {**places.FIRST, **places.LAST}
 
 
 def init_state(config: TrainConfig, mesh: Mesh) -> State:
-  """The state before the first step, spread over the mesh; no device ever holds all of it.
+  """Makes the state before the first step, spread over the mesh; no device ever holds all of it.
 
   Weights are random, by `config.seed`, or those of the file `config.init_from`.
   Raises: as `pretrained.from_file` does.
@@ -98,7 +98,7 @@ def init_state(config: TrainConfig, mesh: Mesh) -> State:
 
 
 def attention_kind(config: TrainConfig, mesh: Mesh) -> Kind:
-  """What `config.attention` means on this mesh.
+  """Chooses the attention that `config.attention` means on this mesh.
 
   Raises: ValueError: "cudnn" on another device than a CUDA GPU.
   """
@@ -116,7 +116,7 @@ def attention_kind(config: TrainConfig, mesh: Mesh) -> Kind:
 def make_train_step(
   config: TrainConfig, mesh: Mesh
 ) -> Callable[[State, Int32[Array, "B S"]], tuple[State, Metrics]]:
-  """A compiled step: (state, tokens) -> (state, metrics). The state given is consumed.
+  """Makes a compiled step: (state, tokens) -> (state, metrics). The given state is consumed.
 
   Tokens are int32 [accumulation * batch_size, seq_len + 1], spread as batches are.
   Each window predicts all its tokens but the first; where documents meet in a window, attention runs
@@ -167,7 +167,7 @@ def make_train_step(
 def make_eval_step(
   config: TrainConfig, mesh: Mesh
 ) -> Callable[[Params, Int32[Array, "B S"]], tuple[Float32[Array, ""], Float32[Array, ""]]]:
-  """A compiled evaluation: (params, tokens [batch_size, seq_len + 1]) -> (sum of nats, count)."""
+  """Makes a compiled evaluation: (params, tokens [batch_size, seq_len + 1]) -> (sum of nats, count)."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
   loss = make_loss(config, mesh)
 
@@ -186,7 +186,7 @@ def make_eval_step(
 def make_loss(
   config: TrainConfig, mesh: Mesh
 ) -> Callable[[dict[str, Any], Int32[Array, "B S"]], tuple[Float32[Array, ""], Float32[Array, ""]]]:
-  """(effective parameters, tokens) -> (objective, cross-entropy): means over all targets, in nats."""
+  """Makes (effective parameters, tokens) -> (objective, cross-entropy): means over targets, in nats."""
   run = make_layers(config, mesh)
   model = config.model
   name = ends.head_name(model)
@@ -211,7 +211,7 @@ def make_loss(
 def make_layers(
   config: TrainConfig, mesh: Mesh
 ) -> Callable[[dict[str, Any], Int32[Array, "B T"]], Float[Array, "B T D"]]:
-  """(effective parameters, token ids) -> activations after the last layer, in the compute dtype."""
+  """Makes (effective parameters, token ids) -> activations after the last layer, in the compute dtype."""
   dtype = jnp.dtype(config.compute_dtype)
   graph, empty = parameters.layers(config.model, dtype.name, attention_kind(config, mesh))
   spread = NamedSharding(mesh, PartitionSpec(BATCH, None, None))
@@ -219,7 +219,7 @@ def make_layers(
   def around(one: ScanBody) -> ScanBody:
     def spread_out(x_BTD: Array, given: tuple[Array, nnx.State]) -> tuple[Array, None]:
       index, numbers = given
-      # What fsdp keeps apart is gathered here, layer by layer, and forgotten after its use.
+      # Parameters that fsdp spreads are gathered here, layer by layer, and dropped after use.
       gathered = parameters.map_layer(functools.partial(_gather, mesh), numbers)
       x_BTD, _ = one(x_BTD, (index, gathered))
       return lax.with_sharding_constraint(x_BTD, spread), None
@@ -236,7 +236,7 @@ def make_layers(
 
 
 def _gather(mesh: Mesh, name: str, value: Any) -> Any:
-  """A matrix whole along D; anything else as it is."""
+  """Gathers a matrix along D; anything else stays as it is."""
   if not places.is_matrix(name):
     return value
   where = layout.sharding(mesh, name.rpartition("_")[2], gathered=True)
@@ -244,15 +244,15 @@ def _gather(mesh: Mesh, name: str, value: Any) -> Any:
 
 
 _KEPT = ("dot_general", "rsqrt", "reduce_max")
-"""Products, and one number for each token from each norm and each rounding: a pass over the activations
-for next to no memory."""
+"""Primitives whose results "dots" keeps: products, and from each norm and each rounding one number per token,
+which saves a pass over the activations for next to no memory."""
 
 _ATTENTION = "dot_product_attention_fwd"
-"""How the names of cuDNN's attention primitives begin (jax._src.cudnn)."""
+"""Beginning of the names of cuDNN's attention primitives (jax._src.cudnn)."""
 
 
 def _rematerialized(layer: Callable, remat: str) -> Callable:
-  """A layer that keeps less for the backward pass and computes the rest anew there."""
+  """Makes a layer keep less for the backward pass, which computes the rest anew."""
   if remat == "none":
     return layer
 
@@ -267,9 +267,9 @@ def _rematerialized(layer: Callable, remat: str) -> Callable:
 def _gradients(
   loss: Callable, seen: dict[str, Any], tokens_BS: Array, config: TrainConfig, shardings: Any
 ) -> tuple[tuple[Array, Array], Params]:
-  """The means of objective and cross-entropy over the passes of a step, and float32 gradients.
+  """Computes means of objective and cross-entropy over the passes of a step, and float32 gradients.
 
-  Gradients of what products saw are those of the master weights: straight-through.
+  Gradients of the effective parameters count as those of the master weights: straight-through.
   """
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
 

@@ -1,4 +1,4 @@
-"""What a run has learnt so far: a checkpoint as the weights of a model."""
+"""Reads a checkpoint of a training run as the weights of a model."""
 
 import dataclasses
 from pathlib import Path
@@ -16,12 +16,12 @@ from neurojax.train.step import abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A checkpoint's model and where it comes from.
+  """The model of a checkpoint and its origin.
 
   Attributes:
-    config: Of the run, with the layout of one device.
-    step: Steps that were taken.
-    weights: What training multiplied by, on the host.
+    config: Configuration of the run, with the layout of one device.
+    step: Number of steps that were taken.
+    weights: The numbers that training multiplied by, on the host.
   """
 
   config: TrainConfig
@@ -30,10 +30,11 @@ class Trained:
 
 
 def read_run(workdir: Path, step: int | None = None) -> Trained:
-  """The newest checkpoint of a run, or that of a step, whatever mesh the run had.
+  """Reads the newest checkpoint of a run, or that of a step, whatever mesh the run had.
 
   Raises:
-    FileNotFoundError: no such folder. ValueError: no run, no such checkpoint, or a damaged one.
+    FileNotFoundError: there is no such folder.
+    ValueError: the folder holds no run, or the checkpoint is missing or damaged.
   """
   if not workdir.is_dir():
     raise FileNotFoundError(f"--workdir {workdir}: no such folder")
