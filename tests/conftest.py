@@ -23,11 +23,11 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests import skips
+from tests import skips, typecheck
 
 install_import_hook(
   [f"neurojax.{room}" for room in ("model", "weights", "kernels", "train", "stage")],
-  "tests.typecheck.check",
+  f"{typecheck.__name__}.check",
 )
 # No deadlines: on a busy machine they say nothing.
 hypothesis.settings.register_profile("neurojax", deadline=None)
