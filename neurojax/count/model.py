@@ -262,7 +262,7 @@ def _form(name: str, weights: Weights, forms: Forms | None) -> Form | None:
     return None
   if forms is None:
     raise ValueError(
-      f"weights = {weights!r}: what the matrices of the file are is not said: see"
+      f"weights = {weights!r}: the forms of the file's matrices are not given: see"
       " files.kept.stored_forms"
     )
   if weights == "stored":

@@ -10,7 +10,7 @@ from neurojax.plan.problem import FIRST, LAST, Problem
 
 
 class _Maker:
-  """Stages and hops of a problem's plans."""
+  """Builds the stages and hops of a problem's plans."""
 
   def __init__(self, problem: Problem):
     load, config = problem.load, problem.config
@@ -49,14 +49,14 @@ class _Maker:
     )
 
   def hop(self, a: int | None, b: int | None, *, pipeline: int = 0, share: float = 1.0) -> Hop:
-    """From place to place; None is the coordinator."""
+    """The hop from place to place, by number; None is the coordinator."""
     places, fleet = self.problem.places, self.problem.fleet
     ends = [None if number is None else places[number] for number in (a, b)]
     hosts = [fleet.coordinator if end is None else end.host.label for end in ends]
     link = fleet.link(hosts[0], hosts[1])
     step_bytes, prefill_bytes = self.step_bytes, self.prefill_bytes
     if a is None or b is None:
-      # Ids go in, and one drawn token of each sequence comes back.
+      # Token ids go in, and one sampled token of each sequence comes back.
       step_bytes = predict.TOKEN_BYTES * self.problem.batch
       prefill_bytes = predict.TOKEN_BYTES * (self.tokens if a is None else 1)
     return Hop(
@@ -108,9 +108,12 @@ def assemble(
   method: str,
   bound: float | None = None,
 ) -> Plan:
-  """The plan of one or several pipelines, each a sequence of (place, layers).
+  """Build the plan of one or several pipelines.
 
-  A bound that the plan reaches to a billionth is reached.
+  Args:
+    chains: (place, number of layers) of the stages of each pipeline, in order.
+    bound: Value that no plan can beat, in the unit of the objective. A plan within a billionth of it
+      reaches it.
   """
   maker = _Maker(problem)
   stages, hops = [], []
@@ -135,11 +138,13 @@ def assemble_ways(
   method: str,
   bound: float | None = None,
 ) -> Plan:
-  """The plan in which several places may hold the same layers, each sequence taking one way through.
+  """Build a plan in which several places may hold the same layers, and each sequence takes one way through.
 
   Args:
-    ways: Batches a second from one of `held` to another, by index. What is connected by them is one
-      pipeline.
+    held: Places with the layers they hold.
+    ways: Batches a second from one of `held` to another, by index. Places that are connected by them are
+      one pipeline.
+    bound: Throughput that no plan can beat.
   """
   maker = _Maker(problem)
   parts = _components(len(held), ways)
@@ -163,7 +168,7 @@ def assemble_ways(
 
 
 def _components(number: int, ways: Iterable[tuple[int, int]]) -> list[list[int]]:
-  """What hangs together, in the order of the first of each."""
+  """Connected components of `number` nodes, each sorted, in the order of their first nodes."""
   root = list(range(number))
 
   def find(i: int) -> int:

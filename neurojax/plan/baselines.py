@@ -1,4 +1,4 @@
-"""The simple placements that the planner is compared with."""
+"""Simple placements that plans are compared with."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,9 +10,10 @@ from neurojax.plan.problem import FIRST, LAST, MIDDLE, Problem
 
 
 def proportional(problem: Problem, objective: Objective = "latency") -> Plan:
-  """Layers in proportion to free memory, in the fleet's order: what the pipeline does by itself.
+  """Give layers in proportion to free memory, in the fleet's order: what a pipeline without a plan does.
 
-  The seed's intent; its own code gives every layer to the first node. Raises: ValueError: too small.
+  This is the intent of the page that this project started from; its code gives every layer to the first node.
+  Raises: ValueError: the fleet is too small.
   """
   hosts = [(place.label, place.free_bytes) for place in problem.places]
   kinds = [place.device.kind for place in problem.places]
@@ -23,7 +24,7 @@ def proportional(problem: Problem, objective: Objective = "latency") -> Plan:
 
 
 def equal(problem: Problem, objective: Objective = "latency") -> Plan:
-  """The same number of layers everywhere, in the fleet's order; the first take the remainder.
+  """Give every place the same number of layers, in the fleet's order; the first places get the remainder.
 
   Raises: ValueError: a place cannot hold its share, and by how much.
   """
@@ -33,7 +34,7 @@ def equal(problem: Problem, objective: Objective = "latency") -> Plan:
 
 
 def fill(problem: Problem, objective: Objective = "latency") -> Plan:
-  """Each place in the fleet's order takes all that it can hold.
+  """Give each place, in the fleet's order, all layers that it can hold.
 
   Raises: ValueError: layers are left at the end.
   """
@@ -50,18 +51,18 @@ def fill(problem: Problem, objective: Objective = "latency") -> Plan:
     if not left:
       return _checked(problem, chain, objective, "fill in order")
   raise ValueError(
-    f"fill in order leaves {left} of {problem.num_layers} layers over: {left * layer:,} bytes more, and "
-    "the head's, on a last host would do"
+    f"fill in order leaves {left} of {problem.num_layers} layers over: another host with {left * layer:,} "
+    "bytes, and those of the head, would do"
   )
 
 
 def greedy(problem: Problem, objective: Objective = "latency") -> Plan:
-  """Every layer to the place with most memory left: NeuroGrid's scheduler.
+  """Give every layer to the place with most memory left: the rule of NeuroGrid's scheduler.
 
-  Not contiguous: two like places take turns, and every change is a hop and a stage of its own. What is
-  compared is its rule alone, by our count: true bytes (its own estimate is of FP16, times 1.3), the head
-  with the last layer (its coordinator keeps both ends), and a hop only where the place changes (its
-  code makes a round trip for every remote layer). Each of these makes it look better than it was.
+  Layers are not contiguous: two like places take turns, and every change is a hop and a stage of its own. Only
+  the rule is compared, with our count: true bytes (its own estimate is FP16 times 1.3), the head with the last
+  layer (its coordinator keeps both ends), and a hop only where the place changes (its code makes a round trip
+  for every remote layer). Each of these makes it look better than it was.
 
   Raises: ValueError: a layer finds no place, and by how much.
   """
@@ -76,8 +77,8 @@ def greedy(problem: Problem, objective: Objective = "latency") -> Plan:
     need -= 0 if is_new else int(extra_R[MIDDLE])
     if left[chosen] < need:
       raise ValueError(
-        f"greedy: layer {index} of {total} finds no place: it takes {need:,} bytes, and the most that is "
-        f"left, on {problem.places[chosen].label}, is {left[chosen]:,}"
+        f"greedy: layer {index} of {total} finds no place: it takes {need:,} bytes, and the most memory left, "
+        f"on {problem.places[chosen].label}, is {left[chosen]:,}"
       )
     left[chosen] -= need
     if chain and chain[-1][0] == chosen:

@@ -1,7 +1,6 @@
-"""Which host holds which layers.
+"""Finds the plan that is predicted to be fastest, or says how far from it the plan can be.
 
-`proportional` is what a pipeline does of which only memory is known. `best` needs speeds and links, and
-finds the plan that is predicted to be fastest, or says how far from it the plan can be.
+It needs the speeds of devices and links. `plan.proportional` places layers where only memory is known.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from neurojax.plan.solve.replicas import replicated
 from neurojax.plan.solve.uniform import Division
 
 MANY_PLACES = 16
+"""Fleets of more places are searched by quicker means."""
 
 
 def best(
@@ -41,22 +41,23 @@ def best(
   in_flight: int | None = None,
   time_limit_s: float = 5.0,
 ) -> Plan:
-  """The plan of least decode latency, or of greatest throughput and of these the one of least latency.
+  """Find the plan of least decode latency, or of most throughput (of equal ones that of least latency).
 
-  Searched are contiguous covers of the layers by one stage on each place, in any order, places left out
-  at will. Exact wherever hops between hosts are alike, and for few places or few kinds of place; else
+  A plan cuts the layers into contiguous stages, one on each place that it uses; places may come in any order.
+  The plan is the best wherever hops between hosts are alike, and for few places or few kinds of place; else
   `Plan.gap` says how far from the best it can be.
 
   Args:
-    context: Positions in the caches of the decode step that is timed; the caches' capacity if absent.
-    batch: Sequences that go through together.
-    pins: Layers that hosts, or single places, are to hold, beside those that the fleet says.
-    replicas: 1 has every layer lie once. More are so many whole pipelines side by side, over hosts, or
-      places of one, dealt out by speed. None, for throughput, lets several places hold the same layers,
-      single stages or whole models, wherever that gives more.
-    in_flight: Batches under way in each pipeline, which throughput is of: few of them leave stages idle,
-      and a shorter way may give more. None: as many as help.
-    time_limit_s: After it no further order is tried, once there is a plan.
+    load: What every stage has to hold.
+    context: Positions in the caches at the decode step that is timed; the caches' capacity if absent.
+    batch: Sequences that each step computes together.
+    pins: Number of layers that hosts or single places have to hold, beside the pins of the fleet.
+    replicas: 1 gives every layer one place. A larger number makes so many whole pipelines side by side, over
+      hosts (or places of one host) that are shared out by speed. None, for throughput, lets several places
+      hold the same layers, single stages or whole models, wherever that gives more.
+    in_flight: Batches in flight in each pipeline, for throughput. With few of them stages are idle, and a
+      shorter pipeline may give more. None: as many as help.
+    time_limit_s: Seconds after which no further order of places is tried, once there is a plan.
   Raises: ValueError: nothing fits, or a pin cannot be kept: which limit, by how much, what would fit.
   """
   deadline_s = time.monotonic() + time_limit_s
@@ -93,7 +94,10 @@ def compared(
   batch: int = 1,
   in_flight: int | None = None,
 ) -> dict[str, Plan | str]:
-  """The simple placements under the same predictor, pins left aside; why not, where one does not fit."""
+  """Simple placements of the same model, with times predicted alike and pins left aside.
+
+  Returns: By name a plan, or the reason why the placement does not fit.
+  """
   free = dataclasses.replace(
     fleet, hosts=tuple(dataclasses.replace(host, layers=None) for host in fleet.hosts)
   )
@@ -119,12 +123,13 @@ def one_more(
   replicas: int | None = 1,
   time_limit_s: float = 5.0,
 ) -> tuple[str, Plan]:
-  """The plan with one more host that has the best device of the fleet alone, linked as its like is.
+  """Plan for a fleet with another host: a copy of the fleet's best device, with the links of its model.
 
   Args:
-    made: What is planned without it; batch, context, batches in flight and objective are as there.
-    replicas: What it was planned with.
-  Returns: What was added, and the plan.
+    made: The plan without it. Batch, context, batches in flight and objective are taken from it.
+    pins, replicas: As `made` was planned with.
+  Returns: A description of what was added, and the plan.
+  Raises: ValueError: there is no plan for the larger fleet.
   """
   given = problem(config, fleet, load, context=made.context, batch=made.batch)
   layer_P = (given.step_PRL[:, :, 1:] / np.arange(1, given.num_layers + 1)).min(axis=(1, 2))
@@ -158,12 +163,12 @@ def one_more(
       time_limit_s=time_limit_s,
     )
   except ValueError:
-    # Places dealt out anew among several pipelines may not hold the model as often.
+    # Places that are shared out again among several pipelines may not hold the model as often.
     if not made.is_replicated:
       raise
     plan = made
   if made.is_replicated:
-    # The new host may as well stay idle.
+    # The new host may also stay idle.
     plan = min(plan, made, key=lambda plan: plan.value())
   return f"{place.device.name or place.device.kind} like {place.label}", plan
 
@@ -182,13 +187,13 @@ def _single(given: Problem, objective: Objective, deadline_s: float) -> Plan:
 
 
 def _shared(given: Problem, deadline_s: float) -> Plan:
-  """Layers on as many places as give most throughput: the best of three ways to share them out."""
+  """Place layers on as many places as give most throughput: the best of three ways to do so."""
   shared = replicated(given, deadline_s)
   plans = [shared.plan] if shared.plan else []
   many = len(given.places) > MANY_PLACES
 
   def alone() -> None:
-    # Where layers that lie once are bound to be slower, nobody need look for them.
+    # Skipped where a single pipeline cannot be as fast.
     most = max((plan.throughput for plan in plans), default=0.0)
     if most <= _most_alone(given) * (1 + 1e-9):
       plans.append(_single(given, "throughput", deadline_s))
@@ -200,13 +205,13 @@ def _shared(given: Problem, deadline_s: float) -> Plan:
   if gap > (0.03 if many else 0.0) and time.monotonic() < deadline_s:
     plans.append(_side_by_side(given, "throughput", None, deadline_s))
   if many and given.in_flight:
-    # With few in flight, whole pipelines give more than one long one.
+    # With few in flight, several whole pipelines give more than one long one.
     alone()
   return bounded(min(plans, key=lambda plan: plan.value()), shared.bound)
 
 
 def _most_alone(given: Problem) -> float:
-  """Tokens per second that no single pipeline exceeds."""
+  """A bound on the tokens per second of a single pipeline."""
   layers_L = np.arange(1, given.num_layers + 1)
   rate = float((layers_L / given.step_PRL[:, :, 1:]).max())
   latency_s = given.num_layers / rate
@@ -214,7 +219,7 @@ def _most_alone(given: Problem) -> float:
 
 
 def _or_simple(given: Problem, plan: Plan) -> Plan:
-  """The plan, or a simple one where the search found none as good."""
+  """The plan, or a simple placement where that is better than what the search found."""
   if not plan.gap or given.pins:
     return plan
   for name in ("proportional", "equal", "fill"):
@@ -234,7 +239,10 @@ def _or_simple(given: Problem, plan: Plan) -> Plan:
 def _side_by_side(
   given: Problem, objective: Objective, replicas: int | None, deadline_s: float
 ) -> Plan:
-  """Several whole pipelines over places dealt out by speed. The bound: every place busy all the time."""
+  """Plan several whole pipelines over places that are shared out by speed.
+
+  The bound is that every place is busy all the time.
+  """
   layers_L = np.arange(1, given.num_layers + 1)
   rate_P = (layers_L / given.step_PRL[:, :, 1:]).max(axis=(1, 2))
   bound = given.batch * float(rate_P.sum()) / given.num_layers
@@ -243,7 +251,7 @@ def _side_by_side(
   scored = []
   for number in numbers:
     deals = _dealt(given, rate_P, number)
-    # What a host holds together cannot be kept by pipelines that each have a part of its places.
+    # A pin of a host cannot be kept if several pipelines each have a part of its places.
     torn = [
       given.places[places[0]].host.label
       for host, places in enumerate(given.hosts)
@@ -253,19 +261,19 @@ def _side_by_side(
       if replicas:
         raise ValueError(
           f"replicas = {number}: {', '.join(torn)} would be in several pipelines, and is pinned to a "
-          f"number of layers: pin its single places, or ask for at most {len(given.hosts)}"
+          f"number of layers: pin its single places, or ask for at most {len(given.hosts)} replicas"
         )
       continue
     parts = [given.restricted(deal) for deal in deals]
     if any(most_layers(part.step_PRL, np.inf) < given.num_layers for part in parts):
       if replicas:
         raise ValueError(
-          f"replicas = {number}: each pipeline needs the whole model, and the places, dealt out by "
-          "speed, do not hold it so often: ask for fewer, or let the planner choose"
+          f"replicas = {number}: each pipeline needs the whole model, and the places, shared out by "
+          "speed, do not hold it so often: ask for fewer, or let the planner choose (auto)"
         )
       continue
     scored.append((sum(_most_alone(part) for part in parts), number, deals, parts))
-  # The promise of a deal costs little to compute; the plans of the best ones are made.
+  # A bound for each number of pipelines costs little to compute; only the best numbers are planned.
   tried = 1 if len(given.places) > MANY_PLACES else 3
   for _, number, deals, parts in sorted(scored, key=lambda one: (-one[0], one[1]))[:tried]:
     if found is not None and time.monotonic() > deadline_s:
@@ -294,13 +302,15 @@ def _side_by_side(
       found = plan
   if found is None:
     if replicas:
-      raise ValueError(f"replicas = {replicas}: no {replicas} pipelines fit beside the pins")
+      raise ValueError(
+        f"replicas = {replicas}: {replicas} pipelines do not fit beside the pins: ask for fewer, or unpin a host"
+      )
     return _single(given, objective, deadline_s)
   return found
 
 
 def _numbers(given: Problem) -> list[int]:
-  """How many pipelines are tried: up to one for each host, and so many for each where it has devices."""
+  """Numbers of pipelines to try: up to one for each host, then multiples of the hosts up to one for each place."""
   hosts, places = len(given.hosts), len(given.places)
   found = {n for n in range(1, hosts + 1) if n <= 8 or hosts % n == 0}
   found |= {2**k for k in range(hosts.bit_length()) if 2**k <= hosts}
@@ -308,7 +318,10 @@ def _numbers(given: Problem) -> list[int]:
 
 
 def _dealt(given: Problem, rate_P: np.ndarray, number: int) -> list[list[int]]:
-  """Places in so many parts of about equal speed: whole hosts, or parts of one where hosts are fewer."""
+  """Share out the places into `number` parts of about equal speed.
+
+  Parts are whole hosts, or parts of one host where there are fewer hosts.
+  """
   if number == 1:
     return [list(range(len(given.places)))]
   rate_H = [float(rate_P[places].sum()) for places in given.hosts]
@@ -327,7 +340,7 @@ def _dealt(given: Problem, rate_P: np.ndarray, number: int) -> list[list[int]]:
 
 
 def _balanced(rates: list[float], number: int) -> list[list[int]]:
-  """The fastest first, always to the slowest part."""
+  """Share out rates into parts: the fastest first, always to the part that is slowest so far."""
   parts: list[list[int]] = [[] for _ in range(number)]
   slowest = [(0.0, 0, part) for part in range(number)]
   for one in sorted(range(len(rates)), key=lambda k: (-rates[k], k)):

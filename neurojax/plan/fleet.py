@@ -1,4 +1,4 @@
-"""The machines at hand, and what they can do."""
+"""Fleets: machines, their devices and speeds, and the links between them."""
 
 import dataclasses
 import functools
@@ -15,24 +15,24 @@ from neurojax.forms import Weights
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
 
 MOST_BYTES = 2**50
-"""Of memory on one host: more is a slip, and sums over many hosts have to stay whole numbers."""
+"""Memory of one host at most: more is a slip, and sums over many hosts have to stay exact integers."""
 
 MOST_LATENCY_S = 1e6
 RATES = (1.0, 1e24)
-"""Bytes or operations a second: beyond these the times of a plan leave what floating point can add."""
+"""Least and greatest bytes or operations a second: beyond these floating point cannot add a plan's times."""
 
 LATENCY_S = 0.0005
 BYTES_PER_S = 10e9 / 8
-"""Between two hosts of which nothing else is said: a switched network of 10 Gbit/s."""
+"""Link between two hosts where the fleet says nothing: a switched network of 10 Gbit/s."""
 
 LOCAL_LATENCY_S = 0.00002
 LOCAL_BYTES_PER_S = 10e9
-"""Between two stages on one host, where nothing was measured."""
+"""Link between two stages on one host, where nothing was measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeRates:
-  """Bytes per second of weights that one decoded token reads, by the form they are held in."""
+  """Bytes of weights per second that decoding one token reads, by the weights' form; None: not measured."""
 
   dense: float | None = None
   int8: float | None = None
@@ -40,27 +40,30 @@ class DecodeRates:
   w2a8: float | None = None
 
   def of(self, weights: Weights) -> float | None:
-    """None: not measured, as "stored" never is, whose matrices are of as many forms as the file has."""
+    """The rate for one form of weights; None: not measured. "stored" never is: its matrices have many forms."""
     return None if weights == "stored" else getattr(self, weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-  """One place that can hold a stage: a GPU, or a host's CPUs with its memory. Its host checks it.
+  """A device that can hold a stage: a GPU, or all CPUs of a host with the host's memory.
 
   Attributes:
-    name: What the maker calls it; several devices may have the same.
-    memory_bytes: All of it.
-    used_bytes: Taken already, by others.
-    read_bytes_per_s: Reading memory, at best.
-    flops_per_s: Of matrix products of `flops_dtype`.
-    upload_bytes_per_s: From the host's memory to the device's.
-    decode_bytes_per_s: What decoding reaches of `read_bytes_per_s`, where it was measured.
-    layer_overhead_s, step_overhead_s: What one decoded token costs beside reading, for each layer
-      and for each stage.
-    sample_s_per_entry: What drawing a token costs the last stage for each entry of the vocabulary.
-    handover_s: What a token costs every stage but the last beside its step and the hop: threads and
-      caches go cold, and the report to the coordinator is sent while the next stage works.
+    kind: "cuda" for an NVIDIA GPU, "cpu" for a host's CPUs.
+    name: The maker's name of the device; several devices may have the same.
+    memory_bytes: Bytes of memory, in use or not.
+    used_bytes: Bytes of it that others use already.
+    read_bytes_per_s: Bandwidth of reading memory, at best.
+    flops_per_s: FLOP/s of matrix products in `flops_dtype`.
+    flops_dtype: Dtype of these products.
+    upload_bytes_per_s: Bandwidth from the host's memory to the device's.
+    decode_bytes_per_s: The part of `read_bytes_per_s` that decoding reaches, where it was measured.
+    layer_overhead_s: Seconds that each layer adds to a decoded token, beside reading.
+    step_overhead_s: Seconds that each stage adds to a decoded token, beside reading.
+    sample_s_per_entry: Seconds for each entry of the vocabulary that sampling a token takes, on the last
+      stage.
+    handover_s: Seconds that every stage but the last adds to a token, beside its step and the hop: threads
+      and caches go cold, and the report to the coordinator is sent while the next stage works.
   """
 
   kind: DeviceKind
@@ -78,7 +81,7 @@ class Device:
   handover_s: float = 0.0
 
   def check(self, where: str) -> None:
-    """Raises: ValueError: a value that no device has; `where` names the device."""
+    """Check all values. Raises: ValueError: a value that no device has; `where` names the device."""
     _check_bytes(f"{where}: memory_bytes", self.memory_bytes)
     if not 0 <= self.used_bytes <= self.memory_bytes:
       raise ValueError(
@@ -98,7 +101,7 @@ class Device:
     return self.memory_bytes - self.used_bytes
 
   def is_measured(self, weights: Weights) -> bool:
-    """Whether decoding with weights of this form was measured."""
+    """True if decoding with weights of this form was measured."""
     return self.decode_bytes_per_s.of(weights) is not None
 
   def decode_rate(self, weights: Weights) -> float | None:
@@ -112,10 +115,10 @@ class Host:
 
   Attributes:
     address: host:port of its stage server.
-    name: What errors and tables call it; the address if absent.
-    memory_bytes: What a stage here may take at most; what the server reports as free if absent.
-    devices: Each of them a place for a stage.
-    layers: So many layers are to lie here, no matter what is best; 0 keeps the host out.
+    name: Name in errors and tables; the address if absent.
+    memory_bytes: Bytes that a stage here may take at most; those that the server reports as free if absent.
+    devices: Devices, each of them a place for a stage.
+    layers: Number of layers that the host has to hold, whatever is best; 0 keeps the host out.
   """
 
   address: str | None = None
@@ -155,11 +158,12 @@ class Host:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Link:
-  """What lies between two hosts, the same in both directions.
+  """The network between two hosts, the same in both directions.
 
   Attributes:
-    hosts: Their labels.
-    latency_s: One way: half a round trip.
+    hosts: Labels of the two hosts.
+    latency_s: Seconds of one way: half a round trip.
+    bytes_per_s: Bandwidth of one way.
   """
 
   hosts: tuple[str, ...]
@@ -174,17 +178,17 @@ class Link:
     _check_rate(f"link {ends}: bytes_per_s", self.bytes_per_s)
 
   def seconds(self, size_bytes: int) -> float:
-    """To carry one message of this size one way."""
+    """Seconds that one message of this size takes one way."""
     return self.latency_s + size_bytes / self.bytes_per_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-  """Where a stage can lie: one device of a host.
+  """One device of one host, with its free memory: a place for a stage.
 
   Attributes:
-    label: The host's, followed by "/cuda1" or the like where a host has several devices.
-    free_bytes: What a stage may take there.
+    label: Label of the host, followed by "/cuda1" or the like where the host has several devices.
+    free_bytes: Bytes that a stage may take there.
   """
 
   host: Host
@@ -195,11 +199,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fleet:
-  """Machines, in the order in which the layers pass through them unless a plan says otherwise.
+  """The hosts that are available, with the links between them.
 
   Attributes:
-    latency_s, bytes_per_s: Of every pair of hosts without a link of its own.
-    local_latency_s, local_bytes_per_s: Between two stages on one host.
+    hosts: Hosts, in the order of the pipeline unless a plan says otherwise.
+    links: Links between pairs of hosts.
+    latency_s, bytes_per_s: The link of every pair of hosts that has none of its own.
+    local_latency_s, local_bytes_per_s: The link between two stages on one host.
     coordinator: Label of the host that tokens start from and return to; outside the fleet if absent.
   """
 
@@ -241,9 +247,9 @@ class Fleet:
       raise ValueError(f"two links between {' and '.join(sorted(twice))}: one goes both ways")
 
   def link(self, a: str | None, b: str | None) -> Link:
-    """What lies between two hosts, by label; None is one outside the fleet.
+    """The link between two hosts, by label; None is a host outside the fleet.
 
-    Raises: ValueError: no host is called so.
+    Raises: ValueError: no host has this label.
     """
     for label in (a, b):
       if label is not None and label not in self._by_label:
@@ -265,9 +271,9 @@ class Fleet:
     return {host.label: host for host in self.hosts}
 
   def places(self) -> tuple[Place, ...]:
-    """Every device of every host, in order. A host without devices is one of unknown speed.
+    """Every device of every host, in order. A host without devices is one place of unknown speed.
 
-    Raises: ValueError: a host of which no memory is known.
+    Raises: ValueError: the memory of a host is not known.
     """
     found = []
     for host in self.hosts:
@@ -285,7 +291,7 @@ class Fleet:
 
 
 def read_fleet(text: str) -> Fleet:
-  """From the path of a TOML file ([[hosts]] tables), a name in `fleets()`, or a list "host:port,host:port".
+  """Read a fleet from a TOML file ([[hosts]] tables), a name in `fleets()`, or "host:port,host:port".
 
   Raises: ValueError: none of these, a bad address, or a file that cannot be read as a fleet.
   """
@@ -312,7 +318,7 @@ def fleets() -> dict[str, Path]:
 
 
 def read_text(path: str | Path, what: str) -> str:
-  """Raises: ValueError: the file is missing, a folder, forbidden, or not text."""
+  """Read a text file. Raises: ValueError: it is missing, a folder, forbidden, or not text."""
   try:
     return Path(path).read_text(encoding="utf-8")
   except UnicodeDecodeError as error:
@@ -326,10 +332,10 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def merged(fleets: Sequence[Fleet]) -> Fleet:
-  """One fleet of several probes: hosts by address or label, what the earlier ones leave open from the
-  later ones.
+  """Join the fleets of several probes into one.
 
-  Defaults, the coordinator and the order are the first one's; of two links between the same hosts
+  Hosts are matched by address or label. Values that an earlier fleet leaves open come from later ones.
+  Defaults, the coordinator and the order are those of the first fleet; of two links between the same hosts
   the first stays.
   """
   hosts: dict[str, Host] = {}
@@ -344,7 +350,7 @@ def merged(fleets: Sequence[Fleet]) -> Fleet:
         for field in dataclasses.fields(Host)
         if field.name != "name" and getattr(known, field.name) in (None, ())
       }
-      # What a host measured of its own devices says more than one number of free memory.
+      # Devices that a host measured itself say more than one number of free memory.
       if known.memory_bytes and not known.devices and host.devices:
         missing["memory_bytes"] = host.memory_bytes
       hosts[called[host.label]] = dataclasses.replace(known, **missing)
@@ -355,14 +361,14 @@ def merged(fleets: Sequence[Fleet]) -> Fleet:
 
 
 def check_address(address: str) -> None:
-  """Raises: ValueError: not host:port with a port of at most 65535."""
+  """Check an address. Raises: ValueError: not host:port with a port of at most 65535."""
   match = _ADDRESS.fullmatch(address)
   if not match or int(match[2]) > 65535:
     raise ValueError(f"address {address!r}: write host:port, for example 127.0.0.1:7001")
 
 
 def parse_bytes(text: str) -> int:
-  """Bytes of a size such as 6GB, 512MiB or 1000000. Raises: ValueError: none of these."""
+  """Read a size such as 6GB, 512MiB or 1000000 as bytes. Raises: ValueError: it is none."""
   match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]i?)?b?\s*", text.lower())
   if not match:
     raise ValueError(
@@ -380,7 +386,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _devices(host: Host) -> list[tuple[str, Device | None]]:
-  """(label, device) of each place on a host; no device where nothing is known of its memory."""
+  """(label, device) of each place on a host; the device is None where the host's memory is not known."""
   if len(host.devices) <= 1:
     if host.devices:
       return [(host.label, host.devices[0])]

@@ -1,4 +1,4 @@
-"""Whether a model fits at all; and if not, what is missing and what would fit."""
+"""Checks whether a model fits a fleet; if it does not, says how much is missing and what would fit."""
 
 import numpy as np
 
@@ -9,9 +9,10 @@ from neurojax.plan.problem import FIRST, LAST, MIDDLE, WHOLE, Problem, role_byte
 
 
 def most_layers(step_PRL: np.ndarray, interval_s: float) -> int:
-  """The most layers that fit together if no stage may be slower, links left aside.
+  """The most layers that the places hold together if no stage may take longer than `interval_s`.
 
-  Pins of single places count: what is not there counts as nothing.
+  Links are left aside. Pins of single places are kept; a pinned place that cannot keep its pin counts as
+  without layers.
   """
   width = step_PRL.shape[2]
   within_PRL = np.isfinite(step_PRL) & (step_PRL <= interval_s)
@@ -28,7 +29,10 @@ def most_layers(step_PRL: np.ndarray, interval_s: float) -> int:
 
 
 def check(given: Problem) -> None:
-  """Raises: ValueError: the layers do not fit; says by how much and what would fit."""
+  """Check that the layers fit.
+
+  Raises: ValueError: they do not; the message says by how much, and what would fit.
+  """
   pinned = sum(given.pins.values())
   if pinned < given.num_layers and all(
     place.label in given.pins or place.host.label in given.pins for place in given.places
@@ -73,7 +77,7 @@ def check(given: Problem) -> None:
 
 
 def _smaller(given: Problem, free: np.ndarray, pins: dict[int, int]) -> str:
-  """The nearest loads that fit into what is there."""
+  """The nearest contexts, sequences and weights that fit the memory there is, as words."""
   load, total = given.load, given.num_layers
   found = []
 
@@ -98,11 +102,11 @@ def _smaller(given: Problem, free: np.ndarray, pins: dict[int, int]) -> str:
       found.append("weights held as int8")
   if not found:
     return "no shorter context and no fewer sequences would fit: add memory or a host"
-  return f"or what fits as it is: {', or '.join(found)}"
+  return f"without more memory these fit: {', or '.join(found)}"
 
 
 def _most(given: Problem, load: Load, free: np.ndarray, pins: dict[int, int]) -> int:
-  """As `most_layers`, by bytes alone."""
+  """The most layers that the places hold together, by bytes alone; see `most_layers`."""
   total = given.num_layers
   sizes = {
     kind: role_bytes(given.config, load, kind) for kind in {p.device.kind for p in given.places}
@@ -124,7 +128,7 @@ def _most(given: Problem, load: Load, free: np.ndarray, pins: dict[int, int]) ->
 
 
 def _best_ends(first_P: np.ndarray, last_P: np.ndarray) -> int:
-  """The greatest sum of an entry of each, of two different places."""
+  """The greatest sum of an entry of each array, at two different places."""
   a, b = int(first_P.argmax()), int(last_P.argmax())
   if a != b:
     return int(first_P[a] + last_P[b])

@@ -1,9 +1,9 @@
-"""Fleets of well-known machines, from vendors' datasheets, for those who have none to probe.
+"""Makes fleets of well-known machines from vendors' datasheets, for users who have none to probe.
 
 python -m neurojax.plan.tiers lab configs/fleet/lab.toml
 
-Datasheets give the best that memory and matrix units can do, which decoding does not reach, and not
-what a layer and a stage cost beside reading. Measure what you have with `neurojax probe`.
+Datasheets give the peak of memory and matrix units, which decoding does not reach, and no overhead of
+layers and stages. Measure your own machines with `neurojax probe`.
 """
 
 import dataclasses
@@ -72,8 +72,8 @@ CPUS: Mapping[str, Device] = {
     read_bytes_per_s=460.8e9,
   ),
 }
-"""Channels times transfers per second times 8 bytes (5600 MT/s x 2 x 8, 4800 MT/s x 12 x 8), not measured;
-what they multiply is not known."""
+"""Hosts' CPUs with their memory. Bandwidth is channels times transfers per second times 8 bytes (5600 MT/s
+x 2 x 8, 4800 MT/s x 12 x 8), not measured; their FLOP/s are not known."""
 
 
 def datasheet_flops_per_s(device_kind: str) -> float | None:
@@ -94,14 +94,14 @@ TIERS: Mapping[str, int] = {
   "seed-4tb": 4096,
   "seed-8tb": 8192,
 }
-"""GB of the seed's rows, made of whole cards, as many as their names add up to at most."""
+"""Gigabytes of the rows of the table that this project started from, made of whole cards."""
 
 _ETHERNET = {"latency_s": 0.0002, "bytes_per_s": 10e9 / 8}
 _INFINIBAND = {"latency_s": 0.00001, "bytes_per_s": 400e9 / 8}
 
 
 def fleet(name: str) -> Fleet:
-  """Raises: ValueError: no fleet is called so."""
+  """Make a fleet of `NAMES`. Raises: ValueError: no fleet has this name."""
   if name == "cpu":
     return Fleet(hosts=(Host(name="box", devices=(CPUS["desktop"],)),), coordinator="box")
   if name == "gaming-pc":
@@ -118,7 +118,7 @@ NAMES = ("cpu", "gaming-pc", "lab", *TIERS)
 
 
 def _lab() -> Fleet:
-  """Mixed cards behind one 10 Gbit/s switch, and a laptop's worth of a host on 1 Gbit/s."""
+  """Mixed cards behind one 10 Gbit/s switch, and a slow host on 1 Gbit/s."""
   desktop = CPUS["desktop"]
   hosts = (
     Host(name="rack", devices=(CARDS["a100-40"],) * 2 + (CPUS["server"],)),

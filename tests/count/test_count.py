@@ -123,7 +123,7 @@ def test_packed_bytes_equal_the_real_tree(path: Path, form: Scales, names: tuple
 def test_packed_bytes_cannot_be_counted_without_knowing_what_is_ternary():
   config = ModelConfig.load(CONFIGS[0])
   span = Span.whole(config)
-  with pytest.raises(ValueError, match="is not said: see files"):
+  with pytest.raises(ValueError, match="are not given: see files"):
     count.span_bytes(config, span, dtype="float32", weights="w2a16")
   with pytest.raises(ValueError, match="choose 'dense' or 'int8'"):
     count.span_bytes(config, span, dtype="float32", weights="w2a16", forms={})
