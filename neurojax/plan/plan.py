@@ -1,4 +1,4 @@
-"""A plan: which host holds which layers, with its predicted times."""
+"""The nouns of planning: a plan, its stages and hops, and the reasons for them."""
 
 import dataclasses
 from typing import Literal
@@ -12,16 +12,20 @@ Objective = Literal["latency", "throughput"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-  """Layers on one device of a host.
+  """A span of layers on one place.
 
   Attributes:
-    address: Where the host's stage server is, if the fleet says so.
-    label: Host and device, as `Fleet.places` calls them.
-    memory_bytes: Weights and the caches of all sequences.
-    step_s: One decode pass of a batch.
-    prefill_s: One pass of `forms.PREFILL` tokens, or of the whole context where that is shorter.
-    pipeline: Which of several pipelines side by side it belongs to.
-    share: Of the pipeline's sequences, how many pass here; below 1 where others hold the same layers.
+    host: Label of the host.
+    address: host:port of the host's stage server, if the fleet has it.
+    label: Label of the place, as `Fleet.places` has it.
+    device: Name of the device.
+    memory_bytes: Bytes of weights, of the caches of all sequences, and of working memory.
+    free_bytes: Bytes that a stage may take there.
+    step_s: Seconds of one decode step of a batch.
+    prefill_s: Seconds of one prefill step of `Plan.prefill_tokens` tokens.
+    pipeline: Number of the pipeline that the stage belongs to, from 0 on.
+    share: Fraction of the pipeline's sequences that pass here; below 1 where other places hold the same
+      layers.
   """
 
   host: str
@@ -44,13 +48,15 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hop:
-  """From stage to stage; from or to the coordinator if `a` or `b` is "".
+  """The way from one stage to the next.
 
   Attributes:
-    latency_s: Until a message arrives, however short.
-    transfer_s: How long the activations of a decoded batch keep the link.
-    prefill_s: How long those of `forms.PREFILL` tokens keep it.
-    share: Of the pipeline's sequences, how many take this way.
+    a, b: Labels of the two places; "" is the coordinator.
+    latency_s: Seconds until a message arrives, however short it is.
+    transfer_s: Seconds that the activations of a decoded batch occupy the link.
+    prefill_s: Seconds that those of `Plan.prefill_tokens` tokens occupy it.
+    pipeline: Number of the pipeline that the hop belongs to.
+    share: Fraction of the pipeline's sequences that take this way.
   """
 
   a: str
@@ -64,7 +70,7 @@ class Hop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reason:
-  """What a place gets, and why."""
+  """The number of layers that a place gets, and why."""
 
   host: str
   layers: int
@@ -73,17 +79,25 @@ class Reason:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Every layer once, in order, with its times.
+  """Which place holds which span of layers, with predicted times.
 
   Attributes:
-    method: How it was found.
-    latency_s: One decoded token of one batch, nothing else under way.
-    throughput: Tokens per second with `in_flight` batches in each pipeline, with enough if that is None.
-    bound: What no plan can do better, in the objective's unit; None where none was sought.
-    gap: How far from the bound, as a fraction of it; 0 if the plan is proven best.
-    batches: In flight in each pipeline from which on more do not help, `in_flight` of them at most.
-    sequences: In flight in each pipeline, for whose caches memory is planned; None if nobody said.
-    prefill_tokens: What `prefill_s` of stages and hops is for.
+    objective: "latency" of one decoded token, or "throughput" of many sequences.
+    method: Name of the method that found the plan.
+    stages: Stages, in the order of the layers within each pipeline.
+    hops: Ways between the coordinator and the stages.
+    batch: Sequences that each step computes together.
+    context: Positions of each sequence.
+    prefill_tokens: Tokens of the prefill step that `prefill_s` of stages and hops is for.
+    latency_s: Seconds of a decoded token of one batch, with nothing else in flight.
+    throughput: Tokens per second with `in_flight` batches in each pipeline; with as many as help if None.
+    batches: Batches in flight in each pipeline beyond which more do not help, at most `in_flight`.
+    in_flight: Batches in flight in each pipeline; None: as many as help.
+    sequences: Sequences in each pipeline for whose caches memory is planned; None: not given.
+    bound: Value that no plan can beat, in the unit of the objective; None: not computed.
+    gap: Distance from the bound, as a fraction of it; 0 proves that the plan is the best.
+    reasons: For every place, its layers and the reason.
+    limits: Sentences that say what limits the speed.
   """
 
   objective: Objective
@@ -109,7 +123,7 @@ class Plan:
 
   @property
   def is_replicated(self) -> bool:
-    """Whether some layer lies more than once."""
+    """True if several places hold the same layer."""
     return self.pipelines > 1 or any(stage.share < 1 for stage in self.stages)
 
   def summary(self) -> str:
@@ -146,7 +160,7 @@ class Plan:
     return shown(f"{self.summary()}. {self.proof()}", header, rows + unused)
 
   def value(self) -> tuple[float, float]:
-    """Smaller is better, by the objective and then by the other."""
+    """A key to compare plans by: smaller is better, by the objective first."""
     first, second = self.latency_s, -self.throughput
     return (first, second) if self.objective == "latency" else (second, first)
 
@@ -168,7 +182,14 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-  """Layers on a place, and how many batches a second pass there."""
+  """Layers on a place, and the batches a second that pass there.
+
+  Attributes:
+    place: Number of the place.
+    first: First layer.
+    layers: Number of layers.
+    rate: Batches a second.
+  """
 
   place: int
   first: int
@@ -181,7 +202,7 @@ class Held:
 
 
 def bounded(plan: Plan, bound: float | None) -> Plan:
-  """The plan with its distance from a bound; one that it reaches to a billionth is reached."""
+  """The plan with its distance from a bound. Within a billionth of the bound the distance is 0."""
   gap = None
   if bound is not None:
     gap = plan.latency_s / bound if plan.objective == "latency" else bound / plan.throughput

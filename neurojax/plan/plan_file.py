@@ -1,4 +1,4 @@
-"""A plan as running stage servers can have it."""
+"""Reads plan files, and turns plans into what running stage servers are asked for."""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from neurojax.plan.plan import Plan, Stage
 
 
 def read_plan(path: str | Path) -> Plan:
-  """What `neurojax plan --toml` printed.
+  """Read the plan that `neurojax plan --toml` printed.
 
-  Raises: ValueError: not such a file.
+  Raises: ValueError: the file is no such plan.
   """
   plan = from_toml(Plan, read_text(path, "a plan"), where=str(path))
   try:
@@ -23,7 +23,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _check(plan: Plan) -> None:
-  """Raises: ValueError: what no planner prints; a file that was mended by hand may say anything."""
+  """Check a plan that may have been edited by hand. Raises: ValueError: no planner prints it."""
   if not plan.stages:
     raise ValueError("a plan without stages")
   for name in ("batch", "context", "prefill_tokens"):
@@ -55,7 +55,7 @@ def _check(plan: Plan) -> None:
   for label, pipeline in where:
     into = any(hop.b == label and hop.pipeline == pipeline for hop in plan.hops)
     if not into or not any(hop.a == label and hop.pipeline == pipeline for hop in plan.hops):
-      raise ValueError(f"no hop leads to {label}, or none away from it")
+      raise ValueError(f"{label}: the plan needs a hop to it and one from it, and has not both")
   _check_order(plan)
 
 
@@ -70,15 +70,15 @@ def _check_order(plan: Plan) -> None:
     if end != first:
       a, b = (name or "the coordinator" for name in (hop.a, hop.b))
       raise ValueError(
-        f"the hop from {a} to {b} goes on with layer {first}, and layer {end} is the next to be placed"
+        f"the hop from {a} to {b} continues with layer {first}, and layer {end} is the next to be placed"
       )
 
 
 def servers(plan: Plan, config: ModelConfig) -> tuple[Fleet, Mapping[str, Span]]:
-  """The hosts of a plan in the order of its stages, and which layers the server at each address is to hold.
+  """The hosts of a plan in the order of its stages, and the span of each stage server by address.
 
   Raises: ValueError: layers that are not the model's, a host without an address or with two stages, or
-    layers that lie more than once.
+    layers that several places hold.
   """
   if plan.is_replicated:
     raise ValueError(
@@ -91,12 +91,13 @@ def servers(plan: Plan, config: ModelConfig) -> tuple[Fleet, Mapping[str, Span]]
     if stage.first_layer != first or stage.last_layer < first:
       raise ValueError(
         f"the plan's stage on {stage.label} holds layers {stage.first_layer}..{stage.last_layer}, and "
-        f"layer {first} is the next to be placed: plan again, or mend the file"
+        f"layer {first} is the next to be placed: plan again, or correct the file"
       )
     first = stage.last_layer + 1
   if first != config.num_layers:
     raise ValueError(
-      f"the plan places {first} layers and the model has {config.num_layers}: it is of another model"
+      f"the plan places {first} layers and the model has {config.num_layers}: it was made for another model, "
+      "plan again"
     )
   spans: dict[str, Span] = {}
   hosts = []

@@ -1,7 +1,7 @@
-"""Seconds of a stage, of a hop and of a whole pipeline. The one predictor of all placements.
+"""Predicts the seconds of a stage, of a hop and of a whole pipeline, for all plans alike.
 
-A pass reads the stage's weights once and the keys and values of every sequence in it. It takes as long
-as the slower of reading and multiplying, and the device's overheads.
+A step reads the stage's weights once, and the keys and values of every sequence in it. It takes the longer of
+reading and multiplying, plus the device's overheads.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from neurojax.count.serving import Load
 from neurojax.plan.fleet import Device, Fleet
 
 TOKEN_BYTES = 16
-"""What goes to the first stage and comes back from the last for each token: an id, a log-probability
-and their frame, rounded up."""
+"""Bytes sent to the first stage, and back from the last, for each token: an id, a log-probability and their
+frame, rounded up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCost:
-  """Seconds of one pass through one stage."""
+  """Seconds of one step of one stage, by cause."""
 
   read_s: float
   compute_s: float
@@ -34,14 +34,19 @@ class StepCost:
 
   @property
   def limit(self) -> str:
-    """What takes longest: "reading", "multiplying" or "overhead"."""
+    """The cause that takes longest: "reading", "multiplying" or "overhead"."""
     times = {"reading": self.read_s, "multiplying": self.compute_s, "overhead": self.overhead_s}
     return max(times, key=lambda name: times[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """What one pass reads and multiplies, by part of the model. Made by `work`. tokens: New ones in it."""
+  """Bytes read and FLOPs computed by one step, by part of the model. Made by `work`.
+
+  Attributes:
+    tokens: New tokens in the step.
+    samples: Entries of the logits that tokens are sampled from.
+  """
 
   tokens: int
   layer_bytes: int
@@ -52,7 +57,12 @@ class Work:
   samples: int
 
   def cost(self, device: Device, load: Load, layers: Any, first: bool, last: bool) -> Any:
-    """(read, compute, overhead) seconds of `layers` layers, a number or an array of numbers.
+    """Seconds of reading, of computing and of overhead on a device.
+
+    Args:
+      layers: Number of layers; may be an array.
+      first: The stage holds the embedding.
+      last: The stage holds the final norm and the head.
 
     Raises: ValueError: the device's read_bytes_per_s is unknown.
     """
@@ -64,8 +74,8 @@ class Work:
         f"read_bytes_per_s of {device.name or device.kind} is not known: measure it with `neurojax "
         "probe` on its host, or write it into the fleet file"
       )
-    # What decoding one token was measured to take has its products in it, whatever they are made of. Of
-    # more tokens, or without a measurement, the slower of reading and multiplying counts.
+    # A measured rate of decoding one token contains its products already. With more tokens, or without a
+    # measurement, the slower of reading and multiplying counts.
     is_measured = self.tokens == 1 and device.is_measured(load.weights)
     flops_per_s = None if is_measured else device.flops_per_s
     compute_s = 0.0 * layers if flops_per_s is None else flops / flops_per_s
@@ -79,10 +89,10 @@ class Work:
 
 
 def work(config: ModelConfig, load: Load, *, batch: int = 1, context: int, tokens: int = 1) -> Work:
-  """One pass of `batch` sequences with `tokens` new tokens each.
+  """The work of one step of `batch` sequences with `tokens` new tokens each.
 
   Args:
-    context: Positions in each cache when the pass ends, the new ones included.
+    context: Positions in each cache after the step, the new ones included.
   Raises: ValueError: a number below 1, or more new tokens than positions.
   """
   for name, value in (("batch", batch), ("tokens", tokens), ("context", context)):
@@ -93,7 +103,7 @@ def work(config: ModelConfig, load: Load, *, batch: int = 1, context: int, token
   form = load.form
   cache = count.cache_bytes(config, 1, capacity=context, dtype=load.dtype)
   matrices = sum(2 * k * n for k, n in count.layer_matrices(config).values())
-  # Each new token looks at those before it and at itself: on average so many, times two.
+  # Twice the mean number of positions that a new token attends to, itself included.
   seen_twice = 2 * context - tokens + 1
   attention = 2 * config.num_heads * config.head_dim * seen_twice
   embedding = count.embedding_bytes(config, **form)
@@ -102,7 +112,7 @@ def work(config: ModelConfig, load: Load, *, batch: int = 1, context: int, token
     layer_bytes=count.layer_bytes(config, **form) + batch * cache,
     layer_flops=batch * tokens * (matrices + attention),
     embedding_bytes=-(-embedding // config.vocab_size) * batch * tokens,
-    # Only what is to be drawn gets logits: the last position of each sequence.
+    # Only the last position of each sequence gets logits.
     head_bytes=count.head_bytes(config, **form),
     head_flops=2 * config.model_dim * config.vocab_size * batch,
     samples=batch * config.vocab_size,
@@ -119,11 +129,11 @@ def stage_step_s(
   context: int,
   tokens: int = 1,
 ) -> StepCost:
-  """Seconds of one pass through a stage: decode with tokens = 1, else prefill.
+  """Predict the seconds of one step of a stage: decode with tokens = 1, else prefill.
 
   Args:
-    batch: Sequences that go through together.
-    context: Positions in each cache when the pass ends, the new ones included.
+    batch: Sequences that the step computes together.
+    context: Positions in each cache after the step, the new ones included.
   Raises: ValueError: the device's read_bytes_per_s is unknown, or a number below 1.
   """
   done = work(config, load, batch=batch, context=context, tokens=tokens)
@@ -132,18 +142,17 @@ def stage_step_s(
 
 
 def wire_bytes(config: ModelConfig, load: Load, *, batch: int = 1, tokens: int = 1) -> int:
-  """Activations that pass from one stage to the next."""
+  """Bytes of the activations that one stage sends to the next in a step."""
   return batch * tokens * config.model_dim * forms.DTYPE_BYTES[load.dtype]
 
 
 def hop_s(fleet: Fleet, a: str | None, b: str | None, size_bytes: int) -> float:
-  """One way from host to host, by label; None is outside the fleet."""
+  """Seconds of a message one way from host to host, by label; None is outside the fleet."""
   return fleet.link(a, b).seconds(size_bytes)
 
 
 class TimedStage(Protocol):
-  """step_s: One pass. pipeline: Which of several pipelines side by side it belongs to. label: Where.
-  share: Of the pipeline's sequences, how many pass here; all, unless others hold the same layers."""
+  """The fields of `plan.Stage` that times are predicted from."""
 
   @property
   def label(self) -> str: ...
@@ -156,8 +165,7 @@ class TimedStage(Protocol):
 
 
 class TimedHop(Protocol):
-  """From `a` to `b`: latency_s passes for one message; transfer_s keeps the link from the next one.
-  share: Of the pipeline's sequences, how many take it."""
+  """The fields of `plan.Hop` that times are predicted from."""
 
   @property
   def a(self) -> str: ...
@@ -174,7 +182,7 @@ class TimedHop(Protocol):
 
 
 class Timed(Protocol):
-  """A plan, as far as its times go. batch: Sequences in each pass."""
+  """The fields of `plan.Plan` that times are predicted from."""
 
   @property
   def stages(self) -> Sequence[TimedStage]: ...
@@ -185,7 +193,7 @@ class Timed(Protocol):
 
 
 def pipelines(plan: Timed) -> list[tuple[list[TimedStage], list[TimedHop]]]:
-  """Stages and hops of each of the pipelines side by side: what shares no stage with the others."""
+  """The stages and the hops of each pipeline."""
   number = 1 + max(stage.pipeline for stage in plan.stages)
   parts: list[tuple[list[TimedStage], list[TimedHop]]] = [([], []) for _ in range(number)]
   for stage in plan.stages:
@@ -196,16 +204,16 @@ def pipelines(plan: Timed) -> list[tuple[list[TimedStage], list[TimedHop]]]:
 
 
 def pipeline_latency_s(plan: Timed) -> float:
-  """One decoded token, nothing else under way: all stages and all hops, the slowest way through."""
+  """Seconds of one decoded token with nothing else in flight, over the slowest way through."""
   return max(_latency_s(stages, hops) for stages, hops in pipelines(plan))
 
 
 def pipeline_throughput(plan: Timed, *, micro_batches: int | None = None) -> float:
-  """Tokens per second with so many batches in flight in each pipeline; as many as help if None.
+  """Tokens per second with `micro_batches` batches in flight in each pipeline; as many as help if None.
 
-  A stage computes one batch at a time, a link carries one at a time (its latency holds nobody up): the
-  one that is busiest, of the sequences that pass it, sets the pace; or the round trip does, on average
-  over the ways through, while too few batches are in flight.
+  A stage computes one batch at a time, and a link carries one at a time (its latency delays no other). The
+  busiest of them sets the pace. With too few batches in flight the round trip does, on average over the ways
+  through.
   """
   return sum(
     plan.batch / interval_s(stages, hops, micro_batches) for stages, hops in pipelines(plan)
@@ -215,7 +223,8 @@ def pipeline_throughput(plan: Timed, *, micro_batches: int | None = None) -> flo
 def interval_s(
   stages: Sequence[TimedStage], hops: Sequence[TimedHop], micro_batches: int | None = None
 ) -> float:
-  """From one batch to the next of one pipeline, with so many in flight, or as many as help."""
+  """Seconds from one batch to the next of one pipeline with `micro_batches` in flight; as many as help if
+  None."""
   busy_s = bottleneck_s(stages, hops)
   if micro_batches is None:
     return busy_s
@@ -223,7 +232,7 @@ def interval_s(
 
 
 def bottleneck_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> float:
-  """How long a batch keeps the busiest device or link, which a placement may come back to."""
+  """Seconds that a batch occupies the busiest device or link; a placement may use one several times."""
   busy_s: dict[object, float] = {}
   for stage in stages:
     busy_s[stage.label] = busy_s.get(stage.label, 0.0) + stage.share * stage.step_s
@@ -233,7 +242,7 @@ def bottleneck_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> floa
 
 
 def saturating_batches(plan: Timed) -> int:
-  """Batches in flight from which on more do not help, in the pipeline that needs most."""
+  """Batches in flight beyond which more do not help, in the pipeline that needs most."""
   return max(
     math.ceil(_mean_latency_s(stages, hops) / bottleneck_s(stages, hops) - 1e-9)
     for stages, hops in pipelines(plan)
@@ -247,7 +256,7 @@ def _mean_latency_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> f
 
 def _latency_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> float:
   if all(stage.share == 1 for stage in stages):
-    # One way, though it may come back to a place.
+    # There is one way through, though it may use a place several times.
     return _mean_latency_s(stages, hops)
   step_s = {stage.label: stage.step_s for stage in stages}
   onward: dict[str, list[TimedHop]] = {}
@@ -256,7 +265,7 @@ def _latency_s(stages: Sequence[TimedStage], hops: Sequence[TimedHop]) -> float:
 
   @functools.cache
   def rest_s(label: str) -> float:
-    """From the arrival at a stage to the return of the token."""
+    """Seconds from the arrival at a stage to the return of the token."""
     return step_s[label] + max(
       hop.latency_s + hop.transfer_s + (rest_s(hop.b) if hop.b else 0.0) for hop in onward[label]
     )

@@ -1,4 +1,4 @@
-"""A placement problem as tables of numbers: what each place takes for so many layers."""
+"""A placement problem as tables of numbers: the seconds of each place for every number of layers."""
 
 import dataclasses
 import functools
@@ -15,26 +15,28 @@ from neurojax.plan import predict
 from neurojax.plan.fleet import MOST_BYTES, Fleet, Place
 
 MIDDLE, FIRST, LAST, WHOLE = range(4)
-"""What a stage holds beside layers: nothing; the embedding; norm and head; all of it. Bits: 1 is the
-embedding, 2 the head."""
-
+"""Roles of a stage: what it holds beside layers. Bit 1 is the embedding, bit 2 the final norm and the head."""
 
 MOST_PLACES = 4096
-"""Planned together: tables from place to place grow with the square."""
+"""Places that are planned together at most: tables from place to place grow with the square."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-  """What is to be placed where, and what that takes. Made by `problem`.
+  """A model to place on a fleet, with the time of every possible stage and hop. Made by `problem`.
 
   Attributes:
-    pins: Layers that a host or place has to hold, by label, those of the fleet included.
+    context: Positions in the caches at the decode step that is timed.
+    batch: Sequences that the step computes together.
+    pins: Number of layers that a host or place has to hold, by label, those of the fleet included.
     step_PRL: Seconds of a stage by place, role and number of layers; infinite where memory or a pin
       forbids it.
-    latency_PP, transfer_PP: Seconds of a hop from place to place, and how long it keeps the link.
-    enter_P, leave_P: Seconds from the coordinator to a first stage, and from a last one back.
-    end_transfer_P: How long either keeps the link.
-    in_flight: Batches under way in each pipeline, which throughput is of; None: as many as help.
+    latency_PP: Seconds of latency of a hop from place to place.
+    transfer_PP: Seconds that it occupies the link.
+    enter_P: Seconds from the coordinator to a first stage.
+    leave_P: Seconds from a last stage to the coordinator.
+    end_transfer_P: Seconds that either of these occupies the link.
+    in_flight: Batches in flight in each pipeline, for throughput; None: as many as help.
   """
 
   config: ModelConfig
@@ -58,7 +60,7 @@ class Problem:
 
   @functools.cached_property
   def hosts(self) -> list[list[int]]:
-    """The places of each host."""
+    """Numbers of the places of each host."""
     found: dict[str, list[int]] = {}
     for index, place in enumerate(self.places):
       found.setdefault(place.host.label, []).append(index)
@@ -66,7 +68,7 @@ class Problem:
 
   @functools.cached_property
   def host_P(self) -> np.ndarray:
-    """The number of each place's host."""
+    """Number of the host of each place."""
     host_P = np.zeros(len(self.places), int)
     for number, places in enumerate(self.hosts):
       host_P[places] = number
@@ -77,13 +79,13 @@ class Problem:
     return self.latency_PP + self.transfer_PP
 
   def host_pin(self, number: int) -> int | None:
-    """Layers that a host of several places has to hold together."""
+    """Number of layers that a host of several places has to hold together; None: not pinned."""
     places = self.hosts[number]
     label = self.places[places[0]].host.label
     return self.pins.get(label) if len(places) > 1 else None
 
   def role_bytes(self, place: int) -> tuple[int, np.ndarray]:
-    """Bytes of one layer there, and those that each role adds to a stage of any layers."""
+    """Bytes of one layer on a place, and bytes that each role adds to a stage."""
     return self._role_bytes[self.places[place].device.kind]
 
   @functools.cached_property
@@ -92,7 +94,7 @@ class Problem:
     return {kind: role_bytes(self.config, self.load, kind) for kind in kinds}
 
   def restricted(self, places: list[int]) -> "Problem":
-    """The same with some of the places."""
+    """The same problem with some of the places."""
     labels = {self.places[p].label for p in places} | {self.places[p].host.label for p in places}
     return dataclasses.replace(
       self,
@@ -107,7 +109,7 @@ class Problem:
     )
 
   def step_s(self, place: int, first: int, end: int) -> float:
-    """Of the layers from `first` to before `end`."""
+    """Seconds of a stage of the layers from `first` to before `end`."""
     role = (first == 0) * FIRST + (end == self.num_layers) * LAST
     return float(self.step_PRL[place, role, end - first])
 
@@ -125,7 +127,10 @@ def problem(
   pins: Mapping[str, int] | None = None,
   in_flight: int | None = None,
 ) -> Problem:
-  """Raises: ValueError: an unknown speed or memory, or a pin that cannot be kept, with the reason."""
+  """Compute the tables of a placement problem. Arguments as for `best.best`.
+
+  Raises: ValueError: an unknown speed or memory, or a pin that cannot be kept, with the reason.
+  """
   if in_flight is not None and in_flight < 1:
     raise ValueError(f"in_flight = {in_flight}: at least 1 batch, or None for as many as help")
   if batch > load.sequences:
@@ -184,7 +189,7 @@ def problem(
 def role_bytes(
   config: ModelConfig, load: Load, kind: DeviceKind = "cuda"
 ) -> tuple[int, np.ndarray]:
-  """Bytes of one layer, and those that each role adds to a stage of any layers."""
+  """Bytes of one layer, and bytes that each role adds to a stage, on a kind of device."""
   layer = layer_bytes(config, load, kind)
   whole = stage_bytes(config, Span.whole(config), load, kind) - config.num_layers * layer
   embedding = count.embedding_bytes(config, **load.form)
@@ -209,7 +214,7 @@ def _steps(
   allowed_RL[1:, 0] = False
   allowed_RL[WHOLE, :total] = False
   allowed_RL[:WHOLE, total] = False
-  # A stage in the middle leaves a layer for both ends, an end one for the other.
+  # A middle stage leaves at least one layer to either end, an end stage one to the other end.
   allowed_RL[MIDDLE, max(1, total - 1) :] = False
   allowed_RL[MIDDLE, 0] = True
   step_PRL = np.full((len(places), 4, total + 1), np.inf)
@@ -237,7 +242,7 @@ def _steps(
 def _pins(
   config: ModelConfig, fleet: Fleet, places: tuple[Place, ...], given: Mapping[str, int]
 ) -> dict[str, int]:
-  """All pins by label, after a first look at them."""
+  """All pins by label. Raises: ValueError: a pin that contradicts the model, the fleet or the others."""
   pins = {host.label: host.layers for host in fleet.hosts if host.layers is not None} | dict(given)
   known = {place.label for place in places} | {place.host.label for place in places}
   for label, layers in pins.items():
@@ -263,7 +268,9 @@ def _fix(
   load: Load,
   config: ModelConfig,
 ) -> None:
-  """Forbid what contradicts the pins. Pins of a host with several places bind their sum, elsewhere."""
+  """Forbid, in place, all stages that contradict the pins of single places.
+
+  A pin of a host with several places binds their sum, which the solvers see to."""
   several = {place.host.label for place in places if place.label != place.host.label}
   layers_of = {
     kind: layer_bytes(config, load, kind) for kind in {place.device.kind for place in places}
@@ -300,7 +307,7 @@ def _fix(
 
 
 def _links(fleet: Fleet, size_bytes: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-  """Latency and transfer between hosts, and the index of each host."""
+  """Seconds of latency and transfer between hosts, and the number of each host by label."""
   labels = {host.label: index for index, host in enumerate(fleet.hosts)}
   number = len(labels)
   latency_HH = np.full((number, number), fleet.latency_s)

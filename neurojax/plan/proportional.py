@@ -1,4 +1,4 @@
-"""Layers in proportion to free memory: the placement that needs to know nothing else."""
+"""Places layers in proportion to free memory, where nothing else is known of the hosts."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ def proportional(
   load: Load,
   kinds: Sequence[DeviceKind] | None = None,
 ) -> tuple[Placement, ...]:
-  """Contiguous layers in proportion to free memory, each layer exactly once.
+  """Give each host contiguous layers in proportion to its free memory.
 
-  A host's share is counted after embedding, head and final norm have taken theirs on the first and
-  last host. Shares are rounded by largest remainder; then layers move to neighbours until every
-  host fits. Hosts that are left without a layer are left out.
+  Embedding, head and final norm are taken off the first and last host's memory beforehand. Shares are rounded by
+  largest remainder, and no host gets more layers than it has room for. Hosts without a layer are left out.
 
   Args:
     hosts: (name, free bytes) in the order of the pipeline.
-    kinds: Of each host's device, for working memory; GPUs if absent.
+    load: What every stage has to hold.
+    kinds: Kinds of the hosts' devices, for working memory; GPUs if absent.
   Raises: ValueError: the fleet is too small; says by how much.
   """
   if not hosts:
@@ -56,8 +56,13 @@ def as_planned(
   load: Load,
   kinds: Mapping[str, DeviceKind] | None = None,
 ) -> tuple[Placement, ...]:
-  """What a plan gives each host, held to what the host has free now.
+  """The placements of a plan, checked against the memory that each host has free now.
 
+  Args:
+    spans: Layers of each host by name.
+    free: Free bytes of each host.
+    load: What every stage has to hold.
+    kinds: Kinds of the hosts' devices; GPUs if absent.
   Raises: ValueError: a host has too little, and by how much.
   """
   placements = []
@@ -76,7 +81,7 @@ def as_planned(
 def _shares(
   config: ModelConfig, free: list[int], load: Load, kinds: Sequence[DeviceKind]
 ) -> list[tuple[int, int]] | None:
-  """(index of the host, its layers) for those that get any; None if the layers do not fit."""
+  """(number of the host, its layers) of the hosts that get any; None if the layers do not fit."""
   indices = list(range(len(free)))
   while indices:
     counts = _counts(
@@ -86,7 +91,7 @@ def _shares(
       return None
     if all(counts):
       return list(zip(indices, counts, strict=True))
-    # Without layers a host is no stage; the outer parts move to whoever is first and last then.
+    # A host without layers is no stage: embedding and head move to the hosts that are then first and last.
     indices.pop(counts.index(0))
   return None
 
@@ -94,7 +99,7 @@ def _shares(
 def _counts(
   config: ModelConfig, free: list[int], load: Load, kinds: Sequence[DeviceKind]
 ) -> list[int] | None:
-  """Layers of each host, some perhaps 0, if all of them hold their part; None if they cannot."""
+  """Layers of each host, which may be 0; None if the layers do not fit."""
   layers = {kind: layer_bytes(config, load, kind) for kind in set(kinds)}
   working = {kind: stage_working(config, load, kind) for kind in set(kinds)}
   embedding = count.embedding_bytes(config, **load.form)
@@ -110,12 +115,12 @@ def _counts(
     return None
   space: list[float] = [max(0, r) for r in room]
   if len(layers) > 1:
-    # In proportion to the layers that each has room for.
+    # Kinds of device differ in the bytes of a layer: in proportion to the layers that each has room for.
     space = [s / layers[kind] for s, kind in zip(space, kinds, strict=True)]
   whole = sum(space)
   exact = [total * s / whole for s in space]
   counts = [min(int(e), m) for e, m in zip(exact, most, strict=True)]
-  # The largest remainder first, of equal ones the first host's.
+  # Largest remainder first; of equal ones that of the first host.
   open_hosts = [(counts[i] - exact[i], i) for i in range(len(free)) if counts[i] < most[i]]
   heapq.heapify(open_hosts)
   for _ in range(total - sum(counts)):
@@ -131,7 +136,7 @@ def _counts(
 def _too_small(
   config: ModelConfig, hosts: Sequence[tuple[str, int]], load: Load, kinds: Sequence[DeviceKind]
 ) -> str:
-  """How much is missing: the least that the largest host needs more for a plan to exist."""
+  """Words for what is missing: the least memory more on the largest host with which the layers fit."""
   free = [space for _, space in hosts]
   largest = max(range(len(free)), key=lambda i: free[i])
   whole = Span(first_layer=0, last_layer=config.num_layers - 1, num_layers=config.num_layers)
@@ -141,7 +146,7 @@ def _too_small(
     more = [space + middle * (i == largest) for i, space in enumerate(free)]
     low, high = (low, middle) if _shares(config, more, load, kinds) else (middle, high)
   base = stage_working(config, load, kinds[largest]).base
-  work = f", {base:,} for what the programs of each stage work in" if base else ""
+  work = f", {base:,} for the working memory of each stage" if base else ""
   return (
     f"the fleet is too small: {len(free)} hosts have {sum(free):,} bytes free for {config.num_layers} "
     f"layers of {layer_bytes(config, load, kinds[largest]):,} bytes each ({load.sequences} caches of "

@@ -1,12 +1,12 @@
-"""A plan at work, event by event, for more hosts than there are.
+"""Simulates a plan that serves requests, event by event.
 
-Every stage computes one pass at a time and every link carries one message at a time, both in the order of
-arrival; a link's latency holds nobody up. A prompt goes through in parts that follow each other at once; a
-decoded token comes back before the next one goes. `batch` sequences of the plan go through together.
+Every stage computes one step at a time and every link carries one message at a time, both in the order of
+arrival; the latency of a link delays no other message. A prompt goes through in chunks that follow each other at
+once. A decoded token comes back before the next one goes. `batch` sequences of the plan go through together.
 
-Where several places hold the same layers, each group of sequences takes one way through, the ways in turn by
-their shares, and stays on it. A host that fails takes the keys and values of all sequences that pass it with
-it: they fail, and start again from their prompt if they are retried, on another way or once the host is back.
+Where several places hold the same layers, each group of sequences takes one way through and stays on it; ways
+are chosen in turn by their shares. If a host fails, the caches of all sequences that pass it are lost: these
+sequences fail, and start again from their prompt if they are retried, on another way or once the host is back.
 """
 
 import dataclasses
@@ -22,11 +22,12 @@ from neurojax.plan.plan import Hop, Plan, Stage
 
 MAX_ATTEMPTS = 100
 MOST_EVENTS = 200_000_000
-"""Some ten minutes of one core; failures add to what is counted beforehand."""
+"""Events of a simulation at most: about ten minutes of one core. Failures add events that are not counted
+beforehand."""
 MOST_FAILURES = 1e6
-"""Of a host in an hour."""
+"""Failures of a host in an hour at most."""
 MOST_IN_VAIN = 100_000
-"""Failures in a row between which nothing could be started."""
+"""Failures in a row, with no request started between them, after which a simulation ends in an error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,13 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Use:
-  """What a stage or a link did. busy: The fraction of the time."""
+  """The use of a stage or a link.
+
+  Attributes:
+    name: Label of the place, or both ends of the link.
+    busy: Fraction of the time that it was in use.
+    tokens: Tokens that it computed or carried.
+  """
 
   name: str
   busy: float
@@ -52,7 +59,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-  """Percentiles in seconds; all None of nothing."""
+  """Percentiles in seconds; None where nothing was measured."""
 
   p50_s: float | None
   p95_s: float | None
@@ -62,16 +69,23 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-  """What became of the requests.
+  """The result of a simulation.
 
   Attributes:
-    tokens: Of the answers that were completed.
-    tokens_per_s: Over the whole time, beginning and end included.
-    steady_tokens_per_s: Of the middle: without the fifth of the tokens that came first, and last.
-    first_token_s, token_s, request_s: Of completed answers: from a request's (last) start to its first
-      token; between two tokens; from its first start to its last token.
-    failed: Requests that got no answer. restarts: Attempts that failures ended.
-    lost_tokens: Positions computed, summed over stages, for attempts that failed.
+    duration_s: Seconds from the first request to the last answer.
+    requests: Requests that were served.
+    tokens: Tokens of the answers that were completed.
+    tokens_per_s: Mean rate, beginning and end included.
+    steady_tokens_per_s: Mean rate without the first and the last fifth of the tokens.
+    first_token_s: Seconds from a request's (last) start to its first token, of completed answers.
+    token_s: Seconds between two tokens of an answer.
+    request_s: Seconds from a request's first start to its last token.
+    stages, links: Use of every stage and link.
+    failures: Hosts that failed.
+    restarts: Attempts that failures ended.
+    failed: Requests that got no answer.
+    lost_tokens: Positions computed for attempts that failed, summed over stages.
+    events: Events that were simulated.
   """
 
   duration_s: float
@@ -119,7 +133,7 @@ class Result:
 
 
 class _Server:
-  """A device or a link: takes what comes in order, one at a time."""
+  """A device or a link, which serves one after the other in the order of arrival."""
 
   __slots__ = ("busy_s", "free_s", "name", "tokens")
 
@@ -133,15 +147,15 @@ class _Server:
     return self.free_s
 
   def drop(self, now_s: float, until_s: float) -> None:
-    """Forget what is under way and waits; serve again from `until_s` on."""
-    # All that came is queued without a gap: what is not done yet is what lies after now.
+    """Forget all work under way and waiting; serve again from `until_s` on."""
+    # Work is queued without a gap: all of it that lies after now is not done yet.
     self.busy_s -= max(0.0, self.free_s - now_s)
     self.free_s = until_s
 
 
 @dataclasses.dataclass(eq=False)
 class _Way:
-  """Stages one after the other, and the hops before, between and after them."""
+  """One way through a pipeline: its stages in order, and the hops before, between and after them."""
 
   stages: list[Stage]
   hops: list[Hop]
@@ -151,7 +165,14 @@ class _Way:
 
 @dataclasses.dataclass(eq=False)
 class _Pipeline:
-  """way: The only one, where no layers lie twice. taken: How often each hop was."""
+  """One pipeline.
+
+  Attributes:
+    onward: Hops by the label they start from.
+    way: The only way through, where no two places hold the same layers.
+    taken: Groups that took each hop so far.
+    active: Groups under way.
+  """
 
   stages: list[Stage]
   onward: dict[str, list[Hop]]
@@ -162,7 +183,7 @@ class _Pipeline:
 
 @dataclasses.dataclass(eq=False)
 class _Group:
-  """Sequences that go through together. epoch: Its attempt; what comes of earlier ones is void."""
+  """Sequences that go through together. Events of an earlier attempt (`epoch`) are ignored."""
 
   size: int
   begun_s: float

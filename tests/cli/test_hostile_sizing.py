@@ -172,6 +172,6 @@ def test_a_plan_stands_where_one_more_host_has_none(here: Path, capsys, monkeypa
   monkeypatch.setattr("neurojax.plan.problem.MOST_PLACES", 3)
   assert main(PLAN.split(" ")) == 0
   out = " ".join(capsys.readouterr().out.split())
-  assert "With one more host there is no plan: 4 places: at most 3 are planned together" in out
+  assert "No plan with another host: 4 places: at most 3 are planned together" in out
   assert main([*PLAN.split(" "), "--json"]) == 0
   assert "at most 3" in json.loads(capsys.readouterr().out)["one_more"]["error"]

@@ -141,6 +141,6 @@ def test_hosts_without_a_plan_have_room_for_what_programs_work_in(
 
     return run(work())
 
-  with pytest.raises(ValueError, match=rf"too small.*{needs:,} for what the programs"):
+  with pytest.raises(ValueError, match=rf"too small.*{needs:,} for the working memory"):
     connect(most + needs // 2)
   assert all(needs < taken <= most + needs for taken in connect(most + needs))
