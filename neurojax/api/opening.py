@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from neurojax.config import Serving, Span
-from neurojax.engine.drive import DrivenEngine
+from neurojax.engine.api import Engine
 from neurojax.files.find import model_path
 from neurojax.files.kept import stored_forms
 from neurojax.files.model_file import ModelFile
@@ -73,7 +73,7 @@ async def open_engine(
   devices: Sequence[str] = (),
   step_timeout_s: float = 60.0,
   progress: OnProgress = lambda _: None,
-) -> AsyncGenerator[DrivenEngine, None]:
+) -> AsyncGenerator[Engine, None]:
   """An engine for a model file; it is closed, and servers that it started are ended, on the way out.
 
   Args:
@@ -117,7 +117,7 @@ async def _pipeline(
   devices: Sequence[str],
   step_timeout_s: float,
   progress: OnProgress,
-) -> DrivenEngine:
+) -> Engine:
   from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
   from neurojax.pipeline.spawn import LocalStages
 
@@ -160,7 +160,7 @@ def is_plan(path: Path) -> bool:
 
 async def _local(
   file: ModelFile, serving: Serving, device: str | None, progress: OnProgress
-) -> DrivenEngine:
+) -> Engine:
   """The engine of this process. All of JAX's work, loading too, is done by the engine's own thread."""
   import jax
 

@@ -26,8 +26,7 @@ from neurojax.files import find
 from neurojax.forms import Weights
 
 if TYPE_CHECKING:
-  from neurojax.engine.api import Request, StageReport, Token
-  from neurojax.engine.drive import DrivenEngine
+  from neurojax.engine.api import Engine, Request, StageReport, Token
   from neurojax.files.model_file import ModelFile
   from neurojax.tokenizer.tokenizer import Tokenizer
 
@@ -124,7 +123,7 @@ class Demo(ModelOptions, SamplingOptions):
     return tokenizer.encode(prompt, add_special=True), f"[bold cyan]{escape(prompt)}[/]", 0.7
 
   async def _stream(
-    self, engine: "DrivenEngine", file: "ModelFile", request: "Request"
+    self, engine: "Engine", file: "ModelFile", request: "Request"
   ) -> "tuple[list[Token], Times]":
     from neurojax.engine.text import stream_text
 

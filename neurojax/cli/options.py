@@ -20,7 +20,7 @@ if TYPE_CHECKING:
   from neurojax.api.model import Model
   from neurojax.api.opening import OnProgress
   from neurojax.api.opening import Progress as Event
-  from neurojax.engine.drive import DrivenEngine
+  from neurojax.engine.api import Engine
   from neurojax.files.model_file import ModelFile
   from neurojax.plan.plan import Plan
   from neurojax.tokenizer import Tokenizer
@@ -196,7 +196,7 @@ def say_weights(options: EngineOptions, serving: Serving) -> None:
 @contextlib.asynccontextmanager
 async def open_engine(
   file: "ModelFile", options: EngineOptions
-) -> AsyncGenerator["DrivenEngine", None]:
+) -> AsyncGenerator["Engine", None]:
   """The engine that the options ask for, its progress drawn; it is closed on the way out."""
   from neurojax.api import opening
 

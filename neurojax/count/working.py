@@ -10,6 +10,11 @@ from neurojax.forms import DTYPE_BYTES, KEY_BLOCK, PREFILL, Weights
 DeviceKind = Literal["cuda", "cpu"]
 
 
+def kind_of(device: str) -> DeviceKind:
+  """The kind of a device that JAX calls `device` (`jax.Device.device_kind`)."""
+  return "cpu" if device == "cpu" else "cuda"
+
+
 _FLOAT = DTYPE_BYTES["float32"]
 _OF_FFN = ("gate_", "up_", "down_")
 _SMALL = 1 << 16

@@ -6,15 +6,23 @@ from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 
-from neurojax.engine.api import EngineError, Request, StageReport, Token, check_request
+from neurojax.engine.api import (
+  EngineError,
+  Request,
+  StageReport,
+  Token,
+  check_request,
+  check_score,
+)
 
 
 class FakeEngine:
-  """Token i of an answer is (sum of the prompt + i) % vocab_size, all tokens equally likely.
+  """Token i of an answer is (sum of the prompt + i) % vocab_size, and all tokens are equally likely.
 
   Args:
+    longest_context: Positions that the pretended model allows; context_length if absent.
     fail_at: Raise EngineError in place of the token of this index.
-    delay_s: Wait before each token.
+    delay_s: Seconds to wait before each token.
   """
 
   def __init__(
@@ -22,14 +30,16 @@ class FakeEngine:
     *,
     vocab_size: int = 256,
     context_length: int = 64,
+    longest_context: int | None = None,
     fail_at: int | None = None,
     delay_s: float = 0.0,
   ):
     self.vocab_size, self.context_length = vocab_size, context_length
+    self.longest_context = longest_context or context_length
     self.fail_at, self.delay_s = fail_at, delay_s
 
   async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-    check_request(request, vocab_size=self.vocab_size, context_length=self.context_length)
+    check_request(request, self)
     for index in range(request.max_tokens):
       await asyncio.sleep(self.delay_s)
       if index == self.fail_at:
@@ -42,8 +52,7 @@ class FakeEngine:
         return
 
   async def score(self, tokens: Sequence[int], *, first: int = 1) -> np.ndarray:
-    if not 1 <= first < len(tokens):
-      raise ValueError(f"first = {first}: it must be between 1 and {len(tokens) - 1}")
+    check_score(tokens, first, self)
     return np.full(len(tokens) - first, -math.log(self.vocab_size), np.float32)
 
   async def reports(self) -> tuple[StageReport, ...]:

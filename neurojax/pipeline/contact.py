@@ -18,7 +18,7 @@ from neurojax.pipeline.errors import HandshakeError, PipelineError, StageLost, S
 from neurojax.pipeline.onward import Outlet
 from neurojax.plan.fleet import Host
 from neurojax.wire.channel import brief, open_channel
-from neurojax.wire.identity import disagreement
+from neurojax.wire.identity import disagreement, printable
 
 NAME = "coordinator"
 
@@ -107,7 +107,7 @@ class Contact:
       if difference := disagreement(identity, description.identity, fields=messages.SAME_MODEL):
         raise HandshakeError(
           label,
-          f"{NAME} and {description.name} do not agree: {difference} "
+          f"{NAME} and {printable(description.name, 80)} do not agree: {difference} "
           "(here is the coordinator, there the stage)",
         )
     except grpc.aio.AioRpcError as error:
@@ -121,7 +121,7 @@ class Contact:
 
   @property
   def name(self) -> str:
-    return self.host.name or self.description.name
+    return self.host.name or printable(self.description.name, 80)
 
   @property
   def label(self) -> str:
@@ -163,7 +163,7 @@ class Contact:
     except asyncio.InvalidStateError:
       answer = grpc.aio.EOF
     if answer is grpc.aio.EOF:
-      raise HandshakeError(self.label, f"it refused the link: {await call.details()}")
+      raise HandshakeError(self.label, f"it refused the link: {printable(await call.details())}")
     self._outlet, self.lost = Outlet(call.write, limit_s=self.options.step_s), None
     self._reader = asyncio.create_task(self._read(call, on_frame, on_lost))
 
@@ -203,7 +203,8 @@ class Contact:
     try:
       while (frame := await call.read()) is not grpc.aio.EOF:
         on_frame(self, frame)
-      reason = f"it ended the link: {await call.details() or (await call.code()).name}"
+      said = printable(await call.details() or "")
+      reason = f"it ended the link: {said or (await call.code()).name}"
     except grpc.aio.AioRpcError as error:
       reason = brief(error)
     except asyncio.CancelledError:
@@ -226,9 +227,9 @@ async def _knock(channel: grpc.aio.Channel, limit_s: float) -> None:
 
 
 def _from_rpc(label: str, error: grpc.aio.AioRpcError) -> PipelineError:
-  code = error.code()
+  code, said = error.code(), printable(error.details() or "")
   if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-    return StageTimeout(label, f"no answer in time ({error.details()})")
+    return StageTimeout(label, f"no answer in time ({said})")
   if code == grpc.StatusCode.UNAVAILABLE:
-    return StageLost(label, f"cannot be reached ({error.details()})")
-  return HandshakeError(label, error.details() or code.name)
+    return StageLost(label, f"cannot be reached ({said})")
+  return HandshakeError(label, said or code.name)

@@ -29,3 +29,7 @@ class StageTimeout(PipelineError):
 
 class StageFailed(PipelineError):
   """A stage refused or failed a step and said why."""
+
+
+class ProtocolError(StageFailed):
+  """A stage sent what the protocol does not allow at this point."""

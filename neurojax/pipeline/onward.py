@@ -9,6 +9,7 @@ import grpc
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.wire.channel import brief, open_channel
+from neurojax.wire.identity import printable
 
 HELLO_S = 10.0
 """How long either end of a new link waits for the other's Hello."""
@@ -73,7 +74,7 @@ class NextLink:
       await asyncio.wait_for(call.write(pb.Frame(hello=hello)), HELLO_S)
       answer = await asyncio.wait_for(call.read(), HELLO_S)
       if answer is grpc.aio.EOF:
-        raise Lost(f"the stage at {address} refuses the link: {await call.details()}")
+        raise Lost(f"the stage at {address} refuses the link: {printable(await call.details())}")
     except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
       await channel.close()
       raise Lost(f"no link to the stage at {address}: {brief(error)}") from error

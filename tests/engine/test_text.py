@@ -90,13 +90,24 @@ def test_a_failure_passes_through_and_ends_the_text():
     (Request(prompt=[1], max_tokens=0), "max_tokens = 0"),
     (Request(prompt=[-1], max_tokens=1), "token -1"),
     (Request(prompt=[99999], max_tokens=1), "token 99999"),
-    (Request(prompt=[1] * 60, max_tokens=5), "need 65 positions, the context is 64"),
+    (Request(prompt=[1] * 60, max_tokens=5), "need 65 positions, the context is 64: shorten one$"),
     (Request(prompt=[1], max_tokens=1, prefill_chunk=0), "prefill_chunk = 0"),
   ],
 )
 def test_requests_that_cannot_be_served_are_refused_at_the_door(request_: Request, named: str):
   with pytest.raises(ValueError, match=named):
     collect(engine(), request_)
+
+
+def test_a_longer_context_is_advised_only_where_there_is_one():
+  long = Request(prompt=[1] * 60, max_tokens=5)
+  with pytest.raises(ValueError, match=r"or start with a longer context \(the model allows 128\)"):
+    collect(engine(longest_context=128), long)
+  with pytest.raises(ValueError, match=r"66 tokens to score need 65 positions.*shorten the text$"):
+    asyncio.run(engine().score([1] * 66))
+  with pytest.raises(ValueError, match="token 9999 is outside"):
+    asyncio.run(engine().score([1, 9999]))
+  assert asyncio.run(engine().score([1] * 65)).shape == (64,)
 
 
 def test_scores():

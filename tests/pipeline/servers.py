@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neurojax.config import Sampling, Serving
-from neurojax.engine.api import Request, Token
-from neurojax.engine.drive import DrivenEngine
+from neurojax.engine.api import Engine, Request, Token
 from neurojax.files.open import open_model
 from neurojax.forms import Forms
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
@@ -119,7 +118,7 @@ def cluster(model: Path, number: int) -> Iterator[Cluster]:
     servers.end()
 
 
-async def collect(engine: DrivenEngine, request: Request) -> list[Token]:
+async def collect(engine: Engine, request: Request) -> list[Token]:
   return [token async for token in engine.generate(request)]
 
 

@@ -23,7 +23,13 @@ from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
-from neurojax.pipeline.errors import HandshakeError, StageFailed, StageLost, StageTimeout
+from neurojax.pipeline.errors import (
+  HandshakeError,
+  ProtocolError,
+  StageFailed,
+  StageLost,
+  StageTimeout,
+)
 from neurojax.pipeline.server import SERVICE
 from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.step import StepInput
@@ -201,7 +207,7 @@ def test_messages_that_are_no_frames(three: Cluster, junk: bytes):
 def _hello(engine: PipelineEngine, index: int, **changes: object) -> pb.Hello:
   span = engine.placements[index].span
   hello = pb.Hello(
-    identity=engine._identity,
+    identity=engine.stages.identity,
     name="test",
     your_first_layer=span.first_layer,
     your_last_layer=span.last_layer,
@@ -272,6 +278,98 @@ def test_a_coordinator_refuses_a_stage_of_another_version(tiny_path: Path):
       await PipelineEngine.connect(
         tinymodel.CONFIG, "a" * 64, fleet, PipelineOptions(serving=Serving(context=64))
       )
+    await server.stop(0)
+
+  run(work())
+
+
+class Liar(rpc.StageServicer):
+  """A stage that holds all layers and answers each step with what `lie` makes of the true outcome."""
+
+  def __init__(self, lie):
+    self.lie = lie
+
+  async def Describe(self, request, context):
+    identity = messages.identity(
+      tinymodel.CONFIG, sha256="a" * 64, dtype="float32", context_length=64, programs="model"
+    )
+    return pb.Description(
+      name="liar", identity=identity, memory_bytes=1 << 40, clock_s=time.time(), device="cpu"
+    )
+
+  async def Load(self, request, context):
+    return await self.Describe(None, context)
+
+  async def Link(self, frames, context):
+    async for frame in frames:
+      kind = frame.WhichOneof("body")
+      if kind == "hello":
+        yield pb.Frame(hello=pb.Hello(name="liar"))
+      elif kind == "open":
+        yield pb.Frame(opened=pb.Opened(sequence=frame.open.sequence))
+      elif kind == "step":
+        name, index = frame.step.sequence, frame.step.index
+        outcome = pb.Outcome(sequence=name, index=index, sampled=True, token=1, logprob=-1.0)
+        for answer in self.lie(outcome):
+          yield answer
+
+
+def _but(outcome: pb.Outcome, **changes: object) -> pb.Frame:
+  for name, value in changes.items():
+    setattr(outcome, name, value)
+  return pb.Frame(outcome=outcome)
+
+
+LIES = {
+  "a later step": (lambda o: [_but(o, index=o.index + 1)], "answered step 1 where step 0 is due"),
+  "a much later step": (lambda o: [_but(o, index=2**32 - 1)], "answered step 4294967295 where"),
+  "a step twice": (lambda o: [_but(o), _but(o)], "answered step 0 where (none|step 1) is due"),
+  "opened twice": (lambda o: [pb.Frame(opened=pb.Opened(sequence=o.sequence))], "opened .* twice"),
+  "nothing drawn": (lambda o: [_but(o, sampled=False)], "something that was not asked"),
+  "a foreign token": (lambda o: [_but(o, token=1 << 20)], "answered token 1048576"),
+  "no number": (lambda o: [_but(o, logprob=float("nan"))], "log-probability nan"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_answers_that_the_protocol_does_not_allow_are_named(lie: str):
+  answer, named = LIES[lie]
+
+  async def work():
+    server = grpc.aio.server()
+    rpc.add_StageServicer_to_server(Liar(answer), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
+    options = PipelineOptions(
+      serving=Serving(context=64, sequences=1, weights="dense"), step_s=10.0
+    )
+    engine = await PipelineEngine.connect(tinymodel.CONFIG, "a" * 64, fleet, options)
+    with pytest.raises(ProtocolError, match=rf"liar at 127.*layers 0\.\.5.*{named}"):
+      await collect(engine, request(max_tokens=3))
+    await engine.close()
+    await server.stop(0)
+
+  run(work())
+
+
+def test_text_of_a_stage_is_printed_without_its_control_characters():
+  def fail(outcome: pb.Outcome):
+    message = "\x1b[2Jgone\nstage-0: all is well"
+    yield pb.Frame(failure=pb.Failure(sequence=outcome.sequence, kind="invalid", message=message))
+
+  async def work():
+    server = grpc.aio.server()
+    rpc.add_StageServicer_to_server(Liar(fail), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    fleet = Fleet(hosts=(Host(address=f"127.0.0.1:{port}"),))
+    options = PipelineOptions(serving=Serving(context=64, sequences=1, weights="dense"))
+    engine = await PipelineEngine.connect(tinymodel.CONFIG, "a" * 64, fleet, options)
+    with pytest.raises(StageFailed) as caught:
+      await collect(engine, request(max_tokens=3))
+    assert str(caught.value).isprintable() and r"\x1b[2Jgone\nstage-0" in str(caught.value)
+    await engine.close()
     await server.stop(0)
 
   run(work())
@@ -394,7 +492,7 @@ def test_a_coordinator_that_vanishes_leaves_nothing_behind(three: Cluster):
     engine = await three.connect()
     stream = engine.generate(request(max_tokens=100))
     await anext(stream)
-    for stage in engine._stages:
+    for stage in engine.stages:
       await stage.channel.close()
     for address in three.addresses:
       assert await open_sequences(address) == 0

@@ -108,7 +108,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
       few = {address: 10**6 for address in three.addresses}
       with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-          "neurojax.pipeline.coordinator.as_planned",
+          "neurojax.pipeline.stages.as_planned",
           lambda c, s, free, *rest: as_planned(c, s, few, *rest),
         )
         async with open_engine(file, options):

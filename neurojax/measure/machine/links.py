@@ -14,6 +14,7 @@ from neurojax.pipeline.echo import LIMIT, PAYLOAD
 from neurojax.pipeline.errors import StageLost
 from neurojax.plan.fleet import check_address
 from neurojax.wire.channel import CallError, brief, open_channel
+from neurojax.wire.identity import printable
 
 _IN_FLIGHT = 16
 _WARM, _IDLE_S = 20, 0.005
@@ -65,9 +66,9 @@ async def meet(address: str, *, limit_s: float = 10.0, seconds: float = 1.0) -> 
     except CallError as error:
       raise _explained(address, error) from error
   return Peer(
-    name=description.name,
+    name=printable(description.name, 80),
     address=address,
-    device=description.device,
+    device=printable(description.device, 80),
     memory_bytes=description.memory_bytes,
     link=measured,
   )
