@@ -18,6 +18,7 @@ from neurojax.model.neurollm import NeuroLLM
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.pipeline.errors import HandshakeError
+from neurojax.pipeline.loading import Loader
 from neurojax.pipeline.server import StageServer
 from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.compile import CompiledStage
@@ -34,14 +35,18 @@ CONTEXT = 64
 REQUEST = request(max_tokens=6, sampling=Sampling(temperature=1.0, seed=5))
 
 
+class FusingLoader(Loader):
+  def why_not_fused(self, dtype: str) -> None:
+    return None
+
+  def compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
+    return compiled(model, "fused" if wanted.programs == "auto" else wanted.programs)
+
+
 class Fusing(StageServer):
   """Its device runs fused programs, by reference kernels."""
 
-  def _why_not_fused(self, dtype: str) -> None:
-    return None
-
-  def _compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
-    return compiled(model, "fused" if wanted.programs == "auto" else wanted.programs)
+  loader_type = FusingLoader
 
 
 def compiled(model: NeuroLLM, programs: str) -> CompiledStage:
@@ -103,7 +108,7 @@ def test_stages_run_the_same_programs_and_give_the_local_bits(path: Path, kinds,
   async def work():
     async with fleet(path, *kinds) as hosts:
       engine = await connect(path, hosts)
-      assert [stage.description.identity.programs for stage in engine._stages] == [programs] * 2
+      assert [stage.description.identity.programs for stage in engine.stages] == [programs] * 2
       found = await collect(engine, REQUEST)
       await engine.close()
     return found, await alone(path, programs)
