@@ -100,6 +100,11 @@ def _counts(
   config: ModelConfig, free: list[int], load: Load, kinds: Sequence[DeviceKind]
 ) -> list[int] | None:
   """Layers of each host, which may be 0; None if the layers do not fit."""
+  if len(free) == 1:
+    # Exactly what the host itself would count; below, every layer counts like the largest.
+    whole = Span(first_layer=0, last_layer=config.num_layers - 1, num_layers=config.num_layers)
+    fits = stage_bytes(config, whole, load, kinds[0]) <= free[0]
+    return [config.num_layers] if fits else None
   layers = {kind: layer_bytes(config, load, kind) for kind in set(kinds)}
   working = {kind: stage_working(config, load, kind) for kind in set(kinds)}
   embedding = count.embedding_bytes(config, **load.form)
