@@ -27,27 +27,72 @@ from neurojax.forms import Weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Golden(ModelOptions, EngineOptions):
-  """Compare greedy answers with known ones, token by token.
+  """Compare greedy answers with known ones, token by token, or make the file of known ones.
 
   A differing token is excused where the known margin (the log-probability of the token minus that of
-  the runner-up) is below 0.02; what follows it in that case is not judged. Exit code 0 only if all agree.
+  the runner-up) is below 0.02 nats; what follows it in that case is not judged. Exit code 0 only if
+  all cases agree.
 
-  Example: neurojax eval golden --model smollm2 --golden golden/smollm2.json --stages 3
+  Example: neurojax eval golden --model smollm2 --golden smollm2.json --make
+  Example: neurojax eval golden --model smollm2 --golden smollm2.json --stages 3
   """
 
   golden: Annotated[Path, tyro.conf.arg(metavar="JSON")]
-  """Cases with prompt, prompt_tokens, tokens, logprobs and margins."""
-  tolerance: float = 0.003
-  """Largest difference of a log-probability."""
+  """The golden file: cases with prompt, prompt_tokens, tokens, logprobs and margins."""
+  make: bool = False
+  """Write the golden file instead: greedy answers of this engine, with the digest of the model file,
+  versions and the date."""
+  prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+  """With --make: a UTF-8 text with one prompt on each line; eight built-in prompts if absent."""
+  max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 32
+  """With --make: most tokens of each answer."""
+  overwrite: bool = False
+  """With --make: replace a golden file that exists."""
+  tolerance: Annotated[float, tyro.conf.arg(metavar="NATS")] = 0.003
+  """Largest difference of a log-probability that is still equal, natural logarithms."""
   json: bool = False
   """Print one JSON object."""
 
   def run(self) -> int:
-    return asyncio.run(self._evaluate())
+    return asyncio.run(self._make() if self.make else self._evaluate())
+
+  async def _make(self) -> int:
+    from neurojax.measure.quality.golden import PROMPTS, make, read_prompts, write_golden
+
+    check_new("--golden", self.golden, overwrite=self.overwrite)
+    if self.max_tokens < 1:
+      raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
+    prompts = PROMPTS if self.prompts is None else read_prompts(self.prompts)
+    with self.open() as file:
+      tokenizer = open_tokenizer(file)
+      sha256 = file.sha256()
+      async with open_engine(file, self) as engine:
+        with Progress(console=stderr, transient=True) as progress:
+          cases = [
+            await make(engine, tokenizer, prompt, max_tokens=self.max_tokens)
+            for prompt in progress.track(prompts, description="prompts")
+          ]
+      held = {
+        "dtype": self.dtype,
+        "weights": self.weights,
+        "programs": self.programs,
+        "stages": self.stages,
+      }
+      write_golden(self.golden, cases, file=file.path.name, sha256=sha256, engine=held)
+    tokens = sum(len(case.tokens) for case in cases)
+    if self.json:
+      print(json.dumps({"golden": str(self.golden), "cases": len(cases), "tokens": tokens}))
+    else:
+      print(f"{self.golden}: {len(cases)} cases with {tokens} tokens")
+    return 0
 
   async def _evaluate(self) -> int:
     from neurojax.measure.quality.golden import judge, read_golden
 
+    if self.prompts is not None or self.overwrite:
+      raise ValueError("--prompts and --overwrite make a golden file: give --make too")
+    if not self.tolerance >= 0:
+      raise ValueError(f"--tolerance {self.tolerance}: at least 0")
     golden = read_golden(self.golden)
     with self.open() as file:
       if golden.sha256 and golden.sha256 != file.sha256():
@@ -111,9 +156,11 @@ class Perplexity(ModelOptions, EngineOptions):
   text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
   """UTF-8 text."""
   ctx: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 512
+  """Tokens of a window, at least 4."""
   stride: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+  """Tokens from the start of one window to that of the next; llama.cpp's windows if absent."""
   chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-  """Score only the first N windows."""
+  """Score only the first N windows; all if absent."""
   json: bool = False
   """Print one JSON object with perplexity, nll and tokens."""
 
@@ -121,8 +168,11 @@ class Perplexity(ModelOptions, EngineOptions):
     return asyncio.run(self._evaluate())
 
   async def _evaluate(self) -> int:
-    from neurojax.measure.quality.perplexity import perplexity
+    from neurojax.measure.quality.perplexity import check_windows, perplexity
 
+    check_windows(ctx=self.ctx, stride=self.stride, chunks=self.chunks)
+    if self.context is not None and self.ctx > self.context:
+      raise ValueError(f"--ctx {self.ctx}: the engine's context is {self.context} (--context)")
     text = read_text(self.text)
     with self.open() as file:
       tokenizer = open_tokenizer(file)
@@ -163,7 +213,7 @@ class Perplexity(ModelOptions, EngineOptions):
 class Logits(ModelOptions):
   """Write the logits after each token of a list, to compare with another implementation's.
 
-  The file is a float32 array of NumPy, a row for each token. Positions beyond the context that the
+  The file is a float32 array of NumPy, with a row for each token. Positions beyond the context that the
   model was made for are computed too.
 
   Example: neurojax eval logits --model DIR --tokens ids.json --out logits.npy --decode-from 48
@@ -172,8 +222,12 @@ class Logits(ModelOptions):
   tokens: Annotated[Path, tyro.conf.arg(metavar="JSON")]
   """A list of token ids, as `neurojax tokenize --json` gives; nothing is added to it."""
   out: Annotated[Path, tyro.conf.arg(metavar="NPY")]
+  """The file to write, by exactly this name."""
+  overwrite: bool = False
+  """Replace the file if it exists."""
   decode_from: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
-  """The tokens from the K-th on (the first is 0) are fed one at a time, those before it as a prompt."""
+  """Feed the tokens from the K-th on (the first is 0) one at a time, and those before it as a prompt;
+  all are a prompt if absent."""
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 1
   """Cut the layers into N stages, all in this process."""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -182,21 +236,23 @@ class Logits(ModelOptions):
   """These three as for `neurojax generate`."""
 
   def run(self) -> int:
-    check_out("--out", self.out)
+    check_new("--out", self.out, overwrite=self.overwrite)
     import jax.numpy as jnp
     import numpy as np
 
     from neurojax.config import Span
     from neurojax.files.load import load_span
+    from neurojax.files.put import stored
     from neurojax.folders import cache_dir
-    from neurojax.measure.quality.logits import logits, read_tokens
+    from neurojax.measure.quality.logits import check_tokens, logits, read_tokens
     from neurojax.stage.compile import CompiledStage, use_compilation_cache
 
+    tokens = read_tokens(self.tokens)
+    if self.decode_from is not None and not 0 <= self.decode_from <= len(tokens):
+      raise ValueError(f"--decode-from {self.decode_from}: there are {len(tokens)} tokens")
     with self.open() as file:
       config = file.config
-      tokens = read_tokens(self.tokens, config.vocab_size)
-      if self.decode_from is not None and not 0 <= self.decode_from <= len(tokens):
-        raise ValueError(f"--decode-from {self.decode_from}: there are {len(tokens)} tokens")
+      check_tokens(tokens, config.vocab_size, where=str(self.tokens))
       if not 1 <= self.stages <= config.num_layers:
         raise ValueError(f"--stages {self.stages}: the model has {config.num_layers} layers")
       if len(tokens) > config.context_length:
@@ -211,9 +267,22 @@ class Logits(ModelOptions):
           span = Span(first_layer=first, last_layer=after - 1, num_layers=config.num_layers)
           model = load_span(file, span, dtype=jnp.dtype(self.dtype), weights=self.weights)
           made.append(CompiledStage(model, context_length=len(tokens), programs=self.programs))
-      np.save(self.out, logits(made, tokens, decode_from=self.decode_from))
+      found = logits(made, tokens, decode_from=self.decode_from)
+    # np.save would append .npy to a name that does not end so.
+    with stored(self.out) as out:
+      np.save(out, found)
     print(f"{self.out}: {len(tokens)} rows of {config.vocab_size} logits")
     return 0
+
+
+def check_new(flag: str, path: Path, *, overwrite: bool) -> None:
+  """Refuse, before any work, a file that cannot be written or exists.
+
+  Raises: ValueError: says which, and what to do.
+  """
+  check_out(flag, path)
+  if path.exists() and not overwrite:
+    raise ValueError(f"{flag} {path} exists: name another file, or give --overwrite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

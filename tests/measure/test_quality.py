@@ -10,9 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurojax.engine.api import Request
+from neurojax.engine.api import EngineError, Request, Token
 from neurojax.engine.fake import FakeEngine
-from neurojax.measure.quality.golden import Case, judge, read_golden
+from neurojax.measure.quality.golden import (
+  EXCUSED_MARGIN,
+  Case,
+  judge,
+  make,
+  read_golden,
+  read_prompts,
+  write_golden,
+)
 from neurojax.measure.quality.perplexity import perplexity, windows
 from tests.engine.test_text import TOKENIZER
 from tests.tinymodel import VOCAB
@@ -144,6 +152,75 @@ def test_golden_files_read_back(tmp_path):
   path.write_text(json.dumps({"file": "f", "sha256": "s", "cases": [dataclasses.asdict(GOOD)]}))
   golden = read_golden(path)
   assert golden.cases == (GOOD,) and (golden.file, golden.sha256) == ("f", "s")
+
+
+class TwoAhead(FakeEngine):
+  """After token x, x + 1 has the probability `first` and x + 2 `second`; draws take it every third seed."""
+
+  def __init__(self, first: float, second: float, *, draws: bool = True):
+    super().__init__(vocab_size=len(VOCAB))
+    self.first, self.second, self.draws, self.drawn = first, second, draws, 0
+
+  async def generate(self, request: Request):
+    sampling, last = request.sampling, request.prompt[-1]
+    if sampling.temperature:
+      assert sampling.top_k == 2 and request.max_tokens == 1
+      self.drawn += 1
+      if self.draws and sampling.seed % 3 == 2:
+        yield Token(last + 2, math.log(self.second), 0, "length")
+        return
+    for index in range(request.max_tokens):
+      reason = "length" if index + 1 == request.max_tokens else None
+      yield Token(last + 1 + index, math.log(self.first), index, reason)
+
+
+def made(engine: FakeEngine) -> Case:
+  return asyncio.run(make(engine, TOKENIZER, PROMPT, max_tokens=6))
+
+
+def test_a_case_that_is_made_holds_the_greedy_answer_and_is_agreed_with():
+  engine = TwoAhead(0.4, 0.3)
+  case = made(engine)
+  assert (case.prompt, case.prompt_tokens) == (PROMPT, IDS)
+  assert case.tokens == [IDS[-1] + 1 + i for i in range(6)]
+  assert case.logprobs == [math.log(0.4)] * 6 and engine.drawn == 3 * 6
+  assert case.margins == pytest.approx([math.log(0.4 / 0.3)] * 6)
+  assert asyncio.run(judge(engine, TOKENIZER, case, tolerance=0.0)).ok
+
+
+@pytest.mark.parametrize("first", [0.51, 0.9, 1.0])
+def test_a_token_that_no_other_can_be_near_is_not_drawn_for(first: float):
+  engine = TwoAhead(first, 0.0)
+  case = made(engine)
+  assert engine.drawn == 0 and min(case.margins) > EXCUSED_MARGIN
+  assert all(math.isfinite(margin) for margin in case.margins)
+
+
+def test_margins_are_never_negative_and_an_engine_that_draws_no_second_is_refused():
+  assert made(TwoAhead(0.3, 0.3)).margins == [0.0] * 6
+  with pytest.raises(EngineError, match="were all equal"):
+    made(TwoAhead(0.3, 0.3, draws=False))
+
+
+def test_a_golden_file_that_is_written_reads_back(tmp_path):
+  path, case = tmp_path / "golden.json", made(TwoAhead(0.4, 0.3))
+  write_golden(path, [case], file="m.gguf", sha256="s" * 64, engine={"dtype": "float32"})
+  golden = read_golden(path)
+  assert golden.cases == (case,) and (golden.file, golden.sha256) == ("m.gguf", "s" * 64)
+  table = json.loads(path.read_text())
+  assert set(table["versions"]) == {"neurojax", "jax"} and table["date"] >= "2026"
+
+
+def test_prompts_are_lines(tmp_path):
+  path = tmp_path / "prompts.txt"
+  path.write_text("one\n\n two \n")
+  assert read_prompts(path) == ("one", " two ")
+  path.write_text(" \n")
+  with pytest.raises(ValueError, match="one on each line"):
+    read_prompts(path)
+  path.write_bytes(b"\xff")
+  with pytest.raises(ValueError, match="not UTF-8"):
+    read_prompts(path)
 
 
 def test_a_fake_request_is_what_a_person_computes():

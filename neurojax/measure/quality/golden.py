@@ -1,21 +1,56 @@
-"""Comparing an engine's greedy answers with known ones."""
+"""Golden files: prompts with the exact tokens that a reference gave, to compare an engine with."""
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from neurojax.engine.api import Engine, Request
+import jax
+
+import neurojax
+from neurojax.config import Sampling
+from neurojax.engine.api import Engine, EngineError, Request, Token
+from neurojax.files.put import stored
 from neurojax.tokenizer.tokenizer import Tokenizer
 
 EXCUSED_MARGIN = 0.02
-"""Below this margin another rounding may choose the runner-up."""
+"""Below this margin, in nats, another order of summation may choose the runner-up."""
+
+PROMPTS = (
+  "The capital of France is",
+  "Once upon a time there was a little robot who",
+  "def fibonacci(n):\n",
+  "The three most important things in life are",
+  "Q: What is 12 times 12?\nA:",
+  "El agua hierve a",
+  "In 1969 the first people",
+  "1, 2, 3, 4, 5,",
+)
+"""Prompts for models of general text."""
+
+_SURE = 1 / (1 + math.exp(-EXCUSED_MARGIN))
+"""A token at least as probable as this is ahead of any other by EXCUSED_MARGIN or more."""
+
+_DRAWS = 64
+"""Draws from the two likeliest tokens, almost equally often each, until the second one comes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A prompt and its greedy answer. margins: see `EXCUSED_MARGIN`; natural logarithms all."""
+  """A prompt and its greedy answer.
+
+  Attributes:
+    prompt: Text.
+    prompt_tokens: Token ids of the prompt.
+    tokens: Token ids of the answer.
+    logprobs: Natural logarithm of each token's probability.
+    margins: How far each token is ahead of the runner-up, in nats; it may be less than the truth
+      where that is more than `EXCUSED_MARGIN`.
+    text: The answer as text; only for people.
+  """
 
   prompt: str
   prompt_tokens: list[int]
@@ -27,6 +62,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class GoldenFile:
+  """What a golden file holds.
+
+  Attributes:
+    file: Name of the model file.
+    sha256: Digest of the model file; None if the golden file does not say.
+    cases: At least one.
+  """
+
   file: str
   sha256: str | None
   cases: tuple[Case, ...]
@@ -37,10 +80,14 @@ class Verdict:
   """How one case went.
 
   Attributes:
-    equal: Tokens equal before the first difference, of `length`.
-    first_difference: Its index; None if there is none.
-    margin: The known margin there.
-    logprob_difference: Largest one over the tokens judged.
+    prompt: Text of the prompt.
+    ok: Whether the engine agrees with the case.
+    equal: Number of tokens that are equal before the first difference.
+    length: Number of tokens in the case.
+    first_difference: Index of the first token that differs; None if none does.
+    margin: The known margin of that token.
+    logprob_difference: Largest difference of log-probabilities over the tokens judged.
+    note: What is wrong, in words; empty if nothing is.
   """
 
   prompt: str
@@ -53,8 +100,90 @@ class Verdict:
   note: str
 
 
+def read_prompts(path: Path) -> tuple[str, ...]:
+  """Read prompts from a UTF-8 text, one on each line; empty lines are skipped.
+
+  Raises: ValueError: there is none, or the text is not UTF-8.
+  """
+  try:
+    lines = path.read_text(encoding="utf-8").splitlines()
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: not UTF-8 at byte {error.start}: convert it first") from error
+  prompts = tuple(line for line in lines if line.strip())
+  if not prompts:
+    raise ValueError(f"{path}: no prompt in it: write one on each line")
+  return prompts
+
+
+async def make(engine: Engine, tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> Case:
+  """Answer a prompt greedily and note how sure each token is.
+
+  Args:
+    max_tokens: Most tokens of the answer; it ends earlier after a stop token.
+  Raises: ValueError: as `Engine.generate` does. EngineError: likewise, or the engine's draws make no
+    sense.
+  """
+  ids = tokenizer.encode(prompt, parse_special=True, add_special=True)
+  request = Request(prompt=ids, max_tokens=max_tokens, stop_ids=tokenizer.stop_ids)
+  answer = await _collect(engine, request)
+  tokens = [token.id for token in answer]
+  margins = [await _margin(engine, [*ids, *tokens[: token.index]], token) for token in answer]
+  logprobs = [token.logprob for token in answer]
+  return Case(prompt, ids, tokens, logprobs, margins, tokenizer.decode(tokens))
+
+
+async def _margin(engine: Engine, before: list[int], token: Token) -> float:
+  """How far a greedy token is ahead of the runner-up, or a lower bound of at least EXCUSED_MARGIN.
+
+  The runner-up is found by drawing from the two likeliest tokens at a high temperature, so that any
+  engine can be asked.
+  """
+  if math.exp(token.logprob) > _SURE:
+    # All the other tokens together are no likelier than this.
+    return token.logprob - math.log(max(-math.expm1(token.logprob), 1e-9))
+  for seed in range(_DRAWS):
+    sampling = Sampling(temperature=100.0, top_k=2, seed=seed)
+    request = Request(prompt=before, max_tokens=1, sampling=sampling)
+    [drawn] = await _collect(engine, request)
+    if drawn.id != token.id:
+      return max(0.0, token.logprob - drawn.logprob)
+  raise EngineError(
+    f"{_DRAWS} draws from the two likeliest tokens after {before[-4:]} were all equal"
+  )
+
+
+async def _collect(engine: Engine, request: Request) -> list[Token]:
+  async with contextlib.aclosing(engine.generate(request)) as tokens:
+    return [token async for token in tokens]
+
+
+def write_golden(
+  path: Path, cases: Sequence[Case], *, file: str, sha256: str, engine: Mapping[str, object]
+) -> None:
+  """Write a golden file, with the versions and the date of its making.
+
+  Args:
+    file: Name of the model file.
+    sha256: Digest of the model file.
+    engine: How the model was held and run; only for people.
+  """
+  table = {
+    "file": file,
+    "sha256": sha256,
+    "engine": dict(engine),
+    "versions": {"neurojax": neurojax.__version__, "jax": jax.__version__},
+    "date": datetime.date.today().isoformat(),
+    "cases": [dataclasses.asdict(case) for case in cases],
+  }
+  with stored(path) as out:
+    out.write((json.dumps(table, ensure_ascii=False, indent=1) + "\n").encode())
+
+
 def read_golden(path: Path) -> GoldenFile:
-  """Raises: ValueError: not the format; names the case and the field."""
+  """Read a golden file.
+
+  Raises: ValueError: the format is another; names the case and the field.
+  """
   try:
     table = json.loads(path.read_text(encoding="utf-8"))
   except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

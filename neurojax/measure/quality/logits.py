@@ -11,10 +11,11 @@ from jaxtyping import Float32
 from neurojax.stage.compile import CompiledStage
 
 
-def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-  """int32 ids of a JSON file that holds one list of them.
+def read_tokens(path: Path) -> np.ndarray:
+  """Read a JSON file that holds one list of token ids.
 
-  Raises: ValueError: it holds something else, nothing, or an id outside the vocabulary.
+  Returns: int32 [T].
+  Raises: ValueError: it holds something else or nothing.
   """
   try:
     ids: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -27,12 +28,24 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
   for place, token in enumerate(ids):
     if isinstance(token, bool) or not isinstance(token, int):
       raise ValueError(f"{path}: entry {place} is {token!r}: ids are integers")
-    if not 0 <= token < vocab_size:
-      raise ValueError(
-        f"{path}: entry {place} is {token}, outside the vocabulary of {vocab_size} (0 to"
-        f" {vocab_size - 1})"
-      )
+    if abs(token) >= 1 << 31:
+      raise ValueError(f"{path}: entry {place} is {token}: no vocabulary has such an id")
   return np.array(ids, np.int32)
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, *, where: str) -> None:
+  """Refuse ids that a model does not have.
+
+  Args:
+    tokens: int32 [T].
+    where: Where the ids come from, for the error.
+  Raises: ValueError: names the first such id.
+  """
+  for place in np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[:1]:
+    raise ValueError(
+      f"{where}: entry {place} is {tokens[place]}, outside the vocabulary of {vocab_size} (0 to"
+      f" {vocab_size - 1})"
+    )
 
 
 def logits(

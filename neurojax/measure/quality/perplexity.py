@@ -41,14 +41,9 @@ async def perplexity(
     progress: Called with windows done, windows in all, and the perplexity so far.
   Raises: ValueError: the text is too short, or ctx, stride or chunks make no sense.
   """
-  if ctx < 4:
-    raise ValueError(f"ctx = {ctx}: at least 4")
+  check_windows(ctx=ctx, stride=stride, chunks=chunks)
   if ctx > engine.context_length:
     raise ValueError(f"ctx = {ctx}: the engine's context is {engine.context_length}")
-  if stride is not None and not 1 <= stride < ctx:
-    raise ValueError(f"stride = {stride}: between 1 and {ctx - 1}, so that windows overlap")
-  if chunks is not None and chunks < 1:
-    raise ValueError(f"chunks = {chunks}: at least 1")
   ids = tokenizer.encode(text, parse_special=False, add_special=True)
   plan = list(windows(len(ids), ctx=ctx, stride=stride))[:chunks]
   if not plan:
@@ -65,6 +60,16 @@ async def perplexity(
   nll = float(loss.mean())
   spread = float(loss.std(ddof=1) / math.sqrt(len(loss))) if len(loss) > 1 else math.nan
   return PerplexityResult(_exp(nll), nll, _exp(nll) * spread, len(loss), len(plan))
+
+
+def check_windows(*, ctx: int, stride: int | None, chunks: int | None) -> None:
+  """Refuse windows that make no sense for any text. Raises: ValueError: names the value."""
+  if ctx < 4:
+    raise ValueError(f"ctx = {ctx}: at least 4")
+  if stride is not None and not 1 <= stride < ctx:
+    raise ValueError(f"stride = {stride}: between 1 and {ctx - 1}, so that windows overlap")
+  if chunks is not None and chunks < 1:
+    raise ValueError(f"chunks = {chunks}: at least 1")
 
 
 def _exp(nll: float) -> float:
