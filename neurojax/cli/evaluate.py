@@ -162,7 +162,7 @@ class Perplexity(ModelOptions, EngineOptions):
   chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
   """Score only the first N windows; all if absent."""
   json: bool = False
-  """Print one JSON object with perplexity, nll and tokens."""
+  """Print one JSON object with perplexity, nll, stderr, tokens and windows."""
 
   def run(self) -> int:
     return asyncio.run(self._evaluate())

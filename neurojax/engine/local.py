@@ -63,14 +63,21 @@ class LocalEngine:
 
   Args:
     max_sequences: Sequences that may be open at the same time.
+    thread: A pool of one thread that computes; a new one if absent. `close` shuts it down.
   Raises: ValueError: the stage holds only a part of the model.
   """
 
-  def __init__(self, stage: CompiledStage, *, max_sequences: int = 4):
+  def __init__(
+    self,
+    stage: CompiledStage,
+    *,
+    max_sequences: int = 4,
+    thread: concurrent.futures.ThreadPoolExecutor | None = None,
+  ):
     if len(stage.span) != stage.config.num_layers:
       raise ValueError(f"a local engine needs all layers, this stage holds {stage.span}")
     self._stage = stage
-    thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-local")
+    thread = thread or concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-local")
     self._steps = LocalSteps(StageRuntime(stage, max_sequences=max_sequences), thread)
 
   @property

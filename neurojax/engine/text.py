@@ -1,4 +1,4 @@
-"""Text in, text out, over any engine: tokenizing, detokenizing and stop strings."""
+"""Turns the token streams of any engine into text, and ends them at stop strings."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,12 @@ from neurojax.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TextPiece:
-  """Text that became certain with one token; may be empty, and is never part of a stop string.
+  """The text that became certain with one token.
 
-  The last piece of an answer has a finish_reason.
+  Attributes:
+    text: May be empty; never part of a stop string.
+    token: The token.
+    finish_reason: Set on the last piece of an answer.
   """
 
   text: str
@@ -24,7 +27,11 @@ class TextPiece:
 async def stream_text(
   engine: Engine, tokenizer: Tokenizer, request: Request, *, stops: Sequence[str] = ()
 ) -> AsyncGenerator[TextPiece, None]:
-  """Stream an answer as text. Stop ids are not rendered; a stop string ends the answer before it."""
+  """Stream an answer as text.
+
+  Args:
+    stops: Strings that end the answer; neither they nor stop ids are rendered.
+  """
   detokenizer = tokenizer.stream(continues=not _starts_text(tokenizer, request))
   stopping = StopStrings(stops)
   async with contextlib.aclosing(engine.generate(request)) as tokens:
@@ -46,5 +53,5 @@ async def stream_text(
 
 
 def _starts_text(tokenizer: Tokenizer, request: Request) -> bool:
-  """After a lone BOS the answer is the beginning of a text, with no space before its first word."""
+  """Whether the answer begins a text, as after a lone BOS: its first word then has no space before it."""
   return list(request.prompt) == [tokenizer.bos_id]

@@ -1,4 +1,4 @@
-"""One stage server as the coordinator knows it: met, loaded, linked, lost."""
+"""The coordinator's view of one stage server: it is met, loaded, linked, and perhaps lost."""
 
 import asyncio
 import dataclasses
@@ -29,11 +29,11 @@ class PipelineOptions:
 
   Attributes:
     serving: How the model is held and run, every choice made (`Serving.resolve`). Its programs are
-      fused by "auto" if every stage can, see `stage.programs.choose`.
+      fused by "auto" if every stage can, see `stage.programs.programs_of`.
     forms: Forms of the file's matrices (`files.kept.stored_forms`), for weights that keep those.
-    connect_s: For each answer to a first contact.
-    load_s: For a stage to read and compile its layers.
-    step_s: Longest time in which no stage finishes any step of a sequence that waits.
+    connect_s: Seconds to wait for each answer in a first contact.
+    load_s: Seconds to wait for a stage to read and compile its layers.
+    step_s: Longest seconds in which no stage gets on with a sequence that waits.
   """
 
   serving: Serving
@@ -45,23 +45,36 @@ class PipelineOptions:
 
 @dataclasses.dataclass
 class Timing:
-  """Sums over decode steps, in seconds."""
+  """Sums over decode steps.
+
+  Attributes:
+    steps: Number of steps.
+    compute_s: Seconds of computing.
+    wire_s: Seconds between the end of the step before and the arrival.
+  """
 
   steps: int = 0
   compute_s: float = 0.0
   wire_s: float = 0.0
 
   def mean(self, total_s: float) -> float | None:
+    """A sum per step; None before the first step."""
     return total_s / self.steps if self.steps else None
 
 
 @dataclasses.dataclass(eq=False)
 class Contact:
-  """Made by `meet`.
+  """One stage server, made by `meet`.
 
   Attributes:
-    clock_ahead_s: How far the server's clock is ahead of ours, to about half a round trip.
+    host: Name and address, as the fleet has them.
+    options: How the pipeline is set up.
+    identity: What all stages of the pipeline must agree on.
+    description: What the server last said of itself.
+    clock_ahead_s: Seconds that the server's clock is ahead of ours, to about half a round trip.
+    span: The layers that it is to hold.
     lost: Why nothing can be sent any more; None while it can.
+    timing: Times of its decode steps.
   """
 
   host: Host
@@ -81,9 +94,11 @@ class Contact:
   async def meet(
     cls, host: Host, config: ModelConfig, identity: pb.Identity, options: PipelineOptions
   ) -> Self:
-    """First contact: who is there, and what time it is there.
+    """Ask a server who it is and what time it has.
 
-    Raises: StageLost, StageTimeout: no answer. HandshakeError: another protocol, package or model.
+    Raises:
+      StageLost, StageTimeout: no answer.
+      HandshakeError: another protocol, package or model.
     """
     limit = messages.message_limit(config, PREFILL)
     address = host.reach()
@@ -125,12 +140,12 @@ class Contact:
 
   @property
   def label(self) -> str:
-    """What errors call the stage."""
+    """The name of the stage in errors, with address and layers."""
     where = "" if self.name == self.host.address else f" at {self.host.address}"
     return f"{self.name}{where} (layers {self.span})"
 
   async def load(self) -> None:
-    """Have it load `span`. Raises as `meet` does; HandshakeError also if it refuses."""
+    """Have the server load `span`. Raises: as `meet` does; HandshakeError also if it refuses."""
     request = messages.load_request(self.identity, self.span, self.options.serving)
     try:
       self.description = await self.stub.Load(request, timeout=self.options.load_s)
@@ -140,7 +155,7 @@ class Contact:
   async def link(
     self, on_frame: Callable[[Self, pb.Frame], None], on_lost: Callable[[Self], None]
   ) -> None:
-    """Open the stream that sequences go over. Raises as `load` does.
+    """Open the stream that carries sequences. Raises: as `load` does.
 
     Args:
       on_frame: Called with every frame that comes.
@@ -168,7 +183,10 @@ class Contact:
     self._reader = asyncio.create_task(self._read(call, on_frame, on_lost))
 
   async def send(self, frame: pb.Frame) -> None:
-    """Raises: StageLost: the stream has ended. StageTimeout: it takes nothing for `step_s`."""
+    """Send a frame.
+
+    Raises: StageLost: the stream has ended. StageTimeout: the server takes nothing for `step_s`.
+    """
     if self.lost is not None or self._outlet is None:
       raise StageLost(self.label, self.lost or "not linked")
     try:
@@ -179,7 +197,7 @@ class Contact:
       raise StageTimeout(self.label, f"took no frame within {self.options.step_s:g} s") from error
 
   async def is_responsive(self) -> bool:
-    """Whether its health service answers at once that it serves."""
+    """Whether the server's health service answers within 2 s that it serves."""
     stub = health_pb2_grpc.HealthStub(self.channel)
     try:
       answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
@@ -216,7 +234,10 @@ class Contact:
 
 
 async def _knock(channel: grpc.aio.Channel, limit_s: float) -> None:
-  """Ask for health: any answer, also that there is no such service, comes from someone alive."""
+  """Find out whether anyone is there, by a health check.
+
+  Any answer will do, even that there is no health service.
+  """
   try:
     await health_pb2_grpc.HealthStub(channel).Check(
       health_pb2.HealthCheckRequest(), timeout=limit_s

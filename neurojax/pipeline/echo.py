@@ -1,4 +1,4 @@
-"""Answers Echo calls, by which others measure the link to this host.
+"""Answers Echo calls, by which other hosts measure the link to this one.
 
 python -m neurojax.pipeline.echo        (answers on loopback until its standard input closes)
 """
@@ -13,13 +13,13 @@ from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.wire.channel import listen, make_server
 
 PAYLOAD = 1 << 16
-"""Most bytes in one echo. A message to any stage server may be as large."""
+"""Most bytes in one echo. Any stage server takes messages of this size."""
 
 LIMIT = PAYLOAD + (1 << 10)
 
 
 async def echo(request: pb.EchoRequest, context: grpc.aio.ServicerContext) -> pb.EchoReply:
-  """The server's side of Echo."""
+  """Answer an Echo call with its own payload."""
   if len(request.payload) > PAYLOAD:
     await context.abort(
       grpc.StatusCode.INVALID_ARGUMENT,

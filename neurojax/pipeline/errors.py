@@ -1,4 +1,4 @@
-"""Errors that cross the wire. Each names the host and the layers it is about."""
+"""Errors of stage servers and the links to them. Each names the host and the layers."""
 
 from neurojax.engine.api import EngineError
 
@@ -7,7 +7,7 @@ class PipelineError(EngineError):
   """A stage failed a request.
 
   Attributes:
-    stage: What the stage calls itself and its address.
+    stage: Name and address of the stage, with its layers once they are known.
   """
 
   def __init__(self, stage: str, message: str):

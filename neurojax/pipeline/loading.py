@@ -9,7 +9,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from neurojax.config import Serving, Span
+from neurojax.config import Programs, Serving, Span
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.count.working import kind_of
 from neurojax.files.load import load_span, stored_forms
@@ -231,12 +231,12 @@ class Loader:
 
   def why_not_fused(self, dtype: str) -> str | None:
     """Why this device cannot run fused programs in a dtype; None if it can."""
-    return programs.why_not_here(dtype)
+    return programs.why_not_fused(dtype)
 
   def compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
     """Compile a span by the programs that are wanted."""
     return CompiledStage(
       model,
       context_length=wanted.context_length,
-      programs=typing.cast(programs.Wanted, wanted.programs),
+      programs=typing.cast(Programs, wanted.programs),
     )

@@ -1,4 +1,4 @@
-"""Between protobuf messages and what they mean. Everything that comes in is checked here."""
+"""Turns protobuf messages into the objects they stand for, and back. Everything that comes in is checked here."""
 
 import typing
 
@@ -11,13 +11,14 @@ from neurojax.wire import tensor
 from neurojax.wire.identity import PACKAGE
 
 PROTOCOL = 2
-"""Raised by every change that an older peer would misread."""
+"""Version of the protocol. Every change that an older peer would misread raises it."""
 
 SAME_MODEL = ("protocol", "package", "model_sha256", "num_layers")
-"""What must be equal before layers are even planned."""
+"""Fields of an identity that must be equal before layers are planned."""
 
 SAME_FORM = ("model_sha256", "num_layers", "dtype", "context_length")
-"""What must be equal before any tensor crosses, and `programs`, once stages have become one kind."""
+"""Fields of an identity that must be equal before any tensor crosses; `programs` too, once all stages
+run the same ones."""
 
 
 def step(sequence: str, index: int, given: StepInput) -> pb.Step:
@@ -34,7 +35,10 @@ def step(sequence: str, index: int, given: StepInput) -> pb.Step:
 
 
 def step_input(message: pb.Step) -> StepInput:
-  """Raises: ValueError: a tensor that is no array. Fit with the sequence is the runtime's to check."""
+  """Read a step. Whether it fits its sequence is for the runtime to check.
+
+  Raises: ValueError: a tensor is no array.
+  """
   return StepInput(
     start=message.start,
     tokens=tensor.decode(message.tokens, what="tokens", max_dims=1),
@@ -63,7 +67,7 @@ def sampling(request: Sampling) -> pb.Sampling:
 
 
 def sampling_request(message: pb.Sampling) -> Sampling:
-  """Raises: ValueError: as `Sampling` does."""
+  """Read sampling settings. Raises: ValueError: as `Sampling` does."""
   return Sampling(
     temperature=message.temperature,
     top_k=message.top_k or None,
@@ -91,7 +95,7 @@ def identity(
 
 
 def load_request(identity: pb.Identity, span: Span, serving: Serving) -> pb.LoadRequest:
-  """The wish that a stage server load a span and run it as `serving` says."""
+  """Ask a stage server to load a span and run it as `serving` says."""
   return pb.LoadRequest(
     identity=identity,
     first_layer=span.first_layer,
@@ -102,7 +106,10 @@ def load_request(identity: pb.Identity, span: Span, serving: Serving) -> pb.Load
 
 
 def serving(request: pb.LoadRequest) -> Serving:
-  """How a coordinator wants layers held and run. Raises: ValueError: as `Serving.check_engine` does."""
+  """Read how a coordinator wants layers held and run.
+
+  Raises: ValueError: as `Serving.check_engine` does.
+  """
   check_choice("weights", request.weights, typing.get_args(Weights))
   found = Serving(
     dtype=request.identity.dtype,
@@ -116,5 +123,5 @@ def serving(request: pb.LoadRequest) -> Serving:
 
 
 def message_limit(config: ModelConfig, positions: int) -> int:
-  """Bytes of the largest frame that a step of `positions` can need."""
+  """Bytes of the largest frame that a step of so many positions can need."""
   return positions * (config.model_dim * 4 + 16) + (1 << 16)

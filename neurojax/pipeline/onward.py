@@ -1,4 +1,4 @@
-"""The link from a stage to the one after it."""
+"""The link from a stage to the next one."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,11 +12,11 @@ from neurojax.wire.channel import brief, open_channel
 from neurojax.wire.identity import printable
 
 HELLO_S = 10.0
-"""How long either end of a new link waits for the other's Hello."""
+"""Seconds that either end of a new link waits for the other's Hello."""
 
 _WRITE_S = 600.0
-"""Only a bound: a stage that computes for long takes no frames meanwhile, and the coordinator, which
-knows how long a step may take, gives up first."""
+"""Bound on the seconds of one write. A stage that computes takes no frames meanwhile; the coordinator,
+which knows how long a step may take, gives up first."""
 
 
 class Lost(Exception):
@@ -24,17 +24,21 @@ class Lost(Exception):
 
 
 class Outlet:
-  """The writing half of a link: one frame at a time, each within a deadline.
+  """Writes to a link, one frame at a time, each within a deadline.
 
-  A write is a task of its own: gRPC ends the whole call when a task is cancelled inside a write, and
-  the sender's may be, by whoever gives up one of the many sequences that share the link.
+  Each write is a task of its own. gRPC ends the whole call when a task is cancelled inside a write,
+  and the sender's task is cancelled whenever someone gives up one of the sequences on the link.
+
+  Args:
+    write: Writes one frame to the call.
+    limit_s: Seconds that a write may take.
   """
 
   def __init__(self, write: Callable[[pb.Frame], Awaitable[None]], *, limit_s: float = _WRITE_S):
     self._write, self._limit_s, self._lock = write, limit_s, asyncio.Lock()
 
   async def send(self, frame: pb.Frame) -> None:
-    """Raises: TimeoutError, and what the call's write raises."""
+    """Write a frame. Raises: TimeoutError, and what the call's write raises."""
     writing = asyncio.ensure_future(self._one(frame))
     # If the sender goes, nobody is left to hear of a failure; the reader of the link will.
     writing.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -46,9 +50,10 @@ class Outlet:
 
 
 class NextLink:
-  """Made by `connect`; carries steps to the next stage until it is lost.
+  """Carries steps to the next stage until the link is lost; made by `connect`.
 
   Attributes:
+    address: Address of the next stage.
     lost: Why nothing can be sent any more; None while it can.
   """
 
@@ -64,9 +69,10 @@ class NextLink:
     """Greet the stage at `address`.
 
     Args:
+      hello: The greeting.
       limit: Bytes of the largest frame.
       on_lost: Awaited once, when the link has ended.
-    Raises: Lost: it cannot be reached, does not answer in time, or refuses.
+    Raises: Lost: the stage cannot be reached, does not answer in time, or refuses.
     """
     channel = open_channel(address, limit=limit)
     try:
@@ -86,7 +92,7 @@ class NextLink:
     return link
 
   async def send(self, frame: pb.Frame) -> None:
-    """Raises: Lost: the link is, or was just now."""
+    """Send a frame. Raises: Lost: the link is lost, perhaps just now."""
     if self.lost:
       raise Lost(self.lost)
     try:
@@ -102,8 +108,10 @@ class NextLink:
     await self._channel.close()
 
   async def _read(self, on_lost: Callable[[Self], Awaitable[None]]) -> None:
-    """The next stage sends refusals of single steps, which their owner hears from it directly; what
-    matters here is the end of the stream."""
+    """Wait for the end of the stream.
+
+    The next stage also sends refusals of single steps; their owner hears of those from it directly.
+    """
     reason = "it ended the link"
     try:
       while await self._call.read() is not grpc.aio.EOF:

@@ -1,4 +1,4 @@
-"""Stage servers as child processes of this one, on loopback. They end when it ends, however it ends."""
+"""Starts stage servers as child processes on loopback. They end when this process ends, however it ends."""
 
 import asyncio
 import contextlib
@@ -18,9 +18,11 @@ _END_S = 5.0
 
 
 class LocalStages:
-  """`async with LocalStages(model, 2) as stages: ... stages.fleet`.
+  """Stage servers on this machine: `async with LocalStages(model, 2) as stages: ... stages.fleet`.
 
   Args:
+    model: The model file.
+    number: Number of servers, at least 1.
     arguments: Further arguments of `neurojax stage` for every server.
     devices: JAX devices such as "cpu" or "cuda:1": one for each server, or one for all.
   """

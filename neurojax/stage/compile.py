@@ -1,4 +1,4 @@
-"""A span of layers compiled ahead of time: prefill at a few lengths, decode at length 1."""
+"""Compiles a span of layers ahead of time: prefill for a few input lengths, decode for one token."""
 
 import concurrent.futures
 import logging
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neurojax import config
 from neurojax.config import Sampling
 from neurojax.forms import PREFILL, capacity_for
 from neurojax.model import sample as sampling
@@ -17,7 +18,7 @@ from neurojax.model.cache import Cache, check_room
 from neurojax.model.neurollm import NeuroLLM, empty_cache
 from neurojax.model.sample import SamplerState
 from neurojax.stage.fused import Kernels
-from neurojax.stage.programs import Wanted, choose
+from neurojax.stage.programs import programs_of
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +43,20 @@ def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
 
 
 class CompiledStage:
-  """The executables of one span, for one sequence at a time.
+  """The compiled programs of one span, for one sequence at a time.
 
   Args:
-    model: Consumed if the fused programs run it: memory holds the weights once.
+    model: The layers. Fused programs consume them, so that memory holds the weights once.
     context_length: Positions that a sequence may use; the cache holds at least as many.
     buckets: Input lengths to compile, ascending, starting with 1.
-    programs: The model as it is, "fused", or by the rule of `stage.programs.choose`.
-    kernels: Of the fused programs; None: those for the device.
+    programs: Which programs to compile, by the rules of `stage.programs.programs_of`.
+    kernels: Kernels of the fused programs; those for the device if absent.
 
   Attributes:
-    programs: "model" or "fused": which of the two it became.
-    dtype: Of the cache and of what a layer computes.
+    programs: "model" or "fused", which was chosen.
+    dtype: Dtype of the cache and of what a layer computes.
     activations: Dtype of what passes from one stage to the next.
-  Raises: ValueError, NotImplementedError: as `choose` does.
+  Raises: ValueError, NotImplementedError: as `programs_of` does.
   """
 
   def __init__(
@@ -64,7 +65,7 @@ class CompiledStage:
     *,
     context_length: int,
     buckets: Sequence[int] = BUCKETS,
-    programs: Wanted = "auto",
+    programs: config.Programs = "auto",
     kernels: Kernels | None = None,
   ):
     if context_length < 1:
@@ -75,7 +76,7 @@ class CompiledStage:
     self.context_length = context_length
     self.capacity = capacity_for(context_length)
     self.buckets = tuple(b for b in buckets if b <= self.capacity)
-    self._programs = choose(
+    self._programs = programs_of(
       model, programs, capacity=self.capacity, lengths=self.buckets, kernels=kernels
     )
     self.programs, self.activations = self._programs.kind, self._programs.activations
@@ -95,15 +96,15 @@ class CompiledStage:
     self._new_cache = jax.jit(self._empty_cache)
 
   def new_cache(self) -> Cache:
-    """A cache for one sequence."""
+    """Make an empty cache for one sequence."""
     return self._new_cache()
 
   def new_sampler(self, request: Sampling) -> SamplerState:
-    """The sampler of one sequence."""
+    """Make the sampler of one sequence."""
     return SamplerState.new([request], self.config.vocab_size)
 
   def bucket(self, length: int, start: int) -> int:
-    """The compiled length that takes most of `length` inputs from position `start` on.
+    """Choose the compiled length that takes most of `length` inputs from position `start` on.
 
     Raises: ValueError: not even one position is left.
     """
@@ -115,8 +116,9 @@ class CompiledStage:
     """Run up to one bucket of inputs; `cache` is consumed.
 
     Args:
-      inputs: int32 ids [n] if the span is the first, else activations [n, D], n at most a bucket.
-    Returns: activations [1, bucket, D], of which the first n rows mean something, and the cache.
+      inputs: int32 ids [n] if the span is the first, else activations [n, D]; n is at most a bucket.
+      start: Position of the first input.
+    Returns: Activations [1, bucket, D], of which the first n rows mean something, and the cache.
     """
     length = self.bucket(len(inputs), start)
     if len(inputs) > length:
@@ -147,7 +149,7 @@ class CompiledStage:
     return int(np.asarray(token_B)[0]), float(np.asarray(logprob_B)[0]), sampler
 
   def score(self, x_BTD: jax.Array, targets: np.ndarray) -> np.ndarray:
-    """Log-probability of `targets[i]` after row i of the activations; float32 [n]."""
+    """Compute the log-probability of `targets[i]` after row i of the activations; float32 [n]."""
     length = x_BTD.shape[1]
     if ("score", length) not in self._run:
       self._run["score", length] = self._lower_score(length).compile()
@@ -158,7 +160,7 @@ class CompiledStage:
     ]
 
   def logits(self, x_BTD: jax.Array, count: int) -> np.ndarray:
-    """After the first `count` rows of the activations `forward` gave; float32 [count, V]."""
+    """Compute the logits after the first `count` rows of activations; float32 [count, V]."""
     length = x_BTD.shape[1]
     if ("logits", length) not in self._run:
       self._run["logits", length] = (
@@ -171,7 +173,7 @@ class CompiledStage:
 
   @property
   def weight_bytes(self) -> int:
-    """Of memory: what is shared counts once."""
+    """Bytes of the weights; arrays that two parameters share count once."""
     return self._programs.weight_bytes
 
   @property
@@ -183,7 +185,7 @@ class CompiledStage:
 
   @property
   def working_bytes(self) -> int:
-    """What the compiler says the neediest program takes beside what goes in and comes out."""
+    """Bytes of the neediest program beside its inputs and outputs, by XLA's memory analysis."""
     return max(run.memory_analysis().temp_size_in_bytes for run in self._run.values())
 
   @property

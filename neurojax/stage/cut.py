@@ -1,4 +1,4 @@
-"""A stage is a slice: the layers of a span, cut out of a whole model that is already in memory."""
+"""Cuts the layers of a span out of a whole model that is already in memory."""
 
 import jax
 from flax import nnx
@@ -9,10 +9,11 @@ from neurojax.model.neurollm import NeuroLLM
 
 
 def cut(model: NeuroLLM, span: Span) -> NeuroLLM:
-  """The part of `model` that a stage holding `span` needs. Arrays are sliced, not computed anew.
+  """Cut out the part of `model` that a stage holding `span` needs, by slicing its arrays.
 
-  To load a stage from a file without reading the rest, see `files.load.load_span`.
-  Raises: ValueError: the span belongs to another number of layers or the model is itself a part.
+  `files.load.load_span` loads a stage from a file without reading the rest.
+
+  Raises: ValueError: the span belongs to another number of layers, or the model is itself a part.
   """
   if len(model.span) != model.config.num_layers:
     raise ValueError(f"the model to cut holds only layers {model.span}: cut the whole model")

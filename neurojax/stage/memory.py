@@ -1,4 +1,4 @@
-"""How much memory a stage may take."""
+"""Asks how much memory is free for a stage."""
 
 import jax
 

@@ -1,4 +1,7 @@
-"""What a stage's programs are made of: the model as it is, or fused for a GPU, and which of the two."""
+"""The two kinds of programs that a stage can be compiled from, and the choice between them.
+
+`ModelPrograms` run any model anywhere. `FusedPrograms` are a few large GPU kernels for ternary weights.
+"""
 
 import dataclasses
 import functools
@@ -12,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from neurojax import config
 from neurojax.model.cache import Cache, KVCache
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import fused
@@ -20,20 +24,21 @@ from neurojax.weights.ternary import TernaryArray
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["model", "fused"]
-Wanted = Literal["auto", "model", "fused"]
+Chosen = Literal["model", "fused"]
+"""One of `config.Programs` once "auto" is decided."""
 
 
 @runtime_checkable
 class Programs(Protocol):
-  """Functions to be compiled, for one sequence at a time.
+  """Functions for a stage to compile, for one sequence at a time.
 
   Attributes:
-    params: What they take first: a tree of arrays, all the weights.
+    kind: "model" or "fused".
+    params: All the weights, a tree of arrays; the first argument of every function.
     activations: Dtype of what passes from one stage to the next.
   """
 
-  kind: Kind
+  kind: Chosen
   params: Any
   activations: np.dtype
 
@@ -45,27 +50,29 @@ class Programs(Protocol):
     start_B: Int[Array, "1"],
     count_B: Int[Array, "1"] | None = None,
   ) -> tuple[Float[Array, "1 T D"], Cache]:
-    """T inputs, token ids [1, T] or activations [1, T, D], through the layers of the span.
+    """Run T inputs through the layers of the span.
 
     Args:
-      count_B: How many of them mean something; None: all.
+      inputs: int32 ids [1, T] if the span is the first, else activations [1, T, D].
+      start_B: Position of the first input.
+      count_B: How many inputs mean something, the rest being padding; all if absent.
     """
     ...
 
   def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
-    """Final norm and head, which only the last span has."""
+    """Compute logits by the final norm and the head, which only the last span has."""
     ...
 
   @property
   def weight_bytes(self) -> int:
-    """Of memory: what is shared counts once."""
+    """Bytes of the weights; arrays that two parameters share count once."""
     ...
 
 
 class ModelPrograms:
-  """The model as it is, on any device and with any weights; activations in its own dtype."""
+  """Runs the model as it is, on any device and with any weights; activations have the model's dtype."""
 
-  kind: Kind = "model"
+  kind: Chosen = "model"
 
   def __init__(self, model: NeuroLLM):
     graph, state = nnx.split(model)
@@ -95,17 +102,19 @@ class ModelPrograms:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FusedPrograms:
-  """`stage.fused`: the residual stream, and with it what passes between stages, is float32.
+  """Runs `stage.fused`. The residual stream, and with it what passes between stages, is float32.
 
   Attributes:
-    dtype: Of the cache, and of what passes between the kernels of a layer.
+    params: The weights.
+    kernels: Which kernels run.
+    dtype: Dtype of the cache, and of what passes between the kernels of a layer.
   """
 
   params: Fused
   kernels: Kernels
   dtype: np.dtype
 
-  kind: Kind = "fused"
+  kind: Chosen = "fused"
   activations: np.dtype = np.dtype(np.float32)
 
   def forward(
@@ -135,31 +144,32 @@ class FusedPrograms:
     return self.params.nbytes
 
 
-def choose(
+def programs_of(
   model: NeuroLLM,
-  wanted: Wanted = "auto",
+  wanted: config.Programs = "auto",
   *,
   capacity: int,
   lengths: Sequence[int],
   kernels: Kernels | None = None,
 ) -> Programs:
-  """The programs that run a span; a model that is fused is consumed.
+  """Choose the programs that run a span. Fused programs consume the model.
 
-  "auto" takes the fused ones if the default device is a GPU of compute capability 9.0, the dtype is
-  bfloat16, all matrices of the layers and the head are ternary, and the kernels take the shapes;
-  else the model as it is, and the log says why, once. Shapes are asked about with all the layers of
-  the model, so that a span runs as the whole would.
+  "auto" takes fused programs if the default device is a GPU of compute capability 9.0, the dtype is
+  bfloat16, all matrices of the layers and the head are ternary, and the kernels take the shapes. Else
+  the model runs as it is, and the log says why, once. The kernels are asked about all the layers of
+  the model, so that every span of it runs by the same programs as the whole.
 
   Args:
     capacity: Positions of the cache.
-    lengths: Numbers of inputs that will be compiled.
-    kernels: Of the fused programs; None: those for the default device. `REFERENCE` runs anywhere.
+    lengths: Input lengths that will be compiled.
+    kernels: Kernels of the fused programs; those for the default device if absent. `REFERENCE` runs
+      anywhere.
   Raises:
-    ValueError: `wanted` is something else, or kernels go with the model as it is.
+    ValueError: `wanted` is something else, or kernels are given for the model as it is.
     NotImplementedError: "fused" is wanted and cannot be had; names the reason.
   """
-  if wanted not in get_args(Wanted):
-    raise ValueError(f"programs = {wanted!r}: choose one of {', '.join(get_args(Wanted))}")
+  if wanted not in get_args(config.Programs):
+    raise ValueError(f"programs = {wanted!r}: choose one of {', '.join(get_args(config.Programs))}")
   if wanted == "model":
     if kernels is not None:
       raise ValueError(f"kernels {kernels} are for fused programs: leave them out, or want 'fused'")
@@ -182,7 +192,10 @@ def choose(
 def _fitting(
   model: NeuroLLM, kernels: Kernels | None, capacity: int, lengths: Sequence[int]
 ) -> Kernels:
-  """The kernels given, or the device's own. Raises NotImplementedError: they do not fit."""
+  """Check that the kernels given, or the device's own, take the model.
+
+  Raises: NotImplementedError: they do not; names the reason.
+  """
   try:
     whole = _whole(model)
   except ValueError as error:
@@ -205,7 +218,7 @@ def _fitting(
 
 
 def _whole(model: NeuroLLM) -> Fused:
-  """Shapes of the span fused, with all the layers of the model in place of the span's."""
+  """The shapes of the fused span, with all the layers of the model in place of the span's."""
   graph, state = nnx.split(model)
   part = jax.eval_shape(lambda state: fuse(nnx.merge(graph, state)), state)
   layers = jax.tree.map(
@@ -234,8 +247,8 @@ def _needs_gpu(kernels: Kernels) -> bool:
   return is_compiled or (kernels.product, kernels.attention) != ("reference", "reference")
 
 
-def why_not_here(dtype: str) -> str | None:
-  """Why the fused programs cannot run on this device, or not in this dtype; None if they can."""
+def why_not_fused(dtype: str) -> str | None:
+  """Tell why fused programs cannot run on this device in a dtype; None if they can."""
   device = _device()
   if device.platform != "gpu":
     return f"their kernels are for GPUs, this is a {device.platform}"
@@ -248,8 +261,8 @@ def why_not_here(dtype: str) -> str | None:
 
 
 def _check_gpu(model: NeuroLLM) -> None:
-  """Raises: NotImplementedError: `why_not_here` has a reason."""
-  if reason := why_not_here(str(model.dtype)):
+  """Raises: NotImplementedError: `why_not_fused` has a reason."""
+  if reason := why_not_fused(str(model.dtype)):
     raise NotImplementedError(reason)
 
 
@@ -264,5 +277,5 @@ def _is_ternary(model: NeuroLLM) -> bool:
 
 @functools.cache
 def _say(level: int, message: str) -> None:
-  """Once for each message."""
+  """Log a message, once in the life of the process."""
   log.log(level, message)

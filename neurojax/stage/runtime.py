@@ -1,4 +1,4 @@
-"""What a stage does for each sequence: keep its cache, check what comes in, run, check what goes out."""
+"""Runs the steps of sequences on one compiled stage, keeps their caches, and checks every input and output."""
 
 import dataclasses
 import time
@@ -15,16 +15,27 @@ from neurojax.stage.step import StepInput, StepOutput
 
 @dataclasses.dataclass
 class _Sequence:
+  """An open sequence.
+
+  Attributes:
+    cache: Its cache.
+    sampler: Its sampler, on the last stage.
+    length: Number of positions that the cache holds.
+  """
+
   cache: Cache
   sampler: SamplerState | None
   length: int = 0
 
 
 class StageRuntime:
-  """One compiled stage and the sequences it holds. Not thread-safe: one caller at a time.
+  """Holds one compiled stage and the sequences that are open on it.
+
+  It is not thread-safe: only one call may run at a time.
 
   Args:
-    max_sequences: Caches held at once; memory for them is `max_sequences * stage.cache_bytes`.
+    max_sequences: Most sequences that may be open at the same time. Their caches take
+      `max_sequences * stage.cache_bytes`.
   """
 
   def __init__(self, stage: CompiledStage, *, max_sequences: int):
@@ -38,7 +49,7 @@ class StageRuntime:
     return len(self._sequences)
 
   def open(self, sequence: str, sampling: Sampling) -> None:
-    """Make room for a sequence. Raises ValueError if it is open already or there is no room."""
+    """Make room for a sequence. Raises: ValueError: it is open already, or there is no room."""
     if sequence in self._sequences:
       raise ValueError(f"sequence {sequence!r} is open already")
     if len(self._sequences) >= self.max_sequences:
@@ -53,10 +64,11 @@ class StageRuntime:
     self._sequences.pop(sequence, None)
 
   def step(self, sequence: str, given: StepInput) -> StepOutput:
-    """Advance a sequence. A step that fails closes it: half a cache answers nothing.
+    """Advance a sequence. A step that fails closes it, because its cache is then incomplete.
 
-    Raises: ValueError: the sequence is not open, or the input does not fit it.
-      FloatingPointError: activations are NaN or infinite, coming in or going out.
+    Raises:
+      ValueError: the sequence is not open, or the input does not fit it.
+      FloatingPointError: activations or logits are NaN or infinite.
     """
     state = self._sequences.get(sequence)
     if state is None:

@@ -1,4 +1,4 @@
-"""What goes into a stage and comes out of it, once per step. Imports no JAX."""
+"""The input and the output of a stage in one step."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ class StepInput:
   """The next n positions of a sequence.
 
   Attributes:
-    start: Position of the first; it must be where the sequence stands.
-    tokens: int32 ids [n]; every stage gets them, for the sampler and for scoring.
-    hidden: Activations [n, D] as the stage before gave them; None for the first stage.
-    is_answer: The tokens were drawn by the sampler, which has counted them already.
-    sample: Draw the token that follows the last position (the last stage does).
-    targets: int32 ids [n] whose log-probability after each position is wanted (the last stage).
+    start: Position of the first token; it must be the number of positions that the cache holds.
+    tokens: int32 ids [n]. Every stage gets them; the last one needs them for the sampler and scores.
+    hidden: Activations [n, D] from the previous stage; None for the first stage.
+    is_answer: Whether the sampler drew the tokens, and so has counted them already.
+    sample: Whether the last stage draws the token that follows the last position.
+    targets: int32 ids [n]; the last stage gives the log-probability of targets[i] after tokens[i].
   """
 
   start: int
@@ -28,7 +28,15 @@ class StepInput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOutput:
-  """Activations [n, D] of a stage that is not the last; what was asked for of the last one."""
+  """The result of a step.
+
+  Attributes:
+    hidden: Activations [n, D] for the next stage; None from the last stage.
+    token: The token that was drawn, if that was asked for.
+    logprob: Natural logarithm of its probability under the logits as the model gives them.
+    scores: float32 [n], log-probabilities of the targets, if those were given.
+    compute_s: Seconds that the stage computed.
+  """
 
   hidden: np.ndarray | None = None
   token: int | None = None

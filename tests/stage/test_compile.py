@@ -204,7 +204,7 @@ def said(caplog) -> list[tuple[str, str]]:
 
 
 def choose(model: NeuroLLM, **options) -> programs.Programs:
-  return programs.choose(model, capacity=128, lengths=BUCKETS, **options)
+  return programs.programs_of(model, capacity=128, lengths=BUCKETS, **options)
 
 
 def test_without_a_gpu_the_model_runs_as_it_is(paths, said):

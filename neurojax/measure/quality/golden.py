@@ -232,7 +232,11 @@ def read_golden(path: Path) -> GoldenFile:
 
 
 async def judge(engine: Engine, tokenizer: Tokenizer, case: Case, *, tolerance: float) -> Verdict:
-  """Tokenize the prompt, answer greedily, and compare up to the first excused difference."""
+  """Tokenize the prompt of a case, answer it greedily, and compare up to the first difference.
+
+  Args:
+    tolerance: Largest difference of log-probabilities that is equal, in nats.
+  """
   prompt = tokenizer.encode(case.prompt, parse_special=True, add_special=True)
   notes = []
   if prompt != case.prompt_tokens:

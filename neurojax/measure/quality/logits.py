@@ -1,4 +1,4 @@
-"""All logits of a sequence, from stages in this process."""
+"""Computes all logits of a sequence, by stages in this process."""
 
 import json
 from collections.abc import Sequence
@@ -51,13 +51,13 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, *, where: str) -> None:
 def logits(
   stages: Sequence[CompiledStage], tokens: np.ndarray, *, decode_from: int | None = None
 ) -> Float32[np.ndarray, "T V"]:
-  """The logits after each of T tokens.
+  """Compute the logits after each of T tokens.
 
   Args:
-    stages: All layers, in order.
+    stages: Stages that hold all layers, in order.
     tokens: int32 [T].
-    decode_from: Tokens from this place on are fed one at a time, those before it as a prompt; None:
-      all are a prompt.
+    decode_from: Index of the first token that is fed alone, as in decode; those before it are a prompt,
+      and all are if absent.
   Raises:
     ValueError: the place is not within the tokens, or the stages have no room for them.
     FloatingPointError: logits are NaN or infinite.

@@ -1,4 +1,4 @@
-"""Perplexity of a text under any engine."""
+"""Measures the perplexity of a text with any engine."""
 
 import dataclasses
 import math
@@ -12,8 +12,15 @@ from neurojax.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityResult:
-  """perplexity = exp(nll); nll is the mean negative natural log-likelihood of `tokens` tokens;
-  stderr is that of the perplexity, from the spread of single tokens."""
+  """How well an engine predicts a text.
+
+  Attributes:
+    perplexity: exp(nll).
+    nll: Mean negative log-likelihood of a token, in nats.
+    stderr: Standard error of the perplexity, from the spread of single tokens.
+    tokens: Number of tokens that were scored.
+    windows: Number of windows.
+  """
 
   perplexity: float
   nll: float
@@ -35,9 +42,10 @@ async def perplexity(
   """Score `text` in windows of `ctx` tokens.
 
   Args:
-    stride: None is llama.cpp's method (see `windows`); else windows start every `stride` tokens and
-      score what those before did not.
-    chunks: Only the first so many windows.
+    ctx: Tokens of a window.
+    stride: Tokens from the start of one window to that of the next; each window scores what no earlier
+      one did. None takes llama.cpp's windows (see `windows`).
+    chunks: Number of windows to score, from the first; None scores all.
     progress: Called with windows done, windows in all, and the perplexity so far.
   Raises: ValueError: the text is too short, or ctx, stride or chunks make no sense.
   """
@@ -77,10 +85,12 @@ def _exp(nll: float) -> float:
 
 
 def windows(length: int, *, ctx: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
-  """(start, end, first): tokens start..end-1 are one window, scored from index `first` within it.
+  """Divide `length` tokens into windows.
 
-  llama.cpp's method: windows of exactly ctx tokens side by side, a rest is dropped; index ctx/2 is
-  the last that is context only, so ctx - ctx/2 - 1 tokens are scored in each.
+  Without a stride these are llama.cpp's: windows of exactly ctx tokens side by side, the rest of the
+  text dropped. Index ctx/2 is the last that is only context, so each scores ctx - ctx/2 - 1 tokens.
+
+  Yields: (start, end, first): tokens start..end-1 are a window, scored from index `first` within it.
   Source: llama.cpp, tools/perplexity.
   """
   if stride is None:

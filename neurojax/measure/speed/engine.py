@@ -1,4 +1,4 @@
-"""How fast an engine is, beside what memory allows and what llama.cpp does on the same file."""
+"""Measures the speed of an engine, beside what memory allows and what llama.cpp does on the same file."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,27 @@ from neurojax.kernels import timing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """One line of a result. Speeds are medians over the repetitions, except slowest and fastest.
+  """One measured speed. Speeds are medians over the repetitions unless they say otherwise.
 
   Attributes:
-    bytes_per_s: Weights and the cache in use, read once per token, times tokens/s (decode only).
-    bound_bytes_per_s: Read bandwidth measured in the same run (a sum over an array that no cache holds).
+    what: "decode" or "prefill".
+    length: Tokens that were decoded, or of the prompt.
+    model: Name of the model file.
+    weights: The user's choice of weights.
+    stages: Number of stages.
+    tokens_per_s: Tokens per second.
+    slowest: Least tokens per second of any repetition.
+    fastest: Most tokens per second of any repetition.
+    llama_tokens_per_s: llama.cpp's tokens per second on the same file; None without llama-bench.
+    ratio: tokens_per_s over llama_tokens_per_s.
+    bytes_per_s: Bytes of weights and cache that each token reads, times tokens_per_s (decode only).
+    bound_bytes_per_s: Read bandwidth measured in the same run, by a sum over an array that no CPU cache
+      holds (decode only).
+    bound_fraction: bytes_per_s over bound_bytes_per_s.
+    device: Name of the device.
+    cores: CPU cores that this process may use.
+    jax: Version of JAX.
+    date: Date of the run.
   """
 
   what: str
@@ -55,7 +71,19 @@ async def decode_and_prefill(
   repetitions: int,
   llama_bench: str | None,
 ) -> list[Row]:
-  """Measure as llama-bench does: a prompt of `prefill` random tokens, and `decode` tokens from nothing."""
+  """Measure as llama-bench does: a prompt of random tokens, and decode after a prompt of one token.
+
+  Args:
+    model: The model file, for llama-bench too.
+    weights: Name of the weights in the result.
+    stages: Number of stages in the result.
+    prefill: Tokens of the prompt.
+    decode: Tokens to decode.
+    repetitions: How often each is measured.
+    llama_bench: The llama-bench program to compare with; None compares with nothing.
+  Returns: A row for decode and one for prefill.
+  Raises: OSError: llama-bench fails.
+  """
   rng = np.random.default_rng(0)
   prompt = rng.integers(0, engine.vocab_size, prefill).tolist()
   await _generate(engine, prompt[:1], 4)
@@ -112,7 +140,7 @@ def _cores() -> int:
 
 
 async def _generate(engine: Engine, prompt: list[int], tokens: int) -> tuple[float, float]:
-  """Seconds to the first token and to the last."""
+  """Generate an answer. Returns: Seconds to the first token and to the last."""
   began_s = time.perf_counter()
   first_s = 0.0
   async with contextlib.aclosing(
