@@ -1,4 +1,4 @@
-"""`neurojax stage`: one stage server."""
+"""`neurojax stage`: serves layers of a model to coordinators."""
 
 import asyncio
 import contextlib
@@ -18,26 +18,29 @@ from neurojax.cli.options import ModelOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(ModelOptions):
-  """Serve layers of a model over gRPC; which ones, the coordinator's plan says.
+  """Serve layers of a model over gRPC. The coordinator says which ones.
 
-  Every host of a pipeline runs one, with the same model file. Connections are neither encrypted
-  nor authenticated: listen on loopback or a network you trust.
+  Every host of a pipeline runs one stage server, with the same model file. Connections are neither
+  encrypted nor authenticated: listen on loopback or on a network you trust. SIGTERM and Ctrl-C end it;
+  calls under way get 2 s.
 
   Example: neurojax stage --model model.gguf --listen 127.0.0.1:7001
+  Example: neurojax stage --model model.gguf --listen 10.0.0.2:7001 --name attic --memory 6GB
   """
 
   listen: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
-  """Where to take connections; port 0 takes a free one."""
+  """Address to listen on; port 0 takes a free one, which is printed."""
   name: str | None = None
-  """What errors and tables call this server; host and process if absent."""
+  """Name of this server in errors and tables; host name and process id if absent."""
   memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-  """What weights and caches may take (for example 6GB); what is free if absent."""
+  """Most memory that weights, caches and working memory may take, for example 6GB; all that is free if
+  absent."""
   share: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-  """N servers share this machine: take an equal part of what is free."""
+  """Number of stage servers on this machine; each offers an equal part of what is free."""
   json: bool = False
-  """Print the address as a line of JSON."""
+  """Print the address as one line of JSON, and no log."""
   end_with_stdin: bool = False
-  """End when standard input closes, so that the server never outlives the process that started it."""
+  """End when standard input closes: the server then never outlives the process that started it."""
 
   def run(self) -> int:
     from neurojax.plan.fleet import check_address, parse_bytes
