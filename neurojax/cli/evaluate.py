@@ -34,6 +34,7 @@ class Golden(ModelOptions, EngineOptions):
   all cases agree.
 
   Example: neurojax eval golden --model smollm2 --golden smollm2.json --make
+
   Example: neurojax eval golden --model smollm2 --golden smollm2.json --stages 3
   """
 
@@ -45,7 +46,7 @@ class Golden(ModelOptions, EngineOptions):
   prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """With --make: a UTF-8 text with one prompt on each line; eight built-in prompts if absent."""
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 32
-  """With --make: most tokens of each answer."""
+  """With --make: most tokens of each answer, which a stop token ends earlier."""
   overwrite: bool = False
   """With --make: replace a golden file that exists."""
   tolerance: Annotated[float, tyro.conf.arg(metavar="NATS")] = 0.003
@@ -72,12 +73,12 @@ class Golden(ModelOptions, EngineOptions):
             await make(engine, tokenizer, prompt, max_tokens=self.max_tokens)
             for prompt in progress.track(prompts, description="prompts")
           ]
-      held = {
-        "dtype": self.dtype,
-        "weights": self.weights,
-        "programs": self.programs,
-        "stages": self.stages,
-      }
+        held = {
+          "dtype": self.dtype,
+          "weights": self.weights,
+          "programs": self.programs,
+          "stages": len(await engine.reports()),
+        }
       write_golden(self.golden, cases, file=file.path.name, sha256=sha256, engine=held)
     tokens = sum(len(case.tokens) for case in cases)
     if self.json:
@@ -144,7 +145,7 @@ class Golden(ModelOptions, EngineOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(ModelOptions, EngineOptions):
-  """Perplexity of a text.
+  """Measure the perplexity of a text.
 
   Without --stride the method is llama.cpp's: windows of --ctx tokens that do not overlap, the first
   token of each replaced by BOS where the model wants one, the second half of each scored. With
@@ -154,7 +155,7 @@ class Perplexity(ModelOptions, EngineOptions):
   """
 
   text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-  """UTF-8 text."""
+  """The text to score, in UTF-8."""
   ctx: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 512
   """Tokens of a window, at least 4."""
   stride: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
@@ -231,9 +232,11 @@ class Logits(ModelOptions):
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 1
   """Cut the layers into N stages, all in this process."""
   dtype: Literal["float32", "bfloat16"] = "float32"
+  """Floating-point type of activations and caches, and of dense weights."""
   weights: Weights = "dense"
+  """Form of the matrices, as for `neurojax generate`."""
   programs: Literal["auto", "model", "fused"] = "auto"
-  """These three as for `neurojax generate`."""
+  """Programs that run the stages, as for `neurojax generate`."""
 
   def run(self) -> int:
     check_new("--out", self.out, overwrite=self.overwrite)

@@ -25,12 +25,13 @@ class Stage(ModelOptions):
   calls under way get 2 s.
 
   Example: neurojax stage --model model.gguf --listen 127.0.0.1:7001
+
   Example: neurojax stage --model model.gguf --listen 10.0.0.2:7001 --name attic --memory 6GB
   """
 
   listen: Annotated[str, tyro.conf.arg(metavar="HOST:PORT")]
   """Address to listen on; port 0 takes a free one, which is printed."""
-  name: str | None = None
+  name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
   """Name of this server in errors and tables; host name and process id if absent."""
   memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
   """Most memory that weights, caches and working memory may take, for example 6GB; all that is free if
