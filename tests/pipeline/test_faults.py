@@ -729,6 +729,7 @@ def test_an_address_that_is_taken_is_said(three: Cluster):
   )
   assert done.returncode == 2
   assert f"cannot listen on {three.addresses[0]}" in done.stderr
+  assert "add_port" not in done.stderr, "a line of gRPC's own"
 
 
 def test_spans_are_whole_numbers_of_layers_for_any_fleet(three: Cluster):

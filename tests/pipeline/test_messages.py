@@ -42,6 +42,22 @@ def test_steps_travel_whole():
   assert bare.hidden is None and bare.targets is None
 
 
+def test_a_step_is_these_bytes_until_the_protocol_is_raised():
+  given_step = StepInput(
+    start=7,
+    tokens=np.array([1, 2], np.int32),
+    hidden=np.ones((2, 1), np.float32),
+    is_answer=True,
+    sample=True,
+  )
+  frame = pb.Frame(step=messages.step("s", 5, given_step))
+  assert messages.PROTOCOL == 2
+  assert frame.SerializeToString().hex() == (
+    "22450a01731005180722190a05696e7433321201021a08010000000200000020fcae841c2a1d0a07666c6f6174333212"
+    "0202011a080000803f0000803f2090a399a80d30013801"
+  )
+
+
 def test_the_message_limit_holds_the_largest_step():
   config = tinymodel.CONFIG
   largest = StepInput(
