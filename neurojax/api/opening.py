@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from neurojax.config import Serving, Span
 from neurojax.engine.api import Engine
@@ -181,11 +182,12 @@ async def _local(
   return LocalEngine(stage, max_sequences=serving.sequences, thread=thread)
 
 
-def _compiled(file: ModelFile, serving: Serving, device: object, progress: OnProgress):
+def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgress):
   import jax
   import jax.numpy as jnp
 
   from neurojax.count.serving import Load
+  from neurojax.count.working import kind_of
   from neurojax.files.load import load_span
   from neurojax.folders import cache_dir
   from neurojax.plan.proportional import proportional
@@ -195,8 +197,7 @@ def _compiled(file: ModelFile, serving: Serving, device: object, progress: OnPro
   use_compilation_cache(cache_dir() / "xla")
   assert serving.context is not None
   load = Load(serving=serving, forms=stored_forms(file))
-  platform = getattr(device, "platform", jax.default_backend())
-  kind = "cpu" if platform == "cpu" else "cuda"
+  kind = kind_of((device or jax.devices()[0]).device_kind)
   proportional(file.config, [("this process", free_memory_bytes(device))], load, [kind])
   total = file.config.num_layers
   progress(Progress("reading layers", 0, total))

@@ -16,6 +16,7 @@ from tyro.conf import subcommand
 from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
+  check_max_tokens,
   check_out,
   open_engine,
   open_tokenizer,
@@ -58,11 +59,11 @@ class Golden(ModelOptions, EngineOptions):
     return asyncio.run(self._make() if self.make else self._evaluate())
 
   async def _make(self) -> int:
+    from neurojax.api.opening import resolve
     from neurojax.measure.quality.golden import PROMPTS, make, read_prompts, write_golden
 
     check_new("--golden", self.golden, overwrite=self.overwrite)
-    if self.max_tokens < 1:
-      raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
+    check_max_tokens(self.max_tokens)
     prompts = PROMPTS if self.prompts is None else read_prompts(self.prompts)
     with self.open() as file:
       tokenizer = open_tokenizer(file)
@@ -73,10 +74,11 @@ class Golden(ModelOptions, EngineOptions):
             await make(engine, tokenizer, prompt, max_tokens=self.max_tokens)
             for prompt in progress.track(prompts, description="prompts")
           ]
+        serving = resolve(file, self.serving())
         held = {
-          "dtype": self.dtype,
-          "weights": self.weights,
-          "programs": self.programs,
+          "dtype": serving.dtype,
+          "weights": serving.weights,
+          "programs": serving.programs,
           "stages": len(await engine.reports()),
         }
       write_golden(self.golden, cases, file=file.path.name, sha256=sha256, engine=held)

@@ -194,9 +194,7 @@ def say_weights(options: EngineOptions, serving: Serving) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_engine(
-  file: "ModelFile", options: EngineOptions
-) -> AsyncGenerator["Engine", None]:
+async def open_engine(file: "ModelFile", options: EngineOptions) -> AsyncGenerator["Engine", None]:
   """The engine that the options ask for, its progress drawn; it is closed on the way out."""
   from neurojax.api import opening
 
