@@ -22,3 +22,5 @@ def test_the_seeds_sizes_and_the_transcript_are_what_is_counted_now(tmp_path):
   run.check()
   assert block("seed_sizes", path=run.README) == run.table()
   assert block("size", path=run.SIZING) == run.transcript()
+  assert block("plan", path=run.SIZING) == run.printed("plan", run.PLAN)
+  assert block("simulate", path=run.SIZING) == run.printed("simulate", run.SIMULATE)

@@ -1,24 +1,27 @@
 """Compares the seed's five sizes, as printed and by its formula, with ours for the same memory.
 
-Writes results.csv, the table in this folder's README, and the transcript of `neurojax size` in
-docs/sizing.md.
+Writes results.csv, the table in this folder's README, and the transcripts in docs/sizing.md.
 
 python -m experiments.seed_sizes.run
 python -m experiments.seed_sizes.run --table     (the table alone, from the file as it is)
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 
 from experiments.readme import block
 from neurojax import count
+from neurojax.cli import main
 from neurojax.cli.size import Size, render
 from neurojax.config import ModelConfig
 from neurojax.forms import TERNARY_FORMATS
@@ -152,14 +155,29 @@ def _architecture(row: dict[str, str]) -> seed.SeedArchitecture:
   )
 
 
+PLAN = "--model bonsai-8b --fleet gaming-pc --dtype bfloat16 --context 16384"
+SIMULATE = f"{PLAN} --requests 16 --concurrency 4"
+
+
 def transcript() -> str:
-  """What the command prints, as docs/sizing.md shows it."""
+  """What `neurojax size` prints, as docs/sizing.md shows it."""
   arguments = ["--fleet", "configs/fleet/gaming-pc.toml", "--context", "4096"]
   console = Console(width=100, file=io.StringIO(), color_system=None)
   options = Size(fleet=str(FLEETS / "gaming-pc.toml"), context=4096)
   render(size(read_fleet(str(options.fleet)), options.purpose_of()), console)
   lines = (line.rstrip() for line in console.file.getvalue().splitlines())
   return "\n".join(["```", f"$ neurojax size {' '.join(arguments)}", *lines, "```\n"])
+
+
+def printed(verb: str, arguments: str) -> str:
+  """What another verb prints, as docs/sizing.md shows it."""
+  out = io.StringIO()
+  environment = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+  with mock.patch.dict(os.environ, environment), contextlib.redirect_stdout(out):
+    code = main([verb, *arguments.split(" ")])
+  assert code == 0, out.getvalue()
+  lines = (line.rstrip() for line in out.getvalue().splitlines())
+  return "\n".join(["```", f"$ neurojax {verb} {arguments}", *lines, "```\n"])
 
 
 def check(results: Path = RESULTS) -> None:
@@ -183,3 +201,5 @@ if __name__ == "__main__":
   check()
   block("seed_sizes", table(), README)
   block("size", transcript(), SIZING)
+  block("plan", printed("plan", PLAN), SIZING)
+  block("simulate", printed("simulate", SIMULATE), SIZING)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,7 @@ def _failure(text: str) -> "Failure":
 
 def _show(console: Console, result: "Result") -> None:
   console.print(f"{result.summary()}.")
-  table = Table("", "median", "95%", "99%", "longest", title="seconds", title_justify="left")
+  table = _table("seconds", "median", "95%", "99%", "longest")
   for name, spread in (
     ("until the first token", result.first_token_s),
     ("between two tokens", result.token_s),
@@ -116,6 +117,14 @@ def _show(console: Console, result: "Result") -> None:
     )
 
 
+def _table(title: str, *columns: str) -> Table:
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column("")
+  for name in columns:
+    table.add_column(name, justify="right")
+  return table
+
+
 def _cells(spread: "Spread") -> list[str]:
   values = (spread.p50_s, spread.p95_s, spread.p99_s, spread.max_s)
   return ["-" if value is None else f"{value:.4g}" for value in values]
@@ -126,7 +135,7 @@ def _uses(title: str, uses: "tuple[Use, ...]") -> Table:
   shown = (
     f"{title}, the busiest {len(busiest)} of {len(uses)}" if len(busiest) < len(uses) else title
   )
-  table = Table("", "busy", "tokens", title=shown, title_justify="left")
+  table = _table(shown, "busy", "tokens")
   for use in busiest:
     table.add_row(use.name, f"{use.busy:.1%}", str(use.tokens))
   return table

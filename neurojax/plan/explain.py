@@ -71,8 +71,8 @@ def _placed(
   layer, _ = given.role_bytes(number)
   is_first = stage.first_layer == 0
   is_last = stage.last_layer == given.num_layers - 1
-  ends = [name for name, has in (("embedding", is_first), ("norm and head", is_last)) if has]
-  with_ends = f", with {' and '.join(ends)}" if ends else ""
+  ends = {(1, 0): "embedding", (0, 1): "norm and head", (1, 1): "embedding, norm and head"}
+  with_ends = f"; with {ends[is_first, is_last]}" if is_first or is_last else ""
   more_s = stage.step_s + layer_s
   if stage.share < 1:
     why = f"computes {stage.share:.0%} of the sequences"

@@ -1,4 +1,4 @@
-"""The arithmetic behind a sized model, its losses, and what is missing where none fits."""
+"""Writes down the arithmetic behind a sized model, its losses, and what is missing where none fits."""
 
 import dataclasses
 import math
@@ -18,11 +18,16 @@ from neurojax.scaling.stages import Line, needs_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Losses:
-  """After `tokens` of training, nats per token.
+  """Predicted losses after `tokens` of training, in nats per token.
 
   Attributes:
-    ternary: By the unverified law of ternary models, on other data: not to be compared with bf16.
-    ternary_low, ternary_high: bf16's with the least and the greatest published gap near its size.
+    tokens: Training tokens.
+    law: Name of the law for bf16.
+    bf16: Loss of a bfloat16 model.
+    ternary_law: Name of the law for ternary models.
+    ternary: Loss by that law, which is unverified and fitted to other data: do not compare it with bf16.
+    ternary_low, ternary_high: Loss of the bfloat16 model plus the least and the greatest published gap near
+      its size.
   """
 
   tokens: float
@@ -70,7 +75,7 @@ def memory_lines(
   allowed: Sequence[int],
   headroom: float,
 ) -> list[Line]:
-  for_what = " for its programs to work in" if isinstance(purpose, ServePurpose) else ""
+  for_what = " for working memory" if isinstance(purpose, ServePurpose) else ""
   parameters = count.parameters(config)
   outer = config.vocab_size * config.model_dim * (1 if config.tied_embedding else 2)
   outer += config.model_dim
@@ -149,7 +154,7 @@ def next_larger(
   headroom: float,
   most_parameters: float | None,
 ) -> str:
-  """What the next candidate lacks."""
+  """Words for the memory that the next larger candidate lacks."""
   now = count.parameters(config)
   every = candidates(config.vocab_size, purpose.context)
   larger = next((c for c in every if count.parameters(c) > now), None)
@@ -161,7 +166,7 @@ def next_larger(
     return f"{what}: above the {most_parameters:.4g} allowed"
   missing = missing_free_bytes(needs_of(larger, purpose, kinds), allowed, headroom)
   if not missing:
-    return f"{what} would fit, or one after it: see the notes"
+    return f"{what} fits, or one after it does: see the notes"
   return f"{what}: {missing:,} bytes more on {_largest(places)} would do"
 
 
@@ -172,7 +177,7 @@ def too_small(
   vocab_size: int,
   headroom: float,
 ) -> str:
-  """Which constraint, by how much, and the nearest that would fit."""
+  """Words for what is missing: how much memory, and the nearest purpose that would fit."""
   smallest = candidates(vocab_size, purpose.context)[0]
   kinds = [place.device.kind for place in places]
   needed = needs_of(smallest, purpose, kinds)
@@ -193,7 +198,7 @@ def too_small(
   instead = next(
     (what for what, other in tries if fits.fits(needs_of(smallest, other, kinds), allowed)), None
   )
-  remedy = f"; or {instead} would fit as it is" if instead else ""
+  remedy = f"; or {instead} would fit without more memory" if instead else ""
   return (
     f"memory is too small: {sum(allowed):,} bytes are free on {counted(len(places), 'place')} after {headroom:.0%} "
     f"headroom, and the smallest candidate ({smallest.num_layers} layers of {smallest.model_dim}, "
@@ -203,7 +208,7 @@ def too_small(
 
 
 def missing_free_bytes(needed: Sequence[Need], allowed: Sequence[int], headroom: float) -> int:
-  """What the largest place needs more, of which `headroom` stays free too; 0 if the model fits."""
+  """Free bytes that the largest place lacks, headroom included; 0 if the model fits."""
   missing = fits.missing_bytes(needed, allowed)
   return missing and math.ceil(missing / (1 - headroom)) + 1
 

@@ -1,4 +1,4 @@
-"""The architectures that sizing chooses from: a fixed list, whatever the fleet."""
+"""Lists the architectures that sizing chooses from, which are the same for every fleet."""
 
 import functools
 
@@ -12,7 +12,7 @@ NARROWEST_FOR_128 = 2048
 """Widths from here on have heads of 128, narrower ones of 64."""
 
 UNTIED_FROM = 4096
-"""Widths from here on have a head of their own, as Qwen3 and Llama 3.2 have it from 8 billion on."""
+"""Widths from here on have an untied head, as Qwen3 and Llama 3 have it from 8 billion parameters on."""
 
 _WIDTHS = (
   *range(256, 2048, 256),

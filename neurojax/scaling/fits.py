@@ -1,7 +1,7 @@
-"""Whether a model fits a fleet's memory, and a placement that shows it.
+"""Checks whether a model fits a fleet's memory, and finds a placement that shows it.
 
-Layers are contiguous and the order of places is free, so memory alone asks for a number of layers for
-each place, one place that also holds the embedding and another that holds the head (or one for all).
+Layers are contiguous and places may come in any order. So for memory alone a placement is a number of layers for
+each place, one place that also holds the embedding, and another that holds the head (or one place for all).
 """
 
 import dataclasses
@@ -21,8 +21,16 @@ from neurojax.scaling.purpose import Purpose
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
-  """Bytes of any stage of a model: base + n * layer, and what embedding (`first`), head (`last`) or
-  both on one place (`whole`) add."""
+  """Bytes of any stage of a model: base + n * layer, and those that its role adds.
+
+  Attributes:
+    num_layers: Layers of the model.
+    base: Bytes of a stage without layers.
+    layer: Bytes of each layer.
+    first: Bytes that the embedding adds.
+    last: Bytes that norm and head add.
+    whole: Bytes that both add on one place.
+  """
 
   num_layers: int
   base: int
@@ -33,7 +41,7 @@ class Need:
 
   @property
   def total(self) -> int:
-    """On one place."""
+    """Bytes of the whole model on one place."""
     return self.base + self.num_layers * self.layer + self.whole
 
   def stage(self, layers: int, *, first: bool, last: bool) -> int:
@@ -42,11 +50,11 @@ class Need:
 
 
 Needs = Need | Sequence[Need]
-"""One for all places, or each place's own."""
+"""One need for all places, or one for each."""
 
 
 def need(config: ModelConfig, purpose: Purpose, kind: DeviceKind = "cuda") -> Need:
-  """From the bytes of five stages of a model of the same widths: all of them are linear in layers."""
+  """Compute a model's need from the bytes of a few stages: bytes are linear in the number of layers."""
   # Four layers show every kind of stage, whatever the model's depth.
   four = dataclasses.replace(config, num_layers=4)
 
@@ -67,7 +75,7 @@ def need(config: ModelConfig, purpose: Purpose, kind: DeviceKind = "cuda") -> Ne
 
 
 def fits(needed: Needs, free: Sequence[int]) -> bool:
-  """Whether places with so many free bytes can hold the model."""
+  """True if places with these free bytes can hold the model."""
   needs = _each(needed, free)
   if all(need.total < _NOWHERE for need in needs):
     kinds = {need: _table((need,)) for need in needs}
@@ -85,11 +93,14 @@ def largest(
 ) -> ModelConfig | None:
   """The candidate with the most parameters that fits; None if none does.
 
-  The list of candidates is fixed and every one that fits still fits with more memory: more never
-  gives a smaller model.
+  The list of candidates is fixed, and each that fits still fits with more memory: more memory never gives a
+  smaller model.
 
   Args:
-    kinds: Of the places' devices; GPUs if absent.
+    free: Free bytes of each place.
+    vocab_size: Vocabulary of the candidates.
+    most_parameters: Candidates with more parameters are left out.
+    kinds: Kinds of the places' devices; GPUs if absent.
   """
   every = candidates(vocab_size, purpose.context)
   kinds = ["cuda"] * len(free) if kinds is None else kinds
@@ -101,7 +112,7 @@ def largest(
 
 
 def missing_bytes(needed: Needs, free: Sequence[int]) -> int:
-  """The least that the largest place needs more for the model to fit; 0 if it fits."""
+  """The least bytes more on the largest place with which the model fits; 0 if it fits."""
   needs = _each(needed, free)
   if fits(needs, free):
     return 0
@@ -117,14 +128,14 @@ def missing_bytes(needed: Needs, free: Sequence[int]) -> int:
 def place(
   needed: Needs, free: Sequence[int], speeds: Sequence[float] | None = None, head: float = 0.0
 ) -> list[tuple[int, int]] | None:
-  """(index of the place, layers) along the pipeline; None if the model does not fit.
+  """Place the layers: (number of the place, layers) along the pipeline; None if the model does not fit.
 
-  With speeds the slowest stage takes the least that memory allows, so that more memory never makes it
-  slower; without, one place is used if one holds all, else layers are spread by memory.
+  With speeds, the slowest stage takes the least time that memory allows, so more memory never makes it slower.
+  Without, one place is used if it holds all layers, else layers are spread by memory.
 
   Args:
-    speeds: In layers, of any unit of time.
-    head: What the last stage has to do beside its layers, in layers.
+    speeds: Layers that each place computes in some unit of time.
+    head: Work of the head on the last stage, in layers.
   """
   needs = _each(needed, free)
   total = needs[0].num_layers
@@ -145,7 +156,7 @@ def place(
 def _fastest(
   needs: Sequence[Need], free: Sequence[int], speed_P: np.ndarray, head: float
 ) -> list[tuple[int, int]] | None:
-  """By bisection over what the slowest stage takes."""
+  """The fastest placement, by bisection over the time of the slowest stage."""
   total = needs[0].num_layers
   room_PR = np.array([
     [_capacity(need, space, extra) for extra in (0, need.first, need.last)]
@@ -155,7 +166,8 @@ def _fastest(
   alone = [i for i, need in enumerate(needs) if need.total <= free[i]]
 
   def within(time_s: float) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """Layers that places can have as they are, as first and as last, and the best two for ends."""
+    """Layers that each place can have as a middle, first and last stage, and the best two places for the
+    ends; None if the layers do not fit."""
     quota_P = np.minimum(time_s * speed_P * (1 + 1e-12), total)
     last_P = np.minimum(time_s * speed_P * (1 + 1e-12) - head, total)
     most_PR = np.minimum(room_PR, np.stack([quota_P, quota_P, last_P], axis=1).astype(int))
@@ -187,7 +199,7 @@ def _fastest(
 
 
 def _best_ends(most_PR: np.ndarray) -> tuple[int, int] | None:
-  """Two places that lose the fewest layers to embedding and head, and hold one beside them."""
+  """The two places that lose the fewest layers to embedding and head, and hold a layer beside them."""
   found = []
   for role in (1, 2):
     lost_P = np.where(most_PR[:, role] > 0, most_PR[:, 0] - most_PR[:, role], np.iinfo(int).max)
@@ -209,7 +221,7 @@ def _capacity(needed: Need, space: int, extra: int = 0) -> int:
 
 
 def _ends(needs: Sequence[Need], free: Sequence[int]) -> tuple[int, int] | None:
-  """The places where embedding and head cost the fewest layers, if the model then fits."""
+  """The two places where embedding and head cost the fewest layers; None if the model does not fit so."""
   if needs[0].num_layers < 2:
     return None
   each = list(zip(needs, free, strict=True))
@@ -232,7 +244,7 @@ def _spread(
   speeds: Sequence[float],
   head: float = 0.0,
 ) -> list[tuple[int, int]]:
-  """Layers of each place: one after the other to whoever is then done first and has room."""
+  """Layers of each place: one after the other to the place that is then done first and has room."""
   first, last = ends
   counts = dict.fromkeys(ends, 1)
 
@@ -254,12 +266,12 @@ def _spread(
 
 
 _NOWHERE = 2**60
-"""Bytes that no place has (`fleet.MOST_BYTES`); more than these are as many."""
+"""More bytes than any place has (`fleet.MOST_BYTES`). Larger needs are cut to it, so that int64 holds them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Table:
-  """The needs of candidates C as arrays."""
+  """The needs of all candidates C as arrays."""
 
   num_layers: np.ndarray
   base: np.ndarray
@@ -285,8 +297,13 @@ def _candidate_table(purpose: Purpose, vocab_size: int, kind: DeviceKind) -> _Ta
 def _fitting(
   tables: Mapping[Hashable, _Table], kinds: Sequence[Hashable], free: Sequence[int]
 ) -> np.ndarray:
-  """Which candidates fit: `_ends` for all of them at once. kinds: Whose table holds for each place."""
-  # Places of a kind with equal memory are alike; of those two matter as ends.
+  """True for each candidate that fits: `_ends` for all of them at once.
+
+  Args:
+    tables: Needs of the candidates by kind of place.
+    kinds: Kind of each place.
+  """
+  # Places of a kind with equal memory are alike; two of them at most matter as ends.
   alike = Counter(zip(kinds, free, strict=True))
   space_K, number_K = np.array([space for _, space in alike], np.int64), np.array([*alike.values()])
 

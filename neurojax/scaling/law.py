@@ -1,4 +1,4 @@
-"""Loss as a function of parameters and tokens: published laws, and fits of one's own."""
+"""Laws of the loss as a function of parameters and tokens: published ones, and the user's own."""
 
 import dataclasses
 import math
@@ -8,12 +8,12 @@ from neurojax.config import from_toml
 from neurojax.plan.fleet import read_text
 
 FLOPS_PER_PARAMETER_TOKEN = 6
-"""Of training, as the laws count it: 2 forward, 4 backward, attention left out."""
+"""Training FLOPs as the laws count them: 2 forward, 4 backward, attention left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandardErrors:
-  """One standard error of each coefficient; how they go together is not known."""
+  """One standard error of each coefficient; their correlations are not known."""
 
   E: float
   A: float
@@ -24,7 +24,7 @@ class StandardErrors:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FittedRange:
-  """What the runs behind a law covered: parameters and tokens."""
+  """The range of parameters and tokens of the runs behind a law."""
 
   min_parameters: float
   max_parameters: float
@@ -34,13 +34,14 @@ class FittedRange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-  """Nats per token, of the law's own data and tokenizer.
+  """A predicted loss in nats per token, on the law's own data and tokenizer.
 
   Attributes:
-    low, high: One standard error about the value; None if the law has none. Errors are taken as
-      independent: those of A and alpha, of B and beta go together and partly cancel, so the true
+    value: The loss.
+    low, high: One standard error below and above it; None if the law has none. Errors are taken as
+      independent. Those of A and alpha, and of B and beta, are correlated and partly cancel, so the true
       band is narrower.
-    extrapolated: What lies outside the fitted range, and how far; None if nothing does.
+    extrapolated: Words for the values outside the fitted range, and how far; None if all are inside.
   """
 
   value: float
@@ -54,8 +55,12 @@ class Law:
   """L(N, D) = E + A / n**alpha + B / d**beta, with n = N / parameters_unit, d = D / tokens_unit.
 
   Attributes:
-    B: 0 if the law is one of parameters alone.
-    verified: Whether the coefficients were compared with their source.
+    E, A, B, alpha, beta: Coefficients; B is 0 in a law of parameters alone.
+    source: Where the coefficients were published.
+    verified: The coefficients were compared with their source.
+    parameters_unit, tokens_unit: Units of parameters and tokens.
+    standard_errors: Errors of the coefficients, if published.
+    fitted_range: Range of the runs that the law was fitted to, if published.
   """
 
   name: str
@@ -82,7 +87,7 @@ class Law:
         raise ValueError(f"{name} = {value!r}: it must be finite and not negative")
 
   def loss(self, parameters: float, tokens: float) -> Loss:
-    """Loss after one pass over `tokens`. Raises: ValueError: one of them is not positive."""
+    """Predict the loss after one pass over `tokens`. Raises: ValueError: one of them is not positive."""
     n, d = self._units(parameters, tokens)
     of_n, of_d = self.A * n**-self.alpha, self.B * d**-self.beta
     value = self.E + of_n + of_d
@@ -211,7 +216,7 @@ LAWS: Mapping[str, Law] = {
 
 
 def read_law(text: str) -> Law:
-  """By name, or one's own fit from the path of a TOML file with the fields of `Law`.
+  """Read a law by its name in LAWS, or from a TOML file with the fields of `Law`.
 
   Raises: ValueError: there is no such law, or the file cannot be read.
   """
@@ -224,7 +229,7 @@ def read_law(text: str) -> Law:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gap:
-  """What ternary weights cost a model of this size, in nats per token, in one published pair."""
+  """The published loss of a ternary model minus that of its twin, in nats per token."""
 
   parameters: float
   nats: float
@@ -243,8 +248,8 @@ TERNARY_GAPS: tuple[Gap, ...] = (
     for n, nats in ((700e6, 0.043), (1.3e9, 0.0036), (3e9, -0.013))
   ),
 )
-"""Ternary minus full precision at equal parameters and tokens. Trained from the start: BitNet, 100
-billion tokens of its own; fine-tuned: ParetoQ."""
+"""Gaps at equal parameters and tokens. BitNet is trained from the start on 100 billion tokens of its own data;
+ParetoQ is fine-tuned."""
 
 
 def ternary_gap(parameters: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What a fleet of another size would give: points of a plot."""
+"""Sizes a model for a fleet with more or less memory: the points of a plot."""
 
 import dataclasses
 from typing import Any
@@ -8,12 +8,19 @@ from neurojax.scaling.purpose import Purpose
 from neurojax.scaling.size import size
 
 FACTORS = tuple(2 ** (step / 2) for step in range(-8, 9))
-"""Of each place's free memory: from a sixteenth to sixteen times."""
+"""Factors of each place's free memory, from a sixteenth to sixteen."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-  """memory_bytes: Free on all places. tokens_per_s: Of decoding or training; None if unknown."""
+  """One size of a fleet and its model.
+
+  Attributes:
+    memory_bytes: Free bytes on all places.
+    parameters: Parameters of the largest model that fits.
+    loss: Its predicted loss in bfloat16, in nats per token.
+    tokens_per_s: Its predicted speed of decoding or training; None if unknown.
+  """
 
   memory_bytes: int
   parameters: int
@@ -22,14 +29,14 @@ class Point:
 
 
 def curve(fleet: Fleet, purpose: Purpose, **options: Any) -> list[Point]:
-  """A point for each of FACTORS at which anything fits; options as for `size`."""
+  """A point for each of FACTORS at which a model fits. Options are those of `size`."""
   points = []
   for factor in FACTORS:
     other = scaled(fleet, factor)
     try:
       found = size(other, purpose, **options, time_limit_s=0.5)
     except ValueError:
-      # Too small for any candidate; what else is wrong was said at the fleet's own size.
+      # Too small for any candidate. Other errors were raised at the fleet's own size.
       continue
     speed = found.speed
     points.append(
@@ -44,7 +51,7 @@ def curve(fleet: Fleet, purpose: Purpose, **options: Any) -> list[Point]:
 
 
 def scaled(fleet: Fleet, factor: float) -> Fleet:
-  """The same places with `factor` times their free memory."""
+  """The same fleet with `factor` times the free memory on every place."""
 
   def device(given: Device) -> Device:
     memory = given.used_bytes + max(1, int(given.free_bytes * factor))

@@ -1,4 +1,4 @@
-"""Architectures by name: of published models, for those who have none of their files, and of our own.
+"""Architectures by name: those of published models, for use without their files, and our own.
 
 python -m neurojax.scaling.presets bonsai-8b configs/model/bonsai-8b.toml
 
@@ -23,7 +23,8 @@ _MFU = """for experiments/train_mfu. Heads of 128, a norm in front of every matr
 def _own(
   parameters: str, experiment: str, dim: int, layers: int, kv_heads: int
 ) -> tuple[str, ModelConfig]:
-  """Of one family: an FFN of three widths, and a norm in front of every matrix."""
+  """An architecture of our own family: an FFN three times as wide as the model, and a norm in front of every
+  matrix."""
   small = experiment is _GAP
   head_dim = 64 if small else 128
   config = ModelConfig(
@@ -41,7 +42,7 @@ def _own(
 
 
 def _gemma(**fields: Any) -> ModelConfig:
-  """What Gemma-3-27B and Gemma-4-31B share."""
+  """An architecture with the fields that Gemma-3-27B and Gemma-4-31B share."""
   return ModelConfig(
     model_dim=5376,
     num_heads=32,

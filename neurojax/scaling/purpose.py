@@ -1,4 +1,4 @@
-"""What a fleet's memory is for: serving a model, or training it."""
+"""Purposes of a fleet's memory: serving a model, or training it."""
 
 import dataclasses
 from typing import Any, Literal, Self
@@ -52,7 +52,7 @@ class ServePurpose:
     }
 
   def load(self, config: ModelConfig) -> Load:
-    """What every stage of the architecture has to hold."""
+    """The load of every stage of the architecture."""
     forms = None if self.scales is None else count.uniform_ternary(config, self.scales)
     return Load(serving=self.serving, forms=forms)
 
@@ -62,8 +62,12 @@ class ServePurpose:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainPurpose:
-  """Stages that train: see `training.train_bytes`, whose arguments these are. `context` is the length
-  of a sequence, `sequences` how many are in memory at once."""
+  """Stages that train. Fields are arguments of `count.training.train_bytes`.
+
+  Attributes:
+    context: Tokens of a sequence.
+    sequences: Sequences in memory at once.
+  """
 
   context: int = 2048
   sequences: int = 1

@@ -1,4 +1,4 @@
-"""The seed's scaling formula and table, as printed, and what is wrong with each configuration.
+"""The scaling formula and table of the page that this project started from, and their faults.
 
 Source: NeuroLLM's architecture page, "Architecture Scaling" and "Memory Estimation".
 """
@@ -17,16 +17,16 @@ NOTE = """What NeuroLLM's architecture page leaves unsaid is settled: rotary pai
 complex numbers), eps is inside the root, no biases, head tied to the embedding; key-value heads are a
 quarter of the heads, as in the page's formula.
 """
-"""To be written beside its architectures."""
+"""Comment in the files of its architectures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeedArchitecture:
-  """What the page gives for so much memory; need not be an architecture at all.
+  """The page's numbers for an amount of memory, which need not be a valid architecture.
 
   Attributes:
-    memory_gb: Its "network memory", in whatever gigabyte it means.
-    claimed_parameters: Of the table alone.
+    memory_gb: The page's "network memory", in whatever gigabyte it means.
+    claimed_parameters: Parameters that the page's table claims; None for its formula.
   """
 
   memory_gb: float
@@ -39,16 +39,16 @@ class SeedArchitecture:
 
   @property
   def head_dim(self) -> int:
-    """As its attention has it: rounded down."""
+    """Width of a head, rounded down as in the page's attention."""
     return self.model_dim // self.num_heads
 
   def parameters(self, *, tied: bool = True) -> int:
-    """Counted, with the page's own matrices: no biases, a final norm, an embedding of 50,257."""
+    """Parameters counted from the page's own matrices: no biases, a final norm, an embedding of 50,257."""
     outer = VOCAB_SIZE * self.model_dim * (1 if tied else 2)
     return self.num_layers * self._layer() + outer + self.model_dim
 
   def estimated_gib(self) -> float:
-    """Its `estimate_memory_per_layer`, times layers: 6 bytes a parameter, nothing but layers."""
+    """The page's `estimate_memory_per_layer` times layers: 6 bytes a parameter, nothing but layers."""
     return self.num_layers * self._layer() * 4 * 1.5 / GIB
 
   def _layer(self) -> int:
@@ -56,7 +56,7 @@ class SeedArchitecture:
     return 2 * h * self.num_heads * d + 2 * h * self.num_kv_heads * d + 3 * h * f + 2 * h
 
   def config(self) -> ModelConfig:
-    """Raises: ValueError: it is none."""
+    """The architecture. Raises: ValueError: the numbers make none."""
     if self.model_dim % self.num_heads:
       raise ValueError(f"model_dim = {self.model_dim} is no multiple of {self.num_heads} heads")
     return ModelConfig(
@@ -111,7 +111,7 @@ TABLE: tuple[SeedArchitecture, ...] = tuple(
     (8192, 7168, 64, 56, 123e9),
   )
 )
-"""The five rows as printed; key-value heads, which the table leaves out, as its formula has them."""
+"""The page's five rows as printed, with key-value heads, which the table leaves out, from its formula."""
 
 
 def row(memory_gb: float) -> SeedArchitecture:
@@ -126,7 +126,7 @@ def row(memory_gb: float) -> SeedArchitecture:
 
 
 def invalid(given: SeedArchitecture) -> tuple[str, ...]:
-  """Why it is no architecture; empty if it is one."""
+  """Reasons why it is no valid architecture; empty if it is one."""
   h, heads, kv_heads = given.model_dim, given.num_heads, given.num_kv_heads
   found = []
   if h % heads:
@@ -142,7 +142,7 @@ def invalid(given: SeedArchitecture) -> tuple[str, ...]:
 
 
 def findings(given: SeedArchitecture) -> tuple[str, ...]:
-  """All that is wrong with it: validity, the claimed size, and the memory its plan leaves or lacks."""
+  """Everything that is wrong with it: validity, claimed size, and the memory that it leaves or lacks."""
   found = list(invalid(given))
   tied, untied = given.parameters(), given.parameters(tied=False)
   if given.claimed_parameters is not None:
@@ -169,9 +169,10 @@ def findings(given: SeedArchitecture) -> tuple[str, ...]:
 
 
 def train_gib(given: SeedArchitecture) -> float:
-  """What one training step takes on one host, of the nearest architecture there is: heads that do not
-  divide are rounded down as in `parameters`. Activations of one that is none are to within a few
-  percent, all else is exact."""
+  """GiB of one training step on one host.
+
+  Heads that do not divide are rounded down, as in `parameters`. For numbers that are no valid architecture,
+  activations are right to a few percent; all else is exact."""
   config = ModelConfig(
     vocab_size=VOCAB_SIZE,
     model_dim=given.model_dim,

@@ -1,4 +1,4 @@
-"""From a fleet to an architecture: the largest that provably fits, and what it will do."""
+"""Finds the largest architecture that fits a fleet, and predicts its speed and loss."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -34,10 +34,11 @@ from neurojax.scaling.purpose import Purpose, ServePurpose, purpose_of
 from neurojax.scaling.stages import Line, SizedStage, Speed, allowed_bytes, needs_of, serve, train
 
 HEADROOM = 0.1
-"""Left free on each place: what a process takes beside weights, caches and its programs' working memory."""
+"""Share of each place's free memory left unused: a process takes more than weights, caches and its programs'
+working memory."""
 
 MFU = 0.4
-"""Of the devices' FLOP/s in training. MaxText's Llama 2 7B reaches 0.38 to 0.50 on 8 to 128 H100,
+"""Share of the devices' FLOP/s that training reaches. MaxText's Llama 2 7B: 0.38 to 0.50 on 8 to 128 H100,
 nanochat 0.41 to 0.46. Doubt: none is published for ternary training, for pipelines of unlike machines,
 or for CPUs."""
 
@@ -45,16 +46,23 @@ YARDSTICK_GPUS = 1000
 """H100s of an imagined cluster, the measure of models that fit where nobody has trained their like."""
 
 MOST_TOKENS = 1e20
-"""Of training: some million times what people have written."""
+"""Training tokens at most: about a million times as many as people have written."""
 
 HYSTERESIS = 1.3
-"""A current architecture that fits is kept until one of so many times its parameters fits: below it a
-change is not worth converting or training anew. Source: the factor of NeuroShard's scaler."""
+"""A current architecture that fits is kept until one with this many times its parameters fits: below that a
+change is not worth converting or training again. Source: the factor of NeuroShard's scaler."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostMemory:
-  """headroom_bytes: Free beyond what the stages take."""
+  """The memory of one host.
+
+  Attributes:
+    host: Label of the host.
+    memory_bytes: Bytes that its stages take.
+    free_bytes: Bytes that it has free without them.
+    headroom_bytes: Free bytes that its stages leave.
+  """
 
   host: str
   memory_bytes: int
@@ -64,11 +72,20 @@ class HostMemory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sized:
-  """An architecture, a placement that holds it, and predictions.
+  """An architecture for a fleet, a placement that holds it, and predictions.
 
   Attributes:
-    kept: Whether it is the current one, kept by hysteresis.
-    train_days: For `losses.tokens`; None unless training speed is known.
+    config: The architecture.
+    parameters: Its number of parameters.
+    purpose: Purpose that it was sized for.
+    stages: Layers of each place.
+    hosts: Memory of each host.
+    speed: Predicted speeds.
+    train_days: Days of training for `losses.tokens`; None unless the speed of training is known.
+    losses: Predicted losses.
+    kept: It is the current architecture, kept because nothing much larger fits.
+    arithmetic: The arithmetic behind each number.
+    notes: Sentences on doubts and missing values.
   """
 
   config: ModelConfig
@@ -164,7 +181,7 @@ def fleet_for(given: "Fleet | str | int") -> Fleet:
 
 
 def one_host(memory_bytes: int) -> Fleet:
-  """A fleet of one place of so much memory and unknown speed, which computes in any dtype."""
+  """A fleet of one place with this much memory. Its speed is not known."""
   device = Device(kind="cuda", memory_bytes=memory_bytes)
   return Fleet(hosts=(Host(name="host", devices=(device,)),))
 
@@ -183,10 +200,10 @@ def size(
   mfu: float = MFU,
   time_limit_s: float = 5.0,
 ) -> Sized:
-  """The candidate of `candidates` with the most parameters that fits the fleet's memory.
+  """Find the candidate with the most parameters that fits a fleet's memory.
 
-  Without `current`, more memory anywhere or another host never gives a smaller model. With it, the
-  answer stays until `HYSTERESIS` times its parameters fit, or it no longer fits itself.
+  Without `current`, more memory anywhere or another host never gives a smaller model. With it, the current
+  architecture is kept until one with `HYSTERESIS` times its parameters fits, or it no longer fits itself.
 
   Args:
     fleet: The machines: a fleet, its file or its name, or the memory of one host in bytes or as "64GB".
@@ -339,7 +356,7 @@ def _settle(
   allowed: Sequence[int],
   notes: list[str],
 ) -> tuple[ModelConfig | None, bool]:
-  """The current architecture while it fits and nothing much larger does."""
+  """The current architecture while it fits and nothing much larger does, else the largest that fits."""
   if current is None:
     return found, False
   if current.layer_kinds:

@@ -1,4 +1,4 @@
-"""The stages of a sized model, and how fast they are predicted to be."""
+"""Places the stages of a sized model, and predicts how fast they are."""
 
 import dataclasses
 import itertools
@@ -18,12 +18,14 @@ from neurojax.scaling.purpose import Purpose, ServePurpose, TrainPurpose
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SizedStage:
-  """Layers on one place.
+  """A span of layers of a sized model on one place.
 
   Attributes:
-    memory_bytes: What they take for the purpose.
-    free_bytes: What the place has.
-    step_s: One decode pass (serving) or one trained token (training); None if speeds are unknown.
+    host: Label of the host.
+    label: Label of the place.
+    memory_bytes: Bytes that the layers take for the purpose.
+    free_bytes: Bytes that the place has free.
+    step_s: Seconds of a decode step (serving) or of one trained token (training); None if not known.
   """
 
   host: str
@@ -37,12 +39,12 @@ class SizedStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-  """What is predicted; None where the fleet does not say what it takes to predict it.
+  """Predicted speeds; None where the fleet lacks a rate to predict them from.
 
   Attributes:
-    decode_tokens_per_s: Of all sequences in flight together.
-    prefill_tokens_per_s: Of one prompt.
-    train_tokens_per_s: At the stated MFU.
+    decode_tokens_per_s: Tokens a second of all sequences in flight together.
+    prefill_tokens_per_s: Tokens a second of one prompt.
+    train_tokens_per_s: Tokens a second of training at the stated MFU.
   """
 
   decode_tokens_per_s: float | None = None
@@ -52,7 +54,7 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-  """How a number came about."""
+  """One number and the arithmetic behind it."""
 
   what: str
   how: str
@@ -69,7 +71,7 @@ def serve(
   time_limit_s: float,
   notes: list[str],
 ) -> tuple[tuple[SizedStage, ...], Speed, list[Line]]:
-  """The fastest placement where speeds are known, else any."""
+  """Place a model for serving: the fastest placement where speeds are known, else any."""
   load = purpose.load(config)
   unknown = [place.label for place in places if place.device.decode_rate(load.weights) is None]
   if unknown:
@@ -140,7 +142,7 @@ def train(
   mfu: float,
   notes: list[str],
 ) -> tuple[tuple[SizedStage, ...], Speed, list[Line]]:
-  """Layers so that the slowest stage takes the least, where speeds are known."""
+  """Place a model for training, with the least time of the slowest stage where speeds are known."""
   unknown = [place.label for place in places if place.device.flops_per_s is None]
   if unknown:
     notes.append(f"no training days: flops_per_s of {_some(unknown)} is unknown (`neurojax probe`)")
@@ -191,7 +193,7 @@ def train(
 
 
 def needs_of(config: ModelConfig, purpose: Purpose, kinds: Sequence[DeviceKind]) -> list[Need]:
-  """Of each place, by the kind of its device."""
+  """The need of the model on each place, by the kind of its device."""
   by_kind = {kind: fits.need(config, purpose, kind) for kind in set(kinds)}
   return [by_kind[kind] for kind in kinds]
 
@@ -224,7 +226,7 @@ def _by_memory(
 
 
 def reserved(fleet: Fleet, headroom: float) -> Fleet:
-  """The same fleet with so much less memory on each place."""
+  """The same fleet with the headroom taken off the free memory of each place."""
 
   def device(given: Device) -> Device:
     taken = given.free_bytes - allowed_bytes(given.free_bytes, headroom)

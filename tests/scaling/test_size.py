@@ -308,11 +308,11 @@ def test_what_is_missing_is_enough():
   size(one_host(5_000_000 + more), ServePurpose.of(sequences=4))
   with pytest.raises(ValueError, match="too small"):
     size(one_host(5_000_000 + more - 4), ServePurpose.of(sequences=4))
-  with pytest.raises(ValueError, match="or ternary weights would fit as it is"):
+  with pytest.raises(ValueError, match="or ternary weights would fit without more memory"):
     size(one_host(12_000_000), ServePurpose.of())
-  with pytest.raises(ValueError, match="or one sequence at a time would fit as it is"):
+  with pytest.raises(ValueError, match="or one sequence at a time would fit without more memory"):
     size(one_host(40_000_000), ServePurpose.of(sequences=64))
-  with pytest.raises(ValueError, match="or layers rematerialized would fit as it is"):
+  with pytest.raises(ValueError, match="or layers rematerialized would fit without more memory"):
     size(one_host(1_580_000_000), TrainPurpose(remat=False))
 
 

@@ -1,9 +1,9 @@
-"""What this host's devices can do, measured by running small stages on them.
+"""Measures the speed of this host's devices by running small stages on them.
 
 python -m neurojax.measure.machine.devices [SIZES]      (the default device of this process, as JSON)
 
-Every device is measured in a process of its own: what it took of memory is free again, and no two
-of JAX's backends share one. Times are the shortest of many, those nobody else took a part of.
+Every device is measured in a process of its own: its memory is free again afterwards, and no two of JAX's
+backends share a process. Times are the shortest of many, which other programs disturbed least.
 """
 
 import dataclasses
@@ -45,16 +45,17 @@ _SAID = "# "
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """How much is measured.
+  """Sizes of what is measured.
 
   Attributes:
-    read_bytes: Of the array that is read; more than any cache holds.
-    width: Of the square matrices of the product.
-    wide: Of the layers that show the rate of reading weights; any number of layers.
-    wide_bytes: Of a stage of them: more than a cache holds, and as short a step as that allows, or
-      whoever else uses the machine takes a part of every one.
-    steps: Of each stage; at most `rounds` times, with the stages in turn.
-    forms: Of weights.
+    read_bytes: Bytes of the array that is read; more than any cache holds.
+    width: Width of the square matrices that are multiplied.
+    wide: Architecture whose layers show the rate of reading weights; its number of layers is not used.
+    wide_bytes: Bytes of a stage of such layers: more than a cache holds, but not much more, because other
+      programs disturb long steps.
+    steps: Steps of each stage in a round.
+    rounds: Rounds at most, with the stages in turn.
+    forms: Weights whose rate is measured.
   """
 
   read_bytes: int
@@ -66,7 +67,7 @@ class Sizes:
   forms: tuple[Weights, ...] = FORMS
 
   def within(self, free_bytes: int) -> Self:
-    """The same, with no array or stage of more than an eighth of what is free."""
+    """The same sizes, with no array or stage larger than an eighth of the free memory."""
     most = free_bytes // 8
     return dataclasses.replace(
       self, read_bytes=min(self.read_bytes, most), wide_bytes=min(self.wide_bytes, most)
@@ -190,11 +191,11 @@ def probe_device(sizes: Sizes, say: Callable[[str], None] = _nothing) -> Device:
 def _decode(
   sizes: Sizes, dtype: str, say: Callable[[str], None]
 ) -> tuple[DecodeRates, float, float, float]:
-  """Rates by form, and seconds for each layer, each stage and each entry of the vocabulary.
+  """Rates by form of weights, and seconds for each layer, each stage and each entry of the vocabulary.
 
-  For each form three stages from the middle of a model: two so narrow that their weights cost
-  nothing, which differ in layers, and a wide one. What a step of the wide one takes beyond what
-  the others say of its layers is reading.
+  For each form three middle stages of a model are timed: two so narrow that their weights cost nothing, with
+  different numbers of layers, and a wide one. The time of the wide one beyond the overhead of its layers,
+  which the narrow ones show, is reading.
   """
   few, many, forms = 2, 18, sizes.forms
   stages: dict[tuple[Weights, str], _Timed] = {}
@@ -207,7 +208,7 @@ def _decode(
     per_layer = count.layer_bytes(one, dtype=dtype, weights=form, forms=ternary)
     layers = -(-sizes.wide_bytes // per_layer)
     stages[form, "wide"] = _Timed(dataclasses.replace(one, num_layers=layers + 2), form, dtype)
-  # Drawing a token costs the same whatever form the head has: one that reads little.
+  # Sampling a token costs the same whatever form the head has: take one that reads little.
   head = forms[-1]
   last = _Timed(_config(128, 128, few + 2, vocab=_VOCAB), head, dtype, last=True)
   _settle([*stages.values(), last], sizes, say)
@@ -230,7 +231,7 @@ def _decode(
 
 
 def _settle(stages: Sequence["_Timed"], sizes: Sizes, say: Callable[[str], None]) -> None:
-  """Run them in turn until none of the shortest times still falls, or `rounds` are over."""
+  """Run the stages in turn until none of the shortest times still falls, or `rounds` are over."""
   calm = 0
   for number in range(1, sizes.rounds + 1):
     say(f"decoding: round {number} of at most {sizes.rounds}")
@@ -244,10 +245,10 @@ def _settle(stages: Sequence["_Timed"], sizes: Sizes, say: Callable[[str], None]
 
 
 class _Timed:
-  """Steps of one compiled stage of random weights, at batch 1.
+  """Times the steps of one compiled stage of random weights, at batch 1.
 
-  Idle before each step, as a stage is while the others have the token: threads that went to sleep
-  take their time to wake.
+  It idles before each step, as a stage does while others have the token: threads that went to sleep take
+  time to wake.
   """
 
   def __init__(self, config: ModelConfig, form: Weights, dtype: str, *, last: bool = False):
@@ -289,7 +290,7 @@ def _matrix_rate(sizes: Sizes, dtype: str) -> float:
 
 
 def _upload_rate(sizes: Sizes) -> float:
-  """Into memory of its own, on a CPU too, where JAX would rather share the host's."""
+  """Bytes per second of a copy into the device's memory. On a CPU JAX is made to copy, too."""
   array = np.ones(sizes.read_bytes // 8, np.float32)
   return array.nbytes / timing.seconds(
     lambda: jnp.array(array, copy=True), runs=2 * sizes.rounds, pick=min
@@ -297,11 +298,11 @@ def _upload_rate(sizes: Sizes) -> float:
 
 
 def _memory(kind: str) -> tuple[int, int]:
-  """Bytes of the device, and those that a stage here could take now."""
+  """Bytes of the device's memory, and bytes of it that a stage could take now."""
   free = free_memory_bytes()
   if kind == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), free
-  # The driver knows of other processes, JAX of the part that it may take.
+  # The driver knows the memory that other processes use, JAX the part that it may take.
   program = shutil.which("nvidia-smi")
   if program is None:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", free)

@@ -34,10 +34,14 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peer:
-  """A stage server and the way there.
+  """A stage server and the link to it.
 
   Attributes:
-    memory_bytes: What weights and caches may take there.
+    name: Name that the server gives itself.
+    address: Its host:port.
+    device: Name of its device.
+    memory_bytes: Bytes that weights and caches may take there.
+    link: The measured link.
   """
 
   name: str
@@ -48,11 +52,11 @@ class Peer:
 
 
 async def meet(address: str, *, limit_s: float = 10.0, seconds: float = 1.0) -> Peer:
-  """Measure the way to a running stage server.
+  """Measure the link to a running stage server.
 
   Args:
-    limit_s: For each answer.
-    seconds: For round trips, and as long again for bandwidth.
+    limit_s: Longest wait for an answer.
+    seconds: Time for round trips, and as long again for bandwidth.
   Raises: StageLost: no stage server answers there, or one that is too old. ValueError: the address
     is none.
   """
@@ -75,7 +79,7 @@ async def meet(address: str, *, limit_s: float = 10.0, seconds: float = 1.0) -> 
 
 
 async def loopback(*, seconds: float = 1.0) -> Measured:
-  """Between two processes on this host.
+  """Measure the link between two processes on this host.
 
   Raises: StageLost: the other process does not answer.
   """

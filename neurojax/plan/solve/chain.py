@@ -1,7 +1,7 @@
-"""The best chain of places for a model: one stage after the other, each layer once.
+"""Finds the best chain of places for a model: one stage after the other, each layer once.
 
-`least` finds the chain of least latency, `paced` the one with the shortest cycle of a stream; both say
-what no chain can be better than.
+`least` finds the chain of least latency, `paced` the one with the shortest cycle, which gives most throughput.
+Both give a bound that no chain can beat.
 """
 
 import dataclasses
@@ -20,12 +20,19 @@ ORDERLESS = "dynamic programming over layers, hops between hosts being alike"
 ORDERED = "dynamic programming over layers and sets of places"
 SEARCHED = "search over orders, with a bound"
 NEAR = 1e-3
-"""As near to a bound as a search over orders has to come; what is exact goes on to the end."""
+"""Distance from the bound at which a search over orders stops. Exact methods go on to the end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A chain, empty if there is none. bound_s: No chain within the same limits has less latency."""
+  """A chain of places.
+
+  Attributes:
+    latency_s: Seconds of one decoded token.
+    chain: (place, number of layers) of each stage; empty if there is no chain.
+    bound_s: A latency that no chain within the same limits can beat.
+    method: Name of the method that found it.
+  """
 
   latency_s: float
   chain: Division
@@ -36,7 +43,7 @@ class Found:
 def least(
   given: Problem, interval_s: float, deadline_s: float, *, runs: int | None = None
 ) -> Found:
-  """The chain of least latency of which no stage and no link is busy for longer than `interval_s`."""
+  """The chain of least latency in which no stage and no link is busy for longer than `interval_s`."""
   within = interval_s * (1 + 1e-12)
   step_PRL = np.where(given.step_PRL <= within, given.step_PRL, np.inf)
   step_PRL[given.end_transfer_P > within, FIRST:] = np.inf
@@ -71,17 +78,17 @@ def least(
       runs=runs or int(np.clip(4e8 / effort, 6, 60)),
     )
   if solved is None:
-    # That a search finds nothing proves nothing.
+    # A search that finds nothing does not prove that there is nothing.
     return Found(math.inf, [], bound_s, SEARCHED)
   return Found(solved[0], solved[1], min(bound_s, solved[0]), SEARCHED)
 
 
 def paced(given: Problem, deadline_s: float) -> tuple[Found, float]:
-  """The chain with the shortest cycle, of these one of least latency, and what no cycle is shorter than.
+  """The chain with the shortest cycle, of equal ones that of least latency, and a bound on all cycles.
 
-  A cycle is how long the busiest stage or link takes for a batch, or, where that is longer, the latency
-  over the batches that are in flight. The least latency within a limit on what a stage takes falls as the
-  limit rises: the shortest cycle is where the two meet, found by bisection over what limits there are.
+  A cycle is the time that the busiest stage or link takes for a batch, or, where that is longer, the latency
+  divided by the batches in flight. The least latency under a limit on stages falls as the limit rises: the
+  shortest cycle is where the two meet. It is found by bisection over all limits that occur.
 
   Raises: ValueError: there is no chain at all.
   """
@@ -99,13 +106,14 @@ def paced(given: Problem, deadline_s: float) -> tuple[Found, float]:
   proven = max(low_s, _shared(every.bound_s, given.in_flight))
 
   def prove(index: int, found: Found) -> None:
-    """Who keeps to this limit has that latency at least, and who does not is busy until the next time."""
+    """Raise the bound: a chain within this limit has at least this latency, and any other chain has a stage
+    that takes at least the next larger time."""
     nonlocal proven
     beyond = times[index + 1] if index + 1 < len(times) else cycle_s(given, best)
     proven = max(proven, min(float(beyond), _shared(found.bound_s, given.in_flight)))
 
   prove(-1, quickest)
-  # Below what is proven no limit can be met; the last such one may be where the best chain lies.
+  # No limit below the bound can be met; the best chain may lie at the last of them.
   low = max(-1, int(np.searchsorted(times, proven, side="right")) - 2)
   high, stride = len(times), NEAR
   while high - low > 1:
@@ -115,7 +123,7 @@ def paced(given: Problem, deadline_s: float) -> tuple[Found, float]:
       break
     middle = (low + high) // 2
     if best.method == SEARCHED and high == len(times):
-      # Something lies close above what is proven, and most times lie far above it: upwards in strides.
+      # A chain is often close above the bound, and most times lie far above it: upwards in strides.
       middle = min(middle, max(low + 1, int(np.searchsorted(times, low_s * (1 + stride)))))
       stride *= 4
     found = least(given, float(times[middle]), deadline_s, runs=6)
@@ -133,14 +141,14 @@ def paced(given: Problem, deadline_s: float) -> tuple[Found, float]:
 
 
 def cycle_s(given: Problem, found: Found) -> float:
-  """How long a batch takes of a stream; infinite without a chain."""
+  """Seconds from one batch to the next in a stream of batches; infinite without a chain."""
   if not found.chain:
     return math.inf
   return max(_busiest_s(given, found.chain), _shared(found.latency_s, given.in_flight))
 
 
 def interval_bound_s(given: Problem) -> float:
-  """The shortest interval in which the places could do all layers, whatever links and pins say."""
+  """The shortest step time within which the places hold all layers, with links and pins of hosts left aside."""
   step_PRL = given.step_PRL
   values = np.unique(step_PRL[np.isfinite(step_PRL)])
   values = values[values > 0]
@@ -167,7 +175,8 @@ def _proven(solved: tuple[float, Division] | None, method: str) -> Found:
 
 
 def _divided(given: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray) -> np.ndarray | None:
-  """Pins of hosts with several places, divided among these as if all hops were alike."""
+  """The step table with pins of hosts shared out among their places, as if all hops were alike; None if that
+  is impossible."""
   between_PP = given.host_P[:, None] != given.host_P
   local_s = uniform.local_hop_s(given, hop_PP)
   usual_s = max(
@@ -197,7 +206,7 @@ def _busiest_s(given: Problem, chain: Division) -> float:
 
 
 def pinned_out(given: Problem) -> str:
-  """What is said where there is no chain."""
+  """The error text where no chain keeps all pins."""
   pins = ", ".join(f"{label} = {layers}" for label, layers in given.pins.items())
   if not pins:
     return "no chain of places holds the layers: the ends do not fit beside each other"

@@ -1,7 +1,7 @@
-"""The best order and division for few places, or few kinds of place.
+"""Finds the best order and division of layers for few places, or few kinds of place.
 
-Dynamic programming over how many places of each kind are used, the kind of the last one, and the layers
-that are placed (Held and Karp, J. SIAM 10(1), 1962, with a partition of the layers). Places that can be
+Dynamic programming over the number of used places of each kind, the kind of the last one, and the number of
+layers placed (Held and Karp, J. SIAM 10(1), 1962, with a partition of the layers). Places that can be
 exchanged without a difference are one kind: P unlike places have 2^P states, P alike ones P + 1.
 """
 
@@ -18,7 +18,7 @@ MAX_ENTRIES = 2e7
 
 
 def kinds(problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray) -> list[list[int]]:
-  """Places by kind: those of one kind can be exchanged."""
+  """Groups of places that can be exchanged for each other."""
   found: list[list[int]] = []
   by_key: dict[bytes, list[int]] = {}
   for place in range(len(step_PRL)):
@@ -38,7 +38,7 @@ def kinds(problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray) -> list[li
 
 
 def is_small(sizes: list[int], num_layers: int) -> bool:
-  """Whether `solve_exact` takes kinds of these sizes in about a second."""
+  """True if `solve_exact` takes about a second at most for kinds of these sizes."""
   states = math.prod(size + 1 for size in sizes)
   entries = states * len(sizes) * (num_layers + 1)
   return entries <= MAX_ENTRIES and entries * (num_layers / 2 + len(sizes)) <= MAX_OPERATIONS
@@ -47,7 +47,7 @@ def is_small(sizes: list[int], num_layers: int) -> bool:
 def solve_exact(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray, groups: list[list[int]]
 ) -> tuple[float, Division] | None:
-  """Least latency and who holds how much, in order; None if the layers cannot be placed.
+  """The least latency, and (place, layers) of the stages in order; None if the layers cannot be placed.
 
   Pins that bind several places together are not kept.
   """
@@ -69,7 +69,7 @@ def solve_exact(
   best, end = np.inf, (0, -1, 0)
   whole_C = step_CRL[:, WHOLE, total] + enter_C + leave_C
   for kind in range(number):
-    # Alone, if no pin wants layers elsewhere.
+    # One place alone, if no pin requires layers elsewhere.
     needed = forced_C.copy()
     needed[kind] = size_C[kind] > 1 and forced_C[kind]
     if whole_C[kind] < best and not needed.any():
@@ -115,7 +115,7 @@ def _walk_back(
   state, placed = state - stride_C[kind], total - layers
   after = kind
   while placed:
-    # The kind before, then how many layers it took: whatever gave the value that is there.
+    # The previous kind, then its number of layers: those that gave the value in the table.
     kind = int((best_SCL[state, :, placed] + hop_CC[:, after]).argmin())
     source = state - stride_C[kind]
     if source == 0:

@@ -1,8 +1,8 @@
-"""Several places for the same layers: as many tokens per second as all of them can give.
+"""Lets several places hold the same layers, for the most tokens per second.
 
-A place holds one range of layers. A sequence goes through any places whose ranges join, and its caches lie
-there: what flows from layer to layer is a flow through a network, of which a place takes at most one pass in
-a step. Three ways to it: a bound (each place does what it is best at), a mixed integer program where that is
+A place holds one range of layers. A sequence goes through places whose ranges join, and its caches lie there.
+Sequences are a flow through a network, in which a place takes one batch at a time. There are three parts:
+a bound (each place does what it is best at), a mixed integer program where that is
 small, and else consecutive places of an order for consecutive ranges.
 """
 
@@ -21,21 +21,21 @@ PROGRAM = "mixed integer program over places and ranges of layers"
 ALONG = "dynamic programming along orders of places, ranges shared"
 
 MAX_VARIABLES, PROGRAM_S = 400, 1.0
-"""Kinds of place times ranges, up to which the program is tried, and for how long."""
+"""Kinds of place times ranges up to which the program is tried, and its time limit in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-  """plan: None where none was found. bound: Tokens per second that no placement of ranges exceeds."""
+  """A plan, None if none was found, and a bound on the tokens per second of every placement of ranges."""
 
   plan: Plan | None
   bound: float
 
 
 def replicated(given: Problem, deadline_s: float) -> Replicated:
-  """The placement of ranges with most throughput that is found by `deadline_s` (of time.monotonic()).
+  """The placement of ranges with most throughput that is found before `deadline_s` (of time.monotonic()).
 
-  The bound leaves links aside.
+  Its bound leaves links aside.
   """
   most = rate_bound(given)
   forced = set(np.flatnonzero(~np.isfinite(given.step_PRL[:, MIDDLE, 0])))
@@ -64,7 +64,7 @@ def replicated(given: Problem, deadline_s: float) -> Replicated:
 
 
 def _keeps_pins(given: Problem, held: list[Held]) -> bool:
-  """Where nothing flows through a pinned host, pipelines without replicas have to do."""
+  """True if all pins are kept. Where nothing flows through a pinned host, other methods have to be used."""
   layers: Counter[str] = Counter()
   for one in held:
     place = given.places[one.place]
@@ -74,10 +74,10 @@ def _keeps_pins(given: Problem, held: list[Held]) -> bool:
 
 
 def rate_bound(given: Problem) -> float:
-  """Passes a second that no placement exceeds, links aside.
+  """A bound on the batches per second of every placement, links left aside.
 
-  All layers are computed at least so often, and so are embedding and head: with weights that add up to 1
-  (`first`, `last`, the rest for the layers) no place gives more than it does with its best range.
+  Embedding, head and all layers are computed at this rate at least. With weights for them that add up to 1
+  (`first`, `last`, the rest for the layers), no place gives more than with its best range.
   """
   step_KRL, size_K = _tables(given)
   layers_L = np.arange(given.num_layers + 1)
@@ -107,7 +107,7 @@ def rate_bound(given: Problem) -> float:
 
 
 def _tables(given: Problem) -> tuple[np.ndarray, np.ndarray]:
-  """The different step tables, and how many places have each."""
+  """The different step tables, and the number of places with each."""
   groups = _kinds(given)
   return given.step_PRL[[group[0] for group in groups]], np.array([len(g) for g in groups])
 
@@ -129,7 +129,7 @@ def _role(first: int, end: int, total: int) -> int:
 def _program(
   given: Problem, groups: list[list[int]], most: float, deadline_s: float
 ) -> tuple[list[Held], float, bool] | None:
-  """What is held, a bound, and whether the program was solved. None if it has no solution."""
+  """The ranges held, a bound, and True if the program was solved; None if it has no solution."""
   from scipy.optimize import Bounds, LinearConstraint, milp
   from scipy.sparse import coo_array
 
@@ -240,7 +240,8 @@ def _orders(given: Problem) -> list[np.ndarray]:
 
 
 class _Order:
-  """Places in an order, and how many passes a second the first so many give together, by role and range."""
+  """An order of the places, with the batches per second that its first places give together, by role and
+  range."""
 
   def __init__(self, given: Problem, order: np.ndarray):
     self.given, self.order = given, order
@@ -258,9 +259,9 @@ class _Order:
     self.flat_R = (sum_RLI + self.apart * np.arange(total + 1)[:, None]).reshape(4, -1)
 
   def cut(self, rate: float) -> tuple[float, list[Held]] | None:
-    """Ranges of which the places of each give `rate` passes a second, and what the slowest gives."""
+    """Ranges whose places give `rate` batches a second each, and the rate of the slowest of them."""
     total, width = self.given.num_layers, len(self.order) + 1
-    # at_L: So many places hold the first so many layers; they are to be few.
+    # at_L: the least number of places that hold the first layers, by number of layers.
     at_L = np.full(total + 1, width)
     from_L = np.zeros(total + 1, int)
     at_L[0] = 0
@@ -289,7 +290,8 @@ class _Order:
     return slowest, [one for group in groups for one in _lean(*group, slowest)]
 
   def _after(self, role: int, layers: np.ndarray, at: np.ndarray, rate: float) -> np.ndarray:
-    """How many places of the order are gone when those from `at` on give the rate; else all and one."""
+    """The number of places of the order used up when those from `at` on give the rate; one more than all if
+    they do not."""
     width = len(self.order) + 1
     target = self.sum_RLI[role, layers, at] + rate * (1 - 1e-9) + self.apart * layers
     after = np.searchsorted(self.flat_R[role], target) - layers * width
@@ -299,7 +301,7 @@ class _Order:
 def _lean(
   first: int, end: int, places: np.ndarray, rate_P: np.ndarray, wanted: float
 ) -> list[Held]:
-  """As many of the places as it takes, the fastest of them, with equal shares of their speed."""
+  """The fastest places that give the wanted rate together, each with an equal share of its speed."""
   order = np.argsort(-rate_P, kind="stable")
   number = int(np.searchsorted(rate_P[order].cumsum(), wanted * (1 - 1e-9))) + 1
   kept = order[:number]

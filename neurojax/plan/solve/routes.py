@@ -1,4 +1,4 @@
-"""Which way sequences go between places that share layers."""
+"""Finds the ways of sequences between places that hold the same layers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,16 +9,17 @@ from neurojax.plan.plan import Held
 from neurojax.plan.problem import Problem
 
 FEW_WAYS, MAX_WAYS = 300, 5000
-"""Up to so many a linear program finds the ways: always, and where links are the narrow part."""
+"""Numbers of ways up to which a linear program finds them: always, and where links are the bottleneck."""
 
 Ways = dict[tuple[int, int], float]
 
 
 def routed(given: Problem, held: Sequence[Held]) -> tuple[list[Held], Ways] | None:
-  """Rates of the places and of the ways between them, in passes a second; None if nothing gets through.
+  """Rates of the places and of the ways between them, in batches a second; None if nothing gets through.
 
   Args:
-    held: With rates that go well together, links aside. What gets none in the end is left out.
+    held: Layers on places, with rates that match each other, links left aside. Those that get no rate are
+      left out of the result.
   """
   meetings = _meetings(held)
   number = sum(len(into) * len(out) for into, out in meetings.values())
@@ -33,7 +34,7 @@ def routed(given: Problem, held: Sequence[Held]) -> tuple[list[Held], Ways] | No
 
 
 def _meetings(held: Sequence[Held]) -> dict[int, tuple[list[int], list[int]]]:
-  """Who ends and who starts at each layer within."""
+  """For each layer boundary, the holders that end there and those that start there."""
   starts: dict[int, list[int]] = {}
   for i, one in enumerate(held):
     starts.setdefault(one.first, []).append(i)
@@ -53,7 +54,7 @@ def _greedy(
   *,
   narrow: bool = False,
 ) -> Ways | None:
-  """The nearest first, where all rates agree and, unless `narrow`, every link can take it; else None."""
+  """Ways to the nearest places first; None if rates do not agree or, unless `narrow`, a link is too slow."""
   ways: Ways = {}
   for into, out in meetings.values():
     left = {i: held[i].rate for i in (*into, *out)}
@@ -88,7 +89,7 @@ def _greedy(
 
 
 def _flow(given: Problem, held: Sequence[Held]) -> tuple[list[Held], Ways] | None:
-  """The greatest flow, and of these one with little time on the way."""
+  """The greatest flow, and of equal ones one with short hops."""
   from scipy.optimize import linprog
   from scipy.sparse import coo_array
 
@@ -142,7 +143,7 @@ def _flow(given: Problem, held: Sequence[Held]) -> tuple[list[Held], Ways] | Non
 def _kept(
   held: Sequence[Held], edges: Sequence[tuple[int, int]], flow: np.ndarray, scale: float
 ) -> tuple[list[Held], Ways]:
-  """What something flows through."""
+  """The places and ways that carry any flow."""
   least = 1e-7 * float(flow.max())
   index: dict[int, int] = {}
   kept: list[Held] = []

@@ -1,8 +1,7 @@
-"""Good orders of many unlike places, and how far from the best they can be.
+"""Searches for good orders of many unlike places, and bounds how far from the best they can be.
 
-For a given order of the places, dynamic programming finds the best of all ways to use some of them in
-that order; the search is over orders. The bound leaves out which hop goes where: a place pays for the
-shortest hop it has.
+For a given order of the places, dynamic programming finds the best use of some of them in that order; the search
+is over orders. The bound charges each place for the shortest hop it has, whatever its neighbours.
 """
 
 import time
@@ -16,7 +15,7 @@ from neurojax.plan.solve.uniform import Division, unordered
 def along(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray, order: np.ndarray
 ) -> tuple[float, Division] | None:
-  """The best use of places in the given order, some left out. O(K^2 L + K L^2) for K places."""
+  """The best use of places in the given order; some may be left out. O(K^2 L + K L^2) for K places."""
   total, width = problem.num_layers, problem.num_layers + 1
   number = len(order)
   (forced,) = (~np.isfinite(step_PRL[order, MIDDLE, 0])).nonzero()
@@ -79,7 +78,7 @@ def along(
 def bound_s(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray
 ) -> tuple[float, list[Division]]:
-  """What no order can be faster than, and the places that the bounds would use."""
+  """A latency that no order can beat, and the places that the bounds would use."""
   apart_PP = hop_PP.copy()
   np.fill_diagonal(apart_PP, np.inf)
   single = len(apart_PP) == 1
@@ -115,9 +114,9 @@ def search(
   """The best of several orders, each improved by moving places as long as that helps.
 
   Args:
-    starts: Sequences of which the places, in this order, are tried first.
-    deadline_s: Of time.monotonic().
-    runs: At most so many orders.
+    starts: Divisions whose places, in their order, are tried first.
+    deadline_s: Time of time.monotonic() after which no further order is tried.
+    runs: Orders that are tried at most.
   """
   number = len(step_PRL)
   best: tuple[float, Division] | None = None
@@ -161,18 +160,18 @@ def search(
 
 
 def _times(factor: float, value_P: np.ndarray) -> np.ndarray:
-  """A product in which nothing of infinity is nothing."""
+  """A product in which 0 times infinity is 0."""
   return factor * value_P if factor else np.zeros_like(value_P)
 
 
 def _layer_s(step_PRL: np.ndarray) -> np.ndarray:
-  """Seconds of a place's layers, each."""
+  """Seconds of one layer on each place, at best."""
   layers_L = np.arange(1, step_PRL.shape[2])
   return (step_PRL[:, :, 1:] / layers_L).min(axis=(1, 2))
 
 
 def _nearest(start: int, hop_PP: np.ndarray, speed_P: np.ndarray) -> np.ndarray:
-  """All places, each followed by the nearest that is left; among equals the fastest."""
+  """An order of all places in which each is followed by the nearest that is left; of equal ones the fastest."""
   rank_P = np.argsort(np.argsort(speed_P, kind="stable"))
   left = np.ones(len(hop_PP), bool)
   order = [start]
@@ -188,7 +187,7 @@ def _nearest(start: int, hop_PP: np.ndarray, speed_P: np.ndarray) -> np.ndarray:
 
 
 def _fill_in(used: np.ndarray, number: int, hop_PP: np.ndarray) -> np.ndarray:
-  """The sequence with every other place put where it lengthens the way least."""
+  """The order `used` with every other place inserted where it adds least to the hops."""
   others = np.setdiff1d(np.arange(number), used)
   if len(used) < 2 or not len(others):
     return np.concatenate([used, others]).astype(int)
@@ -205,7 +204,7 @@ def _fill_in(used: np.ndarray, number: int, hop_PP: np.ndarray) -> np.ndarray:
 
 
 def _two_opt(used: np.ndarray, hop_PP: np.ndarray) -> np.ndarray:
-  """Turn the stretch whose turning shortens the way most, until none does."""
+  """Reverse the part of the order whose reversal shortens the hops most, until none does."""
   order = used.copy()
   for _ in range(len(order)):
     hop_KK = hop_PP[np.ix_(order, order)]

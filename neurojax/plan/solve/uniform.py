@@ -1,8 +1,8 @@
-"""The best division of layers where the order of hosts does not matter.
+"""Finds the best division of layers where the order of hosts does not matter.
 
 A table has, for each role (bits: 1 embedding, 2 head) and number of layers, the least seconds in which a
-group of places can do that. Two groups join by a (min, +) convolution; after the last one the entry of
-role 3 and all layers is the optimum, whatever the number of places: P places and L layers take O(P L^2).
+group of places can compute them. Two groups join by a (min, +) convolution. After the last one, the entry of
+role 3 and all layers is the optimum. P places and L layers take O(P L^2).
 """
 
 import dataclasses
@@ -12,20 +12,25 @@ import numpy as np
 from neurojax.plan.problem import FIRST, LAST, MIDDLE, WHOLE, Problem
 
 Division = list[tuple[int, int]]
-"""(place, layers) along the pipeline."""
+"""(place, number of layers) of each stage along the pipeline."""
 
 _PAIRS = [(a, b) for a in range(4) for b in range(4) if not a & b]
 
 
 @dataclasses.dataclass
 class _Joined:
-  """Table of several members, and of each member what it took for each entry (its role * (L + 1) + n)."""
+  """The joined table of several members.
+
+  Attributes:
+    table_RL: Least seconds by role and number of layers.
+    took: For each member, the entry of its own table that each joined entry uses: role * (L + 1) + layers.
+  """
 
   table_RL: np.ndarray
   took: list[np.ndarray]
 
   def split(self, role: int, layers: int) -> list[tuple[int, int]]:
-    """(role, layers) of each member."""
+    """(role, layers) of each member in an entry of the joined table."""
     width = self.table_RL.shape[1]
     parts = []
     for took_RL in reversed(self.took):
@@ -70,10 +75,10 @@ def join(tables: list[np.ndarray]) -> _Joined:
 def unordered(
   problem: Problem, step_PRL: np.ndarray, offset_PR: np.ndarray
 ) -> tuple[float, list[tuple[int, int, int]]] | None:
-  """The least sum of steps and offsets of the places used; (place, role, layers) of each.
+  """The least sum of steps and offsets of the places used, and (place, role, layers) of each of them.
 
   Args:
-    offset_PR: What a place costs beside its step, by role.
+    offset_PR: Seconds that each place adds to its step, by role.
   """
   total = problem.num_layers
   tables: list[np.ndarray] = []
@@ -106,7 +111,7 @@ def unordered(
 
 
 def uniform_hop_s(problem: Problem, hop_PP: np.ndarray) -> float | None:
-  """What every hop between two hosts takes, if all take the same and hops within one are no longer."""
+  """Seconds of every hop between two hosts, if all are alike and hops within a host are no longer; else None."""
   firsts = [places[0] for places in problem.hosts]
   hop_HH = hop_PP[np.ix_(firsts, firsts)]
   if len(firsts) == 1:
@@ -124,10 +129,10 @@ def local_hop_s(problem: Problem, hop_PP: np.ndarray) -> float:
 
 
 def contenders(problem: Problem, step_PRL: np.ndarray) -> list[int] | None:
-  """The places that a best plan needs where all hops are alike; None if all have to be looked at.
+  """The places that a best plan needs where all hops are alike; None if it may need any.
 
-  A plan has at most as many stages as layers: of more places than that, one that is not among so many
-  fastest at what it does can give way to one of these that is idle.
+  A plan has at most as many stages as layers. A place that is not among the fastest L for its role and number of
+  layers can be replaced by an idle one of these.
   """
   total = problem.num_layers
   if problem.pins or len(problem.hosts) < len(step_PRL) or len(step_PRL) <= 4 * total:
@@ -149,10 +154,10 @@ def contenders(problem: Problem, step_PRL: np.ndarray) -> list[int] | None:
 def solve_uniform(
   problem: Problem, step_PRL: np.ndarray, hop_PP: np.ndarray
 ) -> tuple[float, Division] | None:
-  """The optimum where `uniform_hop_s` is not None: least latency, and who holds how much.
+  """The least latency and its division, where `uniform_hop_s` is not None.
 
-  The places of a host lie next to each other, for hops between hosts are the longer ones; only a host
-  that holds both ends of a pipeline over several hosts is visited twice.
+  The places of a host are next to each other, because hops between hosts are longer. Only a host that holds
+  both ends of a pipeline over several hosts is visited twice.
   """
   if (some := contenders(problem, step_PRL)) is not None:
     fewer = problem.restricted(some)
@@ -180,7 +185,7 @@ def solve_uniform(
     members = []
     for place, offset_R in zip(places, offset_PR, strict=True):
       member_RL = step_PRL[place] + offset_R[:, None]
-      # Every stage pays for a hop to it; the last line below takes the one too many back.
+      # Every stage is charged for a hop to it; `back_s` below takes back the one too many.
       if len(places) > 1:
         member_RL += local_s
         member_RL[MIDDLE, 0] = step_PRL[place, MIDDLE, 0]
@@ -216,7 +221,7 @@ def solve_uniform(
 
 
 def _pinned_hosts(problem: Problem, step_PRL: np.ndarray) -> set[int]:
-  """Hosts that have to hold something."""
+  """Numbers of hosts that have to hold layers."""
   (forced,) = (~np.isfinite(step_PRL[:, MIDDLE, 0])).nonzero()
   together = {h for h in range(len(problem.hosts)) if problem.host_pin(h)}
   return together | {int(problem.host_P[p]) for p in forced}
@@ -225,7 +230,7 @@ def _pinned_hosts(problem: Problem, step_PRL: np.ndarray) -> set[int]:
 def _ordered(
   problem: Problem, inner: list[_Joined | None], parts: list[tuple[int, int, int]]
 ) -> Division:
-  """Hosts with the embedding first, with the head last; so too their places."""
+  """The stages in order: the host and place with the embedding first, those with the head last."""
   front: Division = []
   middle: Division = []
   back: Division = []
