@@ -173,7 +173,7 @@ class Train:
 
 
 def launched_in_parallel() -> bool:
-  """Whether srun or mpirun started this process as one of several.
+  """Tells whether srun or mpirun started this process as one of several.
 
   A shell inside an allocation has SLURM_JOB_ID too, but no step of several tasks, and must not wait for
   others.

@@ -19,8 +19,8 @@ _FEWEST_KEYS = 64
 """The fewest keys that a single query reads; longer caches are read by powers of two of it."""
 
 
-Kind = Literal["einsum", "cudnn"]
-"""How a whole sequence attends to itself, see `attend`."""
+AttentionKind = Literal["einsum", "cudnn"]
+"""The computation of attention over a whole sequence, see `attend`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def attend(
   k_BTKH: Float[Array, "B T K H"],
   v_BTKH: Float[Array, "B T K H"],
   *,
-  kind: Kind = "einsum",
+  kind: AttentionKind = "einsum",
   scores: Scores = Scores(),
   window: int | None = None,
 ) -> Float[Array, "B T N H"]:

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import LayerKind, ModelConfig
-from neurojax.model.attention import Kind, Scores, attend, attend_cache
+from neurojax.model.attention import AttentionKind, Scores, attend, attend_cache
 from neurojax.model.cache import KVCache, LayerCache
 from neurojax.model.convolution import Convolution
 from neurojax.model.ffn import FFN, Experts
@@ -23,7 +23,7 @@ class Attention(nnx.Module):
 
   Args:
     kinds: Kinds of the layers that have this shape; with several, a call says `which`.
-    attention: How a whole sequence attends to itself, see `attention.attend`.
+    attention: The computation of attention over a whole sequence, see `attention.attend`.
   """
 
   def __init__(
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
     kinds: tuple[LayerKind, ...],
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    attention: Kind = "einsum",
+    attention: AttentionKind = "einsum",
   ):
     d, n, eps = config.model_dim, config.num_heads, config.norm_eps
     h, k, has_values = kinds[0].head_dim, kinds[0].num_kv_heads, not kinds[0].shared_kv
@@ -107,7 +107,7 @@ class Block(nnx.Module):
 
   Args:
     kinds: Kinds of the layers that have this shape; absent: those of a model whose layers all have it.
-    attention: How a whole sequence attends to itself, see `attention.attend`.
+    attention: The computation of attention over a whole sequence, see `attention.attend`.
   """
 
   def __init__(
@@ -117,7 +117,7 @@ class Block(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     kinds: tuple[LayerKind, ...] | None = None,
-    attention: Kind = "einsum",
+    attention: AttentionKind = "einsum",
   ):
     d, eps, kinds = config.model_dim, config.norm_eps, kinds or config.kinds
     is_conv = kinds[0].mixer == "convolution"

@@ -1,4 +1,4 @@
-"""What stands before the first layer and after the last: embedding, final norm and head."""
+"""Both ends of a model: the embedding before the layers, final norm and head after them."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def embed(
 def final_norm(
   x: Float[Array, "*shape D"], scale_D: Float[Array, "D"], eps: float
 ) -> Float[Array, "*shape D"]:
-  """Normalises what the last layer gave; the head multiplies the result."""
+  """Normalises the activations of the last layer; the head multiplies the result."""
   return rms_norm(x, scale_D, eps)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig, Span
 from neurojax.model import ends, params
-from neurojax.model.attention import Kind
+from neurojax.model.attention import AttentionKind
 from neurojax.model.block import Block
 from neurojax.model.cache import Cache, ConvState, KVCache, LayerCache
 from neurojax.model.initial import normal
@@ -34,9 +34,9 @@ class NeuroLLM(nnx.Module):
   `params.stacks`.
 
   Args:
-    span: Which layers; all of them if absent.
-    dtype: Of parameters, activations and cache; norms, softmax and logits are float32 inside.
-    attention: How a whole sequence attends to itself, see `attention.attend`.
+    span: The layers; all of them if absent.
+    dtype: Dtype of parameters, activations and cache; norms, softmax and logits are float32 inside.
+    attention: The computation of attention over a whole sequence, see `attention.attend`.
   """
 
   def __init__(
@@ -46,7 +46,7 @@ class NeuroLLM(nnx.Module):
     span: Span | None = None,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
-    attention: Kind = "einsum",
+    attention: AttentionKind = "einsum",
   ):
     span = span or Span.whole(config)
     if span.num_layers != config.num_layers:
@@ -173,7 +173,7 @@ class NeuroLLM(nnx.Module):
     *,
     span: Span | None = None,
     dtype: DTypeLike = jnp.float32,
-    attention: Kind = "einsum",
+    attention: AttentionKind = "einsum",
   ) -> "NeuroLLM":
     """Makes the module with shapes in place of arrays, which costs no memory."""
     return nnx.eval_shape(
@@ -196,7 +196,11 @@ def empty_cache(
 
 
 def _stacked(
-  config: ModelConfig, stack: params.Stack, dtype: DTypeLike, rngs: nnx.Rngs, attention: Kind
+  config: ModelConfig,
+  stack: params.Stack,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+  attention: AttentionKind,
 ) -> Block:
   @nnx.split_rngs(splits=len(stack.layers))
   @nnx.vmap(in_axes=0, out_axes=0)

@@ -137,7 +137,7 @@ def layer_names(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def is_matrix(name: str) -> bool:
-  """Whether a parameter is a matrix that products multiply by and that may be held narrow.
+  """Tells whether a parameter is a matrix that products multiply by and that may be held narrow.
 
   Norms, biases, kernels and scales are not, nor is the small matrix by which a router chooses experts.
   """
@@ -153,7 +153,7 @@ def contracted(name: str) -> int:
 
 
 def is_expert(name: str) -> bool:
-  """Whether a parameter of a layer holds a matrix of each expert, on a leading axis E."""
+  """Tells whether a parameter of a layer holds a matrix of each expert, on a leading axis E."""
   return name in ("gate_EDF", "up_EDF", "down_EFD")
 
 

@@ -54,7 +54,7 @@ def rotate(
 
   Args:
     position_BT: Absolute positions, exact below 2**24.
-    frequency: As `frequencies` gives it; rounded to float32.
+    frequency: The result of `frequencies`; rounded to float32.
     style: "interleaved" pairs elements (2i, 2i+1), "half" pairs (i, i + H/2).
     factor: Factor of cosine and sine.
   Returns: Turned heads, in the dtype of `x_BTNH`.

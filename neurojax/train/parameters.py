@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 from neurojax import layout
 from neurojax.config import ModelConfig, Span
 from neurojax.model import params
-from neurojax.model.attention import Kind
+from neurojax.model.attention import AttentionKind
 from neurojax.model.initial import STD
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.train.config import Quantization, TrainConfig
@@ -43,7 +43,7 @@ def names(config: ModelConfig) -> list[str]:
 
 
 def is_projection(name: str) -> bool:
-  """Whether a parameter is a matrix of a layer: those become ternary, and Muon moves them."""
+  """Tells whether a parameter is a matrix of a layer: those become ternary, and Muon moves them."""
   return name in params.LAYER and params.is_matrix(name)
 
 
@@ -118,7 +118,9 @@ def _outer(w: Array, recipe: Quantization) -> Array:
   return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
 
 
-def layers(config: ModelConfig, dtype: str, attention: Kind) -> tuple[nnx.GraphDef, nnx.State]:
+def layers(
+  config: ModelConfig, dtype: str, attention: AttentionKind
+) -> tuple[nnx.GraphDef, nnx.State]:
   """Makes the layers of a model without numbers: their structure, and the state that `fill` fills."""
   whole = NeuroLLM.abstract(config, dtype=jnp.dtype(dtype), attention=attention)
   # Embedding and head are sharded, and multiplied by, in ways of training's own.

@@ -21,7 +21,7 @@ from neurojax import layout
 from neurojax.layout import BATCH
 from neurojax.model import ends
 from neurojax.model import params as places
-from neurojax.model.attention import Kind
+from neurojax.model.attention import AttentionKind
 from neurojax.model.loops import ScanBody
 from neurojax.train import optimizer, parameters, pretrained
 from neurojax.train.config import TrainConfig
@@ -97,7 +97,7 @@ def init_state(config: TrainConfig, mesh: Mesh) -> State:
   return State(step, weights, init(weights))
 
 
-def attention_kind(config: TrainConfig, mesh: Mesh) -> Kind:
+def attention_kind(config: TrainConfig, mesh: Mesh) -> AttentionKind:
   """Chooses the attention that `config.attention` means on this mesh.
 
   Raises: ValueError: "cudnn" on another device than a CUDA GPU.

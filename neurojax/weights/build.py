@@ -1,4 +1,4 @@
-"""From what a file's tensor holds to the array of its form."""
+"""Builds the array of a form from what a file's tensor holds."""
 
 from typing import Any, Literal
 
@@ -30,8 +30,8 @@ def build(
       array of the form's dtype for `Plain`, of float32 for "int8". Rows of experts stand one after
       the other; arrays have them on a leading axis.
     shape: The matrix's own shape, of one expert if there are several.
-    experts: How many matrices the source holds, which get a leading axis E; None: one, without it.
-    mode: How activations are multiplied by a ternary matrix.
+    experts: Number of matrices in the source, which get a leading axis E; None: one, without it.
+    mode: The treatment of activations in products with a ternary matrix.
   Raises: ValueError: the source has another shape.
   """
   if isinstance(source, np.ndarray) and form != "int8":

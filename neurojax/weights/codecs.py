@@ -33,12 +33,12 @@ class Codec:
   """One ternary type of ggml. A tensor of N rows and K columns is N * K / block blocks.
 
   Attributes:
-    name: As ggml spells it, with the group where two types share a number.
+    name: The name that ggml gives, with the group where two types share a number.
     type_id: The number in the file.
     block: Elements per block; K is a multiple of it.
     scale_at: Byte of the block where its float16 scale begins; None: the blocks hold codes alone,
       and one float32 scale stands behind all of them.
-    code_at, code_bytes: Where the codes of a block stand.
+    code_at, code_bytes: Offset and size of the codes in a block.
     decode: Code bytes [blocks, code_bytes] to ours [blocks, block / 4], or a `_Stray`; a code 3 is
       for the caller to find.
     encode: Its inverse on codes 0, 1 and 2.
@@ -275,7 +275,7 @@ CODECS: Mapping[str, Codec] = {
   for codec in (
     Codec("TQ1_0", 34, 256, 52, 0, 52, _decode_base3, _encode_base3),
     Codec("TQ2_0", 35, 256, 64, 0, 64, *_planar((0, 2, 4, 6))),
-    # As microsoft/BitNet writes it on x86; its ARM layout has the same number and no mark.
+    # The layout that microsoft/BitNet writes on x86; its ARM layout has the same number and no mark.
     Codec("I2_S", 36, 128, None, 0, 32, *_planar((6, 4, 2, 0))),
     Codec("Q2_0 (group 64)", 42, 64, 0, 2, 16, _same, _same),
     Codec("Q2_0 (group 128)", 42, 128, 0, 2, 32, _same, _same),

@@ -47,7 +47,7 @@ class GroupedRows:
   """A grouped matrix on the host: a row of K elements is an output channel, or a vocabulary entry.
 
   Attributes:
-    form: What the arrays mean.
+    form: The form, which gives the arrays their meaning.
     codes: uint8 [N, K], below 2**form.bits.
     scales: [N, K / group_size] of form.scale; int8 if form.parent.
     parents: [N, K / PARENT] of form.scale if form.parent, else None.

@@ -16,7 +16,7 @@ BLOCK = 64
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 Mode = Literal["w2a16", "w2a8"]
-"""How activations enter a product with two-bit weights.
+"""The treatment of activations in a product with two-bit weights.
 
 "w2a16": as they are (bfloat16 on a GPU), products exact, sums in float32.
 "w2a8": rounded to int8 with one scale per row (token), products and sums of a scale group exact.
@@ -62,7 +62,7 @@ class TernaryArray(RowMatrix):
     weight_shape: The weight's own shape, without further leading axes.
     contracted_axes: c > 0 when the first c axes are contracted, c < 0 when the last -c are.
     group_size: Contracted elements that share a scale, a multiple of 64; None: one for the tensor.
-    mode: How activations are multiplied by it.
+    mode: The treatment of activations, see `Mode`.
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.
