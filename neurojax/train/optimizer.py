@@ -4,6 +4,9 @@ At step t the weights move by -lr(t) * (direction + wd(t) * weights). Optax give
 learning rate and weight decay are functions of the step alone, so that no state holds them.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -75,10 +78,13 @@ def transform(config: OptimizerConfig) -> optax.GradientTransformation:
   )
 
 
-def muon_axes(tree: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
-  """Tells the contracted and the output axes of each stacked matrix; None: not for Muon."""
+def muon_axes(tree: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+  """Tells the contracted and the output axes of each stacked matrix; None: not for Muon.
 
-  def one(name: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+  Optax masks parameters that are not for Muon: values may be `optax.MaskedNode`.
+  """
+
+  def one(name: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
     if not is_projection(name):
       return None
     split = 1 + params.contracted(name)
