@@ -14,7 +14,8 @@ from rich.table import Table
 from tyro.conf import subcommand
 
 from neurojax.cli.bench_train import Train
-from neurojax.cli.options import EngineOptions, ModelOptions, open_engine, stderr
+from neurojax.cli.console import stderr
+from neurojax.cli.options import EngineOptions, ModelOptions, open_engine
 from neurojax.forms import Weights
 
 

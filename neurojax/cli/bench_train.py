@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from neurojax.cli.options import stderr
+from neurojax.cli.console import stderr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

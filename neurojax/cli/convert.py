@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.progress import Progress
 
-from neurojax.cli.options import ModelOptions, stderr
+from neurojax.cli.console import progress, stderr
+from neurojax.cli.options import ModelOptions
 
 if TYPE_CHECKING:
   from neurojax.files.write.tensors import Converted
@@ -65,11 +65,11 @@ class Convert(ModelOptions):
       for key, value in (("name", self.name), ("license", self.license))
       if value is not None
     }
-    with self.open() as file, Progress(console=stderr, transient=True) as progress:
-      bar = progress.add_task("writing tensors")
+    with self.open() as file, progress() as bars:
+      bar = bars.add_task("writing tensors")
 
       def advance(done: int, total: int) -> None:
-        progress.update(bar, completed=done, total=total)
+        bars.update(bar, completed=done, total=total)
 
       if is_gguf:
         made = to_gguf(

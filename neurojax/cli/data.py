@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.progress import Progress
 from tyro.conf import Positional, subcommand
 
-from neurojax.cli.options import stderr
+from neurojax.cli.console import progress
 
 VocabularyKind = Literal["bpe", "spm", "unigram"]
 
@@ -103,14 +102,12 @@ class Prepare:
         names={piped: "standard input"},
         made_with=command_line(),
       )
-      with Progress(console=stderr, transient=True) as progress:
-        bar = progress.add_task("", total=None)
+      with progress() as bars:
+        bar = bars.add_task("", total=None)
         meta = prepare(
           plan,
           folder,
-          progress=lambda what, done: progress.update(
-            bar, description=f"{what}, {done / 1e6:.0f} MB"
-          ),
+          progress=lambda what, done: bars.update(bar, description=f"{what}, {done / 1e6:.0f} MB"),
         )
       piped.unlink(missing_ok=True)
     for remark in remarks(plan, meta):

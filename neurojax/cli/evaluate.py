@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import subcommand
 
+from neurojax.cli.console import progress, stderr
 from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
@@ -20,7 +20,6 @@ from neurojax.cli.options import (
   check_out,
   open_engine,
   open_tokenizer,
-  stderr,
 )
 from neurojax.cli.text import read_text
 from neurojax.forms import Weights
@@ -105,8 +104,8 @@ class Golden(ModelOptions, EngineOptions):
         )
       tokenizer = open_tokenizer(file)
       async with open_engine(file, self) as engine:
-        with Progress(console=stderr, transient=True) as progress:
-          cases = progress.track(golden.cases, description="cases")
+        with progress() as bars:
+          cases = bars.track(golden.cases, description="cases")
           verdicts = [
             await judge(engine, tokenizer, case, tolerance=self.tolerance) for case in cases
           ]
@@ -185,13 +184,11 @@ class Perplexity(ModelOptions, EngineOptions):
         self, context=self.ctx if self.context is None else self.context
       )
       async with open_engine(file, options) as engine:
-        with Progress(console=stderr, transient=True) as progress:
-          bar = progress.add_task("windows", total=None)
+        with progress() as bars:
+          bar = bars.add_task("windows", total=None)
 
           def advance(done: int, total: int, so_far: float) -> None:
-            progress.update(
-              bar, completed=done, total=total, description=f"perplexity {so_far:.4f}"
-            )
+            bars.update(bar, completed=done, total=total, description=f"perplexity {so_far:.4f}")
 
           result = await perplexity(
             engine,

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from neurojax.cli.options import check_out, stderr
+from neurojax.cli.console import stderr
+from neurojax.cli.options import check_out
 from neurojax.plan.fleet import DecodeRates
 
 if TYPE_CHECKING:

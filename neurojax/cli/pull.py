@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from neurojax.cli.options import stderr
+from neurojax.cli.console import stderr
 from neurojax.files.find import INSTALLED, model_path
 
 if TYPE_CHECKING:

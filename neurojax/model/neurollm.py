@@ -37,6 +37,7 @@ class NeuroLLM(nnx.Module):
     span: The layers; all of them if absent.
     dtype: Dtype of parameters, activations and cache; norms, softmax and logits are float32 inside.
     attention: The computation of attention over a whole sequence, see `attention.attend`.
+  Raises: ValueError: the span is of another model, or JAX is set to 64-bit numbers.
   """
 
   def __init__(
@@ -48,6 +49,11 @@ class NeuroLLM(nnx.Module):
     rngs: nnx.Rngs,
     attention: AttentionKind = "einsum",
   ):
+    if jax.config.jax_enable_x64:
+      raise ValueError(
+        "jax_enable_x64 is set, and neurojax computes in 32 bits: put "
+        "jax.config.update('jax_enable_x64', False) before it"
+      )
     span = span or Span.whole(config)
     if span.num_layers != config.num_layers:
       raise ValueError(f"span {span} does not belong to a model of {config.num_layers} layers")
