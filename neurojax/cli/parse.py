@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
 import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, UseAppendAction, subcommand
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from neurojax.cli.verbs import VERBS
@@ -138,9 +138,9 @@ def _registry() -> ConstructorRegistry:
       if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     order = {
-      name: place
+      name: (place, among)
       for place, base in reversed(list(enumerate(info.type.__mro__)))
-      for name in inspect.get_annotations(base)
+      for among, name in enumerate(inspect.get_annotations(base))
     }
     fields = [
       dataclasses.replace(
@@ -165,6 +165,8 @@ def _shown(kind: Any) -> Any:
   args = get_args(kind) if get_origin(kind) is Annotated else (kind,)
   named = any(getattr(arg, "metavar", None) for arg in args[1:])
   metavar = None if named else _metavar(args[0])
+  if metavar and UseAppendAction in args:
+    metavar = metavar.removesuffix(" ...")
   return Annotated[kind, tyro.conf.arg(metavar=metavar, help_behavior_hint=_hint)]
 
 
@@ -174,6 +176,8 @@ def _metavar(kind: Any) -> str | None:
     if len(kinds) != 1:
       return None
     (kind,) = kinds
+  if get_origin(kind) is tuple:
+    return f"{_metavar(get_args(kind)[0])} ..."
   if get_origin(kind) is Literal:
     return f"{{{','.join(map(str, get_args(kind)))}}}"
   return _METAVARS.get(kind)

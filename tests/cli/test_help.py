@@ -80,7 +80,7 @@ def test_help_begins_with_what_must_be_given_and_is_wrapped_once(capsys, verb: s
     if field.default is dataclasses.MISSING
   } & set(options)
   assert set(options[: len(required)]) == required
-  assert "{None}" not in text and "(default: None)" not in text
+  assert "{None}" not in text and "[..." not in text and "(default: None)" not in text
   for row, after in itertools.pairwise(rows):
     if row.startswith(" " * 10) and after.startswith(" " * 10) and after.strip():
       room = WIDTH - 4 - len(row.rstrip())
