@@ -11,9 +11,7 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import subcommand
 
-from neurojax.cli.bench_train import Train
 from neurojax.cli.console import stderr
 from neurojax.cli.options import EngineOptions, ModelOptions, open_engine
 from neurojax.forms import Weights
@@ -21,16 +19,16 @@ from neurojax.forms import Weights
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode(EngineOptions):
-  """Decode and prefill speed: of a model file, or of a named architecture with random weights.
+  """Measure the speed of decode and prefill.
 
-  Of a file: the engine, beside the bound that memory sets and llama.cpp on the same file. Each
-  repetition runs ours, then llama-bench, so that both meet the same machine. llama-bench is taken
-  from --llama-bench or the PATH; without one its columns stay empty.
+  With --model: the engine, beside the bound that memory sets and llama.cpp on the same file. Each
+  repetition runs the engine, then llama-bench, so that both meet the same machine. llama-bench is
+  taken from --llama-bench or the PATH; without one its columns stay empty.
 
-  Of an architecture: the fused programs, all tokens on the device, on random ternary weights, for
-  each batch, context and prompt, beside what the device can read and multiply.
+  With --arch: the fused programs on random ternary weights, with all tokens on the device, for each
+  batch, context and prompt, beside what the device can read and multiply.
 
-  Example: neurojax bench decode --model smollm2 --weights int8 --llama-bench build/bin/llama-bench
+  Example: neurojax bench decode --model neurollm --weights w2a8 --repetitions 1
   Example: neurojax bench decode --arch bonsai-8b --random --batch 1 64 --context 128 2048
   """
 
@@ -39,22 +37,24 @@ class Decode(EngineOptions):
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
   """The tokenizer, for formats that keep it apart (llama2.c)."""
   arch: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
-  """An architecture in place of a file: bonsai-8b, for example, or a TOML file."""
+  """An architecture instead of a model: bonsai-8b, for example, or a TOML file."""
   random: bool = False
-  """Random ternary weights; an architecture has no others."""
+  """Make random ternary weights, which --arch needs."""
   weights: Weights | None = None
-  """As for `neurojax generate`; "dense" for a file and "w2a8" for an architecture if absent."""
+  """As for `neurojax generate`. Without it, "dense" for a file and "w2a8" for an architecture."""
   batch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1,)
-  """Sequences at once (--arch)."""
+  """Sequences at once, with --arch."""
   context: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS ...")] = ()
-  """--arch: positions before the first timed token, 128 and 2048 if absent. --model: one number,
-  positions for prompt and answer."""
+  """With --model one number, positions for prompt and answer. With --arch, positions before the
+  first timed token; without it, 128 and 2048."""
   prefill: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS ...")] = (512,)
-  """Lengths of a prompt; one for --model."""
+  """Lengths of the prompt; with --model, one length."""
   decode: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 64
-  """Tokens to generate (--model)."""
+  """Tokens to generate, with --model."""
   repetitions: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+  """Number of times that everything is measured."""
   llama_bench: Annotated[str | None, tyro.conf.arg(metavar="PROGRAM")] = None
+  """llama.cpp's program llama-bench."""
   out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
   """Append the rows to this file; made with a header if it is not there."""
   json: bool = False
@@ -178,22 +178,24 @@ class Decode(EngineOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemm:
-  """Products with ternary weights, by each implementation that the device has, beside XLA's with
-  bfloat16 weights.
+  """Measure matrix products with ternary weights in each implementation that the device has, beside
+  XLA's with bfloat16 weights.
 
   Example: neurojax bench gemm --shapes 24576x4096 --rows 1 8 64 2048
   """
 
   shapes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NxK ...")] = ()
-  """Output channels x contracted elements; those of an 8B model if absent."""
+  """Output channels x contracted elements. Without it, the shapes of an 8B model."""
   rows: Annotated[tuple[int, ...], tyro.conf.arg(metavar="M ...")] = (1, 8, 64, 2048)
-  """Activation rows: 1 is decode, many are prefill."""
+  """Rows of activations: 1 as in decode, many as in prefill."""
   weights: tuple[Literal["w2a8", "w2a16"], ...] = ("w2a8", "w2a16")
+  """Weights to measure."""
   repetitions: Annotated[int, tyro.conf.arg(metavar="N")] = 5
+  """Number of times that each product is measured."""
   out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
   """Append the rows to this file; made with a header if it is not there."""
   tune: bool = False
-  """From now on choose on this device what was fastest (kernels/gemm/tuned/), in place of what was
+  """From now on choose on this device what was fastest (kernels/gemm/tuned/), instead of what was
   measured there before."""
 
   def run(self) -> int:
@@ -239,14 +241,15 @@ def _shape(text: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8:
-  """The int8 matrix product beside float32, on the shapes of SmolLM2-135M.
+  """Measure the int8 matrix product beside float32, on the shapes of SmolLM2-135M.
 
   Example: neurojax bench int8 --rows 1 16 128
   """
 
   rows: tuple[int, ...] = (1, 4, 16, 32, 128)
-  """Activation rows: 1 is decode, many are prefill."""
+  """Rows of activations: 1 as in decode, many as in prefill."""
   turns: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+  """Number of times that each product is measured."""
 
   def run(self) -> int:
     from neurojax.measure.speed import int8
@@ -257,18 +260,3 @@ class Int8:
       )
     int8.run(self.rows, self.turns)
     return 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bench:
-  """Measure speed, beside a baseline and a bound from the same run."""
-
-  what: (
-    Annotated[Decode, subcommand("decode")]
-    | Annotated[Gemm, subcommand("gemm")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Int8, subcommand("int8")]
-  )
-
-  def run(self) -> int:
-    return self.what.run()

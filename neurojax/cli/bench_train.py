@@ -13,10 +13,11 @@ from neurojax.cli.console import stderr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-  """A training step of a named architecture on random tokens: its time, tokens/s and MFU.
+  """Measure a training step of a named architecture on random tokens: its time, tokens/s and MFU.
 
-  Each setting is measured with bfloat16 weights first, the twin, then with each ternary recipe, in
-  one run. FLOPs are 6 N + causal attention; what is computed anew in the backward pass does not count.
+  Each setting is measured first with bfloat16 weights, as the twin has, and then with each ternary
+  recipe, in one run. FLOPs are 6 N + causal attention; what the backward pass computes again does
+  not count.
 
   Example: neurojax bench train --arch neurollm-350m --batch 8 16 --remat dots none
   Example: neurojax bench train --arch neurollm-1b --batch 4 8 --group-size 256 --activations none int8
@@ -27,21 +28,31 @@ class Train:
   batch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (8,)
   """Sequences of one pass over all devices."""
   seq_len: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 2048
+  """Tokens of one sequence."""
   accumulation: Annotated[int, tyro.conf.arg(metavar="PASSES")] = 1
+  """Passes whose gradients are added for one step."""
   remat: tuple[Literal["none", "dots", "full"], ...] = ("dots",)
+  """What the backward pass computes again: nothing, all but matrix products, or whole layers."""
   unroll: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LAYERS ...")] = (1,)
+  """Layers in one turn of the loop over layers."""
   group_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (128,)
-  """Of scales of ternary weights; 0: one for each matrix."""
+  """Weights that share a scale in the ternary recipes; 0 is one scale for a whole matrix."""
   activations: tuple[Literal["none", "int8"], ...] = ("int8",)
-  """Of the ternary recipes."""
+  """Rounding of activations in the ternary recipes."""
   optimizer: Literal["adamw", "muon"] = "adamw"
+  """Optimizer of the step."""
   attention: Literal["auto", "einsum", "cudnn"] = "auto"
+  """Implementation of attention."""
   data: Annotated[int, tyro.conf.arg(metavar="DEVICES")] = 1
+  """Devices along the data axis."""
   fsdp: Annotated[int, tyro.conf.arg(metavar="DEVICES")] = 1
+  """Devices along the fsdp axis."""
   tensor: Annotated[int, tyro.conf.arg(metavar="DEVICES")] = 1
+  """Devices along the tensor axis."""
   steps: Annotated[int, tyro.conf.arg(metavar="N")] = 5
-  """Of each run."""
+  """Steps of each repetition."""
   repetitions: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+  """Number of times that each setting is measured."""
   out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
   """Append the rows to this file; made with a header if it is not there."""
   json: bool = False

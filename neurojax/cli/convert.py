@@ -32,24 +32,25 @@ Kind = Literal[
 class Convert(ModelOptions):
   """Write a model as GGUF, or as a folder for transformers (config.json and safetensors).
 
-  Nothing changes unless a type is asked for: every tensor keeps its own, and where the new format has no
-  such type it gets the narrowest that holds its numbers exactly. Ternary types hold ternary weights as they
-  are, and of others the nearest ternary ones; what that changes is said. Tokenizer, chat template and what
-  the file says of itself are carried over.
+  Without --type every tensor keeps its own type, or gets the narrowest type of the new format that
+  holds its numbers exactly. A ternary type keeps ternary weights as they are and rounds other
+  weights to the nearest ternary ones; what that changes is printed. Tokenizer, chat template and
+  metadata are carried over.
 
-  Example: neurojax convert --model folder --out model.gguf --type Q2_0
+  Example: neurojax convert --model neurollm --out neurollm-folder
   """
 
   out: Annotated[Path, tyro.conf.arg(metavar="FILE.gguf|FOLDER")]
-  """GGUF if the name ends in .gguf, else a new folder. Nothing is replaced."""
+  """A GGUF file if the name ends in .gguf, else a new folder. Nothing is replaced."""
   type: Kind | None = None
-  """Of the matrices of layers in GGUF, all of them. llama.cpp reads all but Q2_0_g128, which PrismML's
-  fork reads. Of all tensors of a folder: F32, F16 or BF16."""
+  """Type of all matrices of layers in GGUF; llama.cpp reads all but Q2_0_g128, which PrismML's fork
+  reads. In a folder, type of all tensors: F32, F16 or BF16."""
   outer_type: Kind | None = None
-  """Of embedding and head in GGUF."""
+  """Type of embedding and head in GGUF."""
   name: str | None = None
-  """What the file calls the model."""
+  """Name of the model in the file."""
   license: Annotated[str | None, tyro.conf.arg(metavar="SPDX")] = None
+  """License of the model in the file, as an SPDX identifier."""
 
   def run(self) -> int:
     is_gguf = self.out.suffix.lower() == ".gguf"

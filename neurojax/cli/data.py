@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional
 
 from neurojax.cli.console import progress
 
@@ -147,16 +147,6 @@ class Check:
     check_digests(self.folder)
     _print(self.folder, read_meta(self.folder))
     return 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-  """Prepare text for training."""
-
-  what: Annotated[Prepare, subcommand("prepare")] | Annotated[Check, subcommand("check")]
-
-  def run(self) -> int:
-    return self.what.run()
 
 
 def _print(folder: Path, meta: "Meta") -> None:

@@ -24,37 +24,44 @@ _FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
 class Export:
   """Write the model of a training run as GGUF, or as a folder for transformers.
 
-  Ternary matrices keep the very codes and scales that training multiplied by: a type that cannot hold
-  them is refused. In a folder they become plain numbers, in float32 unless bfloat16 changes none.
+  Ternary matrices keep the exact codes and scales of training: a type that cannot hold them is
+  refused. A folder holds plain numbers, in bfloat16 if that changes none of them, else in float32.
 
   Example: neurojax export --workdir runs/tiny --out tiny.gguf --type TQ2_0
   """
 
   workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-  """The folder of the run."""
+  """The folder of the training run."""
   out: Annotated[Path, tyro.conf.arg(metavar="FILE.gguf|FOLDER")]
-  """GGUF if the name ends in .gguf, else a new folder."""
+  """A GGUF file if the name ends in .gguf, else a new folder."""
   step: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-  """The checkpoint; the newest if absent."""
+  """Step of the checkpoint. Without it, the newest."""
   type: Literal["TQ2_0", "TQ1_0", "Q2_0", "Q2_0_g128", "F32", "F16", "BF16"] | None = None
-  """Of ternary matrices in GGUF: the first of TQ2_0 and Q2_0 that holds them, if absent. llama.cpp
-  reads all but Q2_0_g128, which PrismML's fork reads. Of a model that is not ternary: of all
-  matrices, rounded."""
+  """Type of the ternary matrices in GGUF. Without it, the first of TQ2_0 and Q2_0 that holds them.
+  llama.cpp reads all but Q2_0_g128, which PrismML's fork reads. If the model is not ternary, type
+  of all its matrices, which are rounded to it."""
   dtype: Literal["float32", "bfloat16"] | None = None
-  """Of all tensors in a folder."""
+  """Type of all tensors in a folder."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE|FOLDER")] = None
-  """A model file, a tokenizer.json or prepared data, where the run's own data are not at hand."""
+  """A model file, a tokenizer.json or prepared data with the vocabulary, if the training run's own
+  data are not at hand."""
   text: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-  """Measure the perplexity of this text before and after, from the checkpoint and from the GGUF file,
-  as `neurojax eval ppl` does. Exit code 1 if they differ by more than 1e-4 of their value."""
+  """Also measure the perplexity of this text, with the checkpoint and with the GGUF file, as
+  `neurojax eval ppl` does. Exit code 1 if the two differ by more than 1e-4 of their value."""
   ctx: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 512
+  """Tokens of one window of --text."""
   chunks: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+  """Score only the first N windows of --text."""
   name: str | None = None
-  """What the file calls the model; the name of the run's folder if absent."""
+  """Name of the model in the file. Without it, the name of the training run's folder."""
   license: Annotated[str | None, tyro.conf.arg(metavar="SPDX")] = None
+  """License of the model in the file, as an SPDX identifier."""
   description: str | None = None
+  """Description of the model in the file."""
   author: str | None = None
+  """Author of the model in the file."""
   url: str | None = None
+  """Web address of the model in the file."""
   overwrite: bool = False
   """Replace what an earlier export left there."""
 

@@ -15,9 +15,9 @@ from neurojax.files.find import model_path
 class Inspect:
   """Print a model's architecture, sizes, types, tokenizer, chat template, and the memory it takes.
 
-  Works on files that cannot be run too, and says why they cannot.
+  Also reads model files that cannot be run, and says why they cannot.
 
-  Example: neurojax inspect --model model.gguf
+  Example: neurojax inspect --model neurollm
   """
 
   file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
@@ -29,7 +29,7 @@ class Inspect:
   json: bool = False
   """Print one JSON object."""
   sha256: bool = False
-  """Also print the digest of the whole file (reads all of it)."""
+  """Also print the digest of the whole file, which takes reading all of it."""
 
   def run(self) -> int:
     from neurojax.files.inspect import describe, describe_tokenizer, render

@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 class Pulling:
   """Download a model from the hub, and print where it lies.
 
-  MODEL is org/name, with @revision and :file where wanted, or a short name (--list). :file is a file's
-  name, or a quantization as file names spell it (:Q4_K_M), or "safetensors"; of a GGUF model in parts all
-  come, of safetensors the configuration and the tokenizer too, and never code. Any command takes the same
-  MODEL afterwards; no other command downloads.
+  MODEL is org/name, with @revision and :file if needed, or a short name (--list). :file is the name
+  of a file, or a quantization as file names spell it (:Q4_K_M), or "safetensors". All parts of a
+  GGUF model are downloaded; with safetensors, the configuration and the tokenizer too; never code.
+  Other verbs take the same MODEL afterwards; none of them downloads.
 
-  It goes on where it was interrupted, and every file is compared to the digest that the hub lists. Models
-  lie in the cache that other tools share (HF_HOME). Gated models need a token of an account that agreed
-  to their terms: HF_TOKEN, or `hf auth login`. HF_ENDPOINT names another hub; HF_HUB_OFFLINE=1 asks none.
+  An interrupted download continues where it stopped, and every file is compared with the digest
+  that the hub lists. Models lie in the cache that other tools share (HF_HOME). A gated model needs
+  the token of an account that agreed to its terms: HF_TOKEN, or `hf auth login`. HF_ENDPOINT names
+  another hub; HF_HUB_OFFLINE=1 asks none.
 
   Example: neurojax pull prism-ml/Ternary-Bonsai-1.7B-gguf:Q2_0
   Example: neurojax generate --model "$(neurojax pull bonsai-1.7b)" --prompt "The sea"
@@ -46,9 +47,9 @@ class Pulling:
   model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
   """org/name[@revision][:file], a short name, or the address of a page of the hub."""
   verify: bool = False
-  """Also hash files that are here already."""
+  """Also compare files that are here already with the hub's digests."""
   dry_run: bool = False
-  """Say what would come, and leave it there."""
+  """Print what would be downloaded, and stop."""
   list: bool = False
   """Print the short names, and which of them are here."""
   json: bool = False
