@@ -32,7 +32,7 @@ class Train:
   accumulation: Annotated[int, tyro.conf.arg(metavar="PASSES")] = 1
   """Passes whose gradients are added for one step."""
   remat: tuple[Literal["none", "dots", "full"], ...] = ("dots",)
-  """What the backward pass computes again: nothing, all but matrix products, or whole layers."""
+  """How much the backward pass computes again: nothing, all but matrix products, or whole layers."""
   unroll: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LAYERS ...")] = (1,)
   """Layers in one turn of the loop over layers."""
   group_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (128,)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from neurojax.cli.console import stderr
 from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
   SamplingOptions,
   check_max_tokens,
   open_face,
-  stderr,
 )
 from neurojax.cli.text import lines_of_stdin
 from neurojax.config import Sampling
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 class Chat(ModelOptions, EngineOptions, SamplingOptions):
   """Talk with a model through its own chat template. An empty line or Ctrl-D ends the talk.
 
-  Lines come from standard input, so that a script can talk too.
+  Each line of standard input is a message, so that a script can talk too. The model in this package
+  has no chat template: it continues texts (`neurojax generate`).
 
   Example: neurojax chat --model smollm2 --stages 2
   Example: echo "Why is the sky blue?" | neurojax chat --model smollm2
   """
 
   system: str | None = None
-  """A system message to begin with."""
+  """A system message, which begins the talk."""
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 256
-  """Of each answer."""
+  """Longest answer, in tokens."""
 
   def run(self) -> int:
     sampling = self.sampling()

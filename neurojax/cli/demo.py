@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from neurojax.cli.console import stderr
 from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
   SamplingOptions,
   open_engine,
   open_tokenizer,
-  stderr,
 )
 from neurojax.files import find
 from neurojax.forms import Weights
@@ -38,10 +38,10 @@ PROMPT = "The old house stood at the end of the road, and"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(ModelOptions, SamplingOptions):
-  """Cut a language model into stages, run them as server processes, stream an answer, and compare.
+  """Run a model on stage servers on this machine, and compare its tokens with those of one process.
 
-  A model with a chat template is asked a question, another one continues a text. The same request is
-  then computed by this process alone, and the tokens are compared.
+  A model with a chat template answers a question; another model continues a text. Then this process
+  alone computes the same request, and the tokens are compared.
 
   Example: neurojax demo --prompt "It was late in the evening when" --stages 3
   """
@@ -49,16 +49,18 @@ class Demo(ModelOptions, SamplingOptions):
   model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = DEFAULT_MODEL
   """A model, as for `neurojax generate`; "neurollm" is the one in this package."""
   question: str | None = None
-  """For a model that chats; a question about a capital if absent."""
+  """The question for a model with a chat template. Without it, a question about a capital."""
   prompt: str | None = None
-  """Continue this text, whatever the model; the start of a story if absent."""
+  """Continue this text, whatever the model. Without it, the start of a story."""
   temperature: float | None = None
-  """0 takes the likeliest token; if absent, 0 for an answer and 0.7 for a text that is continued."""
+  """As for `neurojax generate`. Without it, 0 for an answer and 0.7 for a continued text."""
   weights: Weights | None = None
-  """As in `neurojax generate`; if absent, "w2a8" for the model in this package, which was trained so,
-  "w2a16" for another file with ternary matrices, else "dense"."""
+  """As for `neurojax generate`. Without it, "w2a8" for the model in this package, which was trained
+  with it, "w2a16" for another file with ternary matrices, else "dense"."""
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+  """Number of stage servers."""
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
+  """Longest answer, in tokens."""
 
   def run(self) -> int:
     if self.stages < 2:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.progress import Progress
 
+from neurojax.cli.console import progress, stderr
 from neurojax.cli.convert import say_notes
-from neurojax.cli.options import EngineOptions, open_engine, stderr
+from neurojax.cli.options import EngineOptions, open_engine
 from neurojax.cli.text import read_text
 
 if TYPE_CHECKING:
@@ -117,12 +117,12 @@ class Export:
     # A type is for ternary matrices alone where there are any, else for all matrices.
     ternary = source.ternary()
     outer = self.type if "embedding_VD" in ternary or not ternary else None
-    with Progress(console=stderr, transient=True) as progress:
-      bar = progress.add_task("writing tensors")
+    with progress() as bars:
+      bar = bars.add_task("writing tensors")
       made = to_gguf(
         source, self.out, kind=self.type, outer=outer, is_exact=True, overwrite=self.overwrite,
         general=self._general(),
-        progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        progress=lambda done, total: bars.update(bar, completed=done, total=total),
       )  # fmt: skip
     say_notes(made)
     return f"{made.architecture}, {made.kind}"
@@ -133,12 +133,12 @@ class Export:
 
     kind = next((kind for kind, dtype in KINDS.items() if dtype == self.dtype), None)
     is_empty = self.out.is_dir() and not any(self.out.iterdir())
-    with Progress(console=stderr, transient=True) as progress:
-      bar = progress.add_task("writing tensors")
+    with progress() as bars:
+      bar = bars.add_task("writing tensors")
       made = to_folder(
         source, self.out, kind=kind, is_exact=True, overwrite=self.overwrite or is_empty,
         general=self._general(),
-        progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        progress=lambda done, total: bars.update(bar, completed=done, total=total),
       )  # fmt: skip
     say_notes(made)
     return f"{CLASSES[made.architecture]}, {KINDS[made.kind]}"

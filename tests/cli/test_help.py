@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tyro._docstrings import get_field_docstring
 
 from neurojax.cli import main
 from neurojax.cli.parse import description, verb_class
@@ -85,6 +86,15 @@ def test_help_begins_with_what_must_be_given_and_is_wrapped_once(capsys, verb: s
     if row.startswith(" " * 10) and after.startswith(" " * 10) and after.strip():
       room = WIDTH - 4 - len(row.rstrip())
       assert len(after.split()[0]) >= room, f"torn before its end: {row}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_has_a_text(verb: str):
+  for field in dataclasses.fields(verb_class(verb)):
+    if field.name != "overrides":
+      text = get_field_docstring(verb_class(verb), field.name, ())
+      assert text, f"neurojax {verb}: --{field.name} has no text"
+      assert not text.startswith(("Of ", "As in", "What ", "Those ")), text
 
 
 def test_examples_stay_commands():
