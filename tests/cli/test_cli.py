@@ -292,7 +292,9 @@ def _hearing_ctrl_c(*arguments: str) -> list[str]:
 
 
 def _children(pid: int) -> list[int]:
-  return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+  """Processes that any thread of this one started."""
+  tasks = Path(f"/proc/{pid}/task").glob("*/children")
+  return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def _alive(pid: int) -> bool:
