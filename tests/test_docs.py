@@ -116,14 +116,9 @@ def test_words_in_prose_that_look_like_options_exist(path: Path):
 
 
 def _verbs() -> list[tuple[str, ...]]:
-  found = []
-  for name in re.search(r"\{(.*?)\}", help_of().replace("\n", "")).group(1).split(","):
-    if name in GROUPS:
-      inside = re.search(r"\{(.*?)\}", help_of(name).replace("\n", "")).group(1)
-      found += [(name, sub) for sub in inside.split(",")]
-    else:
-      found.append((name,))
-  return found
+  from neurojax.cli.verbs import VERBS
+
+  return [tuple(name.split()) for name in VERBS]
 
 
 @pytest.mark.optimized
