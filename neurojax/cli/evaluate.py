@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import subcommand
 
 from neurojax.cli.console import progress, stderr
 from neurojax.cli.options import (
@@ -68,10 +67,10 @@ class Golden(ModelOptions, EngineOptions):
       tokenizer = open_tokenizer(file)
       sha256 = file.sha256()
       async with open_engine(file, self) as engine:
-        with Progress(console=stderr, transient=True) as progress:
+        with progress() as bars:
           cases = [
             await make(engine, tokenizer, prompt, max_tokens=self.max_tokens)
-            for prompt in progress.track(prompts, description="prompts")
+            for prompt in bars.track(prompts, description="prompts")
           ]
         serving = resolve(file, self.serving())
         held = {
@@ -285,17 +284,3 @@ def check_new(flag: str, path: Path, *, overwrite: bool) -> None:
   check_out(flag, path)
   if path.exists() and not overwrite:
     raise ValueError(f"{flag} {path} exists: name another file, or give --overwrite")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval:
-  """Measure a model against known answers or real text."""
-
-  what: (
-    Annotated[Golden, subcommand("golden")]
-    | Annotated[Perplexity, subcommand("ppl")]
-    | Annotated[Logits, subcommand("logits")]
-  )
-
-  def run(self) -> int:
-    return self.what.run()
