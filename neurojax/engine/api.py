@@ -23,7 +23,7 @@ class Request:
   Attributes:
     prompt: Token ids, at least one.
     max_tokens: Most tokens of the answer, a stop token included.
-    sampling: How each token is drawn.
+    sampling: Settings by which each token is drawn.
     stop_ids: Ids that end the answer; the one that does is its last token.
     prefill_chunk: Prompt tokens per step; None leaves it to the engine.
   """
@@ -55,7 +55,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageReport:
-  """What one stage holds and how long its decode steps took.
+  """The span and memory of one stage, and the mean times of its decode steps.
 
   Attributes:
     host: Name of the host.
@@ -83,7 +83,7 @@ class StageReport:
 
 
 class Limits(Protocol):
-  """What a request has to fit into."""
+  """Bounds that every request has to keep."""
 
   @property
   def vocab_size(self) -> int:

@@ -53,5 +53,8 @@ async def stream_text(
 
 
 def _starts_text(tokenizer: Tokenizer, request: Request) -> bool:
-  """Whether the answer begins a text, as after a lone BOS: its first word then has no space before it."""
+  """True if the answer begins a text, as after a lone BOS.
+
+  The first word of a text has no space before it.
+  """
   return list(request.prompt) == [tokenizer.bos_id]

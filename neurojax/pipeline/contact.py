@@ -25,7 +25,7 @@ NAME = "coordinator"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineOptions:
-  """How a pipeline is set up and how patient it is.
+  """Settings of a pipeline: the serving, and how long each answer may take.
 
   Attributes:
     serving: How the model is held and run, every choice made (`Serving.resolve`). Its programs are
@@ -68,9 +68,9 @@ class Contact:
 
   Attributes:
     host: Name and address, as the fleet has them.
-    options: How the pipeline is set up.
-    identity: What all stages of the pipeline must agree on.
-    description: What the server last said of itself.
+    options: Settings of the pipeline.
+    identity: Versions, model and serving that all stages of the pipeline share.
+    description: The server's last answer about itself.
     clock_ahead_s: Seconds that the server's clock is ahead of ours, to about half a round trip.
     span: The layers that it is to hold.
     lost: Why nothing can be sent any more; None while it can.
@@ -197,7 +197,7 @@ class Contact:
       raise StageTimeout(self.label, f"took no frame within {self.options.step_s:g} s") from error
 
   async def is_responsive(self) -> bool:
-    """Whether the server's health service answers within 2 s that it serves."""
+    """Ask the server's health service; true if it answers within 2 s that it serves."""
     stub = health_pb2_grpc.HealthStub(self.channel)
     try:
       answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)

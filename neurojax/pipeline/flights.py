@@ -1,4 +1,4 @@
-"""The sequences that a coordinator has under way, and what the stages answer to their steps."""
+"""Follows the sequences of a coordinator: sends their steps and takes the stages' answers."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ class _Mark:
 
   Attributes:
     sent_s: When it was sent.
-    outcomes: What each stage said of it, by the stage's index.
+    outcomes: The stages' outcomes of the step, by the stage's index.
     back_s: When the last stage's outcome arrived.
   """
 
@@ -132,7 +132,7 @@ class Flights:
       _fail(flight, EngineError("the pipeline is closed"))
 
   def _checked(self, given: StepInput, outcome: pb.Outcome) -> StepOutput:
-    """What the last stage answered. Raises: ProtocolError: it does not fit what was asked."""
+    """Check the last stage's answer. Raises: ProtocolError: it does not fit what was asked."""
     last = self._stages[-1].label
     if given.sample != outcome.sampled or (given.targets is not None) != outcome.HasField("scores"):
       raise ProtocolError(last, "it answered something that was not asked")

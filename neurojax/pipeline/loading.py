@@ -1,4 +1,4 @@
-"""What a stage server holds, and how it comes to hold something else."""
+"""Loads a span of layers into a stage server, and describes what is loaded."""
 
 import asyncio
 import dataclasses
@@ -37,7 +37,7 @@ class Loaded:
 
   Attributes:
     runtime: The stage with the caches of its sequences.
-    identity: What peers must agree with; its programs are "model" or "fused".
+    identity: Versions, model and serving that peers must share; its programs are "model" or "fused".
     weights: Form of the matrices, as it was asked for.
     span: The layers.
     asked: The `programs` of requests that this answers.
@@ -50,11 +50,11 @@ class Loaded:
   asked: frozenset[str]
 
   def answers(self, request: pb.LoadRequest, span: Span) -> bool:
-    """Whether a request asks for just this."""
+    """True if a request asks for exactly this."""
     return request.identity.programs in self.asked and self.is_like(request, span)
 
   def is_like(self, request: pb.LoadRequest, span: Span) -> bool:
-    """Whether a request asks for this, by whatever programs."""
+    """True if a request asks for this, by whatever programs."""
     return (
       disagreement(self.identity, request.identity, fields=messages.SAME_FORM) is None
       and (self.weights, self.span) == (request.weights, span)
@@ -74,12 +74,12 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-  """A request that was found to be possible.
+  """A request that this server could fulfil.
 
   Attributes:
-    request: As it came.
-    span: The layers it asks for.
-    serving: How they are to be held and run.
+    request: The message.
+    span: The layers that it asks for.
+    serving: The serving that it asks for.
     asked: The `programs` of requests that the outcome will answer.
   """
 
@@ -100,7 +100,7 @@ class Loader:
     share: Number of servers that share the machine: each offers an equal part of what is free.
 
   Attributes:
-    loaded: What is held; None if nothing is.
+    loaded: The layers that are held; None if none are.
     replaced: Set, and replaced by a new event, when what was held is dropped: what was agreed on every
       link is void then.
   """

@@ -1,4 +1,4 @@
-"""What crosses the network between any two processes: tensors, identities and the channels they use."""
+"""Carries data between any two processes: tensors as messages, identities, and gRPC channels."""
 
 import os
 

@@ -8,7 +8,7 @@ import grpc
 from neurojax.wire.identity import printable
 
 CallError = grpc.aio.AioRpcError
-"""What a call raises that failed."""
+"""The exception of a call that failed."""
 
 _MOST_CALLS = 256
 """Calls that a server takes at the same time."""

@@ -47,8 +47,8 @@ class Case:
     prompt_tokens: Token ids of the prompt.
     tokens: Token ids of the answer.
     logprobs: Natural logarithm of each token's probability.
-    margins: How far each token is ahead of the runner-up, in nats; it may be less than the truth
-      where that is more than `EXCUSED_MARGIN`.
+    margins: Log-probability of each token minus that of the runner-up, in nats. Where the margin is
+      larger than `EXCUSED_MARGIN` this may be a lower bound of it.
     text: The answer as text; only for people.
   """
 
@@ -62,7 +62,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class GoldenFile:
-  """What a golden file holds.
+  """The content of a golden file.
 
   Attributes:
     file: Name of the model file.
@@ -77,7 +77,7 @@ class GoldenFile:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """How one case went.
+  """The result of comparing an engine with one case.
 
   Attributes:
     prompt: Text of the prompt.
@@ -87,7 +87,7 @@ class Verdict:
     first_difference: Index of the first token that differs; None if none does.
     margin: The known margin of that token.
     logprob_difference: Largest difference of log-probabilities over the tokens judged.
-    note: What is wrong, in words; empty if nothing is.
+    note: Reasons for the verdict, in words; empty if nothing differs.
   """
 
   prompt: str
@@ -133,7 +133,7 @@ async def make(engine: Engine, tokenizer: Tokenizer, prompt: str, *, max_tokens:
 
 
 async def _margin(engine: Engine, before: list[int], token: Token) -> float:
-  """How far a greedy token is ahead of the runner-up, or a lower bound of at least EXCUSED_MARGIN.
+  """Compute the margin of a greedy token, or a lower bound of at least EXCUSED_MARGIN.
 
   The runner-up is found by drawing from the two likeliest tokens at a high temperature, so that any
   engine can be asked.
@@ -165,7 +165,7 @@ def write_golden(
   Args:
     file: Name of the model file.
     sha256: Digest of the model file.
-    engine: How the model was held and run; only for people.
+    engine: The serving and the number of stages; only for people.
   """
   table = {
     "file": file,

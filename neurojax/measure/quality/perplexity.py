@@ -12,7 +12,7 @@ from neurojax.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityResult:
-  """How well an engine predicts a text.
+  """The perplexity of a text and the numbers behind it.
 
   Attributes:
     perplexity: exp(nll).

@@ -79,7 +79,7 @@ async def decode_and_prefill(
     stages: Number of stages in the result.
     prefill: Tokens of the prompt.
     decode: Tokens to decode.
-    repetitions: How often each is measured.
+    repetitions: Number of measurements of each.
     llama_bench: The llama-bench program to compare with; None compares with nothing.
   Returns: A row for decode and one for prefill.
   Raises: OSError: llama-bench fails.
