@@ -276,7 +276,7 @@ def test_the_bootstraps_spread_is_that_of_the_linear_model():
 def test_the_best_rate_is_taken_and_an_edge_is_said():
   rows = made(lambda n, w: 3.0, slip=0.1)
   best = fit.best(rows, "10m", "bf16")
-  assert best and plan.row.lr == PLAN.size("10m").learning_rates[0] and not plan.at_edge
+  assert best and best.row.lr == PLAN.size("10m").learning_rates[0] and not best.at_edge
   rates = PLAN.size("10m").learning_rates
   kept = [row for row in rows if row.size != "10m" or row.lr <= rates[0]]
   assert fit.best(kept, "10m", "bf16").at_edge

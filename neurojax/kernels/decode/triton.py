@@ -142,14 +142,14 @@ class _Kernel:
 
   # --- weights -----------------------------------------------------------------------------------
 
-  def _first(self, p: Product, index: Array) -> Array:
+  def _first(self, p: Product, index: Array | int) -> Array:
     """The first output of unit `index` of this program; past the last one for a program without."""
     place = jnp.where(
       self.pid < p.chunks * p.programs_per_chunk, lax.div(self.pid, p.chunks), p.outputs
     )
     return (place + index * p.programs_per_chunk) * _ROWS
 
-  def _load(self, p: Product, refs, layer: Array, index: Array):
+  def _load(self, p: Product, refs, layer: Array, index: Array | int):
     """Codes and scales of unit `index` of this program."""
     tile = lax.rem(self.pid, p.chunks) * p.unit.tiles
     return p.unit.load(*refs, layer, self._first(p, index), p.outputs, tile, p.group)
@@ -210,7 +210,7 @@ class _Kernel:
   def post(self, refs, name: str):
     """Function of indices, float32 values and a mask that writes what others will read."""
 
-    def write(index: Array, value: Array, mask: Array) -> None:
+    def write(index: Array | int, value: Array, mask: Array) -> None:
       at = self.starts[name] + index
       if self.ops.interpret:
         # The interpreter writes what is masked out too: there it goes past the end.
@@ -219,7 +219,7 @@ class _Kernel:
 
     return write
 
-  def read(self, refs, name: str, index: Array, mask: Array) -> Array:
+  def read(self, refs, name: str, index: Array | int, mask: Array) -> Array:
     """What others wrote before a barrier, float32, zeros where masked out."""
     at = refs.scratch.at[self.starts[name] + index]
     return plgpu.load(at, mask=mask, other=0.0, volatile=True)
