@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from neurojax.cli.console import stderr
+from neurojax.cli.console import importing_jax, stderr
 from neurojax.cli.options import (
   EngineOptions,
   ModelOptions,
@@ -71,11 +71,13 @@ class Demo(ModelOptions, SamplingOptions):
       raise ValueError("--question is answered and --prompt continued: give one of them")
     if self.max_tokens < 1:
       raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
+    dataclasses.replace(self, temperature=self.temperature or 0.0).sampling()
     return asyncio.run(self._demo(time.perf_counter() - _age_s()))
 
   async def _demo(self, began_s: float) -> int:
-    from neurojax.engine.api import Request
-    from neurojax.files.load import ternary_matrices
+    with importing_jax():
+      from neurojax.engine.api import Request
+      from neurojax.files.load import ternary_matrices
 
     out = Console(highlight=False, soft_wrap=True)
     with self.open() as file:

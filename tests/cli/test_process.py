@@ -94,6 +94,30 @@ def test_a_device_that_jax_has_not_is_one_line(model: str, platforms: str):
   assert ran.stderr.count("\n") == 1 and "Unset JAX_PLATFORMS" in ran.stderr
 
 
+WRONG = (
+  "generate --model neurollm --prompt a --temperature -1",
+  "generate --model neurollm --prompt a --context 0",
+  "generate --model neurollm --prompt a --max-tokens 0",
+  "generate --model neurollm --prompt-file /nowhere/text",
+  "generate --model /nowhere/model.gguf --prompt a",
+  "generate --model neurollm --prompt a --plan /nowhere/plan.toml",
+  "chat --model neurollm --top-p 0",
+  "demo --temperature -1",
+  "eval logits --model neurollm --tokens ids.json --out /nowhere/logits.npy",
+  "size --memory 8GB --out-config /nowhere/size.toml",
+)
+
+
+def test_wrong_options_are_refused_before_jax_is_imported():
+  script = (
+    "import sys\nfrom neurojax.cli import main\n"
+    f"for line in {WRONG}:\n"
+    "  assert main(line.split()) == 2, line\n"
+    "  assert 'jax' not in sys.modules, line\n"
+  )
+  subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 def test_levels_of_log_lines():
   assert log_level(["a", "-v", "b"], {}) == ("debug", ["a", "b"])
   assert log_level(["--verbose"], {"NEUROJAX_LOG": "error"}) == ("debug", [])
