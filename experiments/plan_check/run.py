@@ -1,4 +1,4 @@
-"""Predicted against measured: memory of compiled stages, and decode time of real stage servers.
+"""Compares predictions with measurements: memory of compiled stages, decode time of real stage servers.
 
 python -m experiments.plan_check.run              (probe, measure, write results.csv)
 python -m experiments.plan_check.run --table      (the table alone, from the file as it is)

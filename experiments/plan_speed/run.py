@@ -1,4 +1,4 @@
-"""Measure how long plans and simulations take, and how near to the best plans are.
+"""Measures how long plans and simulations take, and how near to the best the plans are.
 
 python -m experiments.plan_speed.run
 python -m experiments.plan_speed.run --table     (the table alone, from the file as it is)

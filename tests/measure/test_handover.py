@@ -13,7 +13,7 @@ LOCAL = Measured(latency_s=2e-4, bytes_per_s=1e9)
 
 
 @pytest.mark.parametrize("more_s, left_s", [(1e-3, 1e-3 - 2e-4 - 2048e-9 - 1e-4), (2e-4, 0.0)])
-def test_hand_over_is_what_overhead_and_hop_leave_of_a_stage_more(
+def test_hand_over_is_the_time_of_an_extra_stage_without_overhead_and_hop(
   more_s: float, left_s: float, monkeypatch: pytest.MonkeyPatch
 ):
   async def measured(say) -> float:
@@ -26,7 +26,7 @@ def test_hand_over_is_what_overhead_and_hop_leave_of_a_stage_more(
   assert found[1] == dataclasses.replace(CPU, handover_s=pytest.approx(left_s))
 
 
-def test_a_stage_more_is_measured_on_stage_servers():
+def test_an_extra_stage_is_measured_on_stage_servers():
   tiny = dataclasses.replace(
     handover.MIDDLING, model_dim=128, num_layers=3, num_heads=2, num_kv_heads=1, ffn_dim=128
   )
