@@ -26,12 +26,14 @@ if TYPE_CHECKING:
   from neurojax.api.results import Report as Report
   from neurojax.api.results import Score as Score
   from neurojax.api.work import convert as convert
+  from neurojax.api.work import export as export
   from neurojax.api.work import inspect as inspect
   from neurojax.api.work import plan as plan
   from neurojax.api.work import quantize as quantize
   from neurojax.api.work import simulate as simulate
   from neurojax.api.work import size as size
   from neurojax.api.work import ternary_matmul as ternary_matmul
+  from neurojax.api.work import train as train
   from neurojax.config import ModelConfig as ModelConfig
   from neurojax.config import Sampling as Sampling
   from neurojax.config import Serving as Serving
@@ -61,6 +63,7 @@ _HOMES = {
   "TrainConfig": "train.config",
   "connect": "api.model",
   "convert": "api.work",
+  "export": "api.work",
   "inspect": "api.work",
   "load": "api.model",
   "quantize": "api.work",
@@ -70,7 +73,7 @@ _HOMES = {
 }
 """Public names by the module that defines them."""
 
-_VERBS = ("plan",)
+_VERBS = ("plan", "train")
 """Rooms of the package that are functions of the face too: `neurojax.plan(...)`."""
 
 __all__ = sorted([*_HOMES, *_VERBS, "__version__"])

@@ -1,7 +1,7 @@
 """Functions of the face: sizing, planning, training, and files."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from neurojax.config import Dtype, ModelConfig, Serving, architectures
 from neurojax.forms import TERNARY_FORMATS, Forms, Weights
-from neurojax.plan.fleet import Fleet, parse_bytes, read_fleet
+from neurojax.plan.fleet import Fleet, read_fleet
 from neurojax.plan.plan import Objective, Plan
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
   from neurojax.files.write.gguf import Converted
   from neurojax.plan.simulate import Result
   from neurojax.scaling.size import Sized
+  from neurojax.train.config import TrainConfig
+  from neurojax.train.exported import Exported
+  from neurojax.train.loop import Outcome
   from neurojax.weights.ternary import Mode, TernaryArray
 
 OnTensor = Callable[[int, int], None]
@@ -28,7 +31,7 @@ def size(
   memory: int | str | Fleet,
   *,
   purpose: Literal["serve", "train"] = "serve",
-  format: str = "ternary-g128",
+  form: str = "ternary-g128",
   context: int = 2048,
   sequences: int = 1,
   **options: Any,
@@ -38,7 +41,7 @@ def size(
   Args:
     memory: Bytes of one device, words such as "64GB", the name or file of a fleet, or a `Fleet`.
     purpose: "serve" counts weights and caches, "train" master weights, gradients and optimizer.
-    format: How weights are held when serving: "bf16", "float32", "int8", or a ternary format such as
+    form: Form of the weights when serving: "bf16", "float32", "int8", or a ternary one such as
       "ternary-g128" or "TQ2_0". Training holds float32 master weights.
     context: Positions of a sequence.
     sequences: Sequences in memory at the same time.
@@ -51,25 +54,11 @@ def size(
     >>> found.config.num_layers > 10 and found.parameters > 1e9
     True
   """
-  from neurojax.scaling.purpose import ServePurpose, TrainPurpose
-  from neurojax.scaling.size import one_host
+  from neurojax.scaling.purpose import purpose_of
   from neurojax.scaling.size import size as largest
 
-  fleet = memory if isinstance(memory, Fleet) else _fleet(memory, one_host)
-  if purpose == "train":
-    return largest(fleet, TrainPurpose(context=context, sequences=sequences), **options)
-  form: dict[str, Any]
-  if format in ("bf16", "float32"):
-    form = {"dtype": {"bf16": "bfloat16"}.get(format, format)}
-  elif format == "int8":
-    form = {"weights": "int8"}
-  elif format in TERNARY_FORMATS:
-    form = {"weights": "w2a8", "scales": TERNARY_FORMATS[format]}
-  else:
-    raise ValueError(
-      f"format = {format!r}: choose one of bf16, float32, int8, {', '.join(TERNARY_FORMATS)}"
-    )
-  return largest(fleet, ServePurpose.of(context=context, sequences=sequences, **form), **options)
+  wanted = purpose_of(purpose, form=form, context=context, sequences=sequences)
+  return largest(memory, wanted, **options)
 
 
 def plan(
@@ -81,7 +70,7 @@ def plan(
   context: int | None = None,
   sequences: int | None = None,
   objective: Objective = "latency",
-  format: str = "ternary-g128",
+  form: str = "ternary-g128",
   **options: Any,
 ) -> Plan:
   """Which machine should hold which layers of a model, with the time a token takes and why.
@@ -92,8 +81,8 @@ def plan(
     weights, dtype, context: As for `load`.
     sequences: Sequences at the same time; None: 4, or for throughput as many as help.
     objective: "latency" for the least time a token, "throughput" for the most tokens.
-    format: Format of ternary matrices, for an architecture without a file.
-    options: As for `neurojax.plan.best.best`: batch, pins, replicas, time_limit_s.
+    form: Form of ternary matrices, for an architecture without a file.
+    options: As for `neurojax.plan.in_flight.planned`: batch, pins, replicas, time_limit_s.
   Raises: ValueError: the model does not fit; which limit, by how much, what would fit.
 
   Example:
@@ -101,16 +90,21 @@ def plan(
     >>> [stage.host for stage in nj.plan("llama-8b", "lab", weights="w2a8").stages]
     ['rack']
   """
-  from neurojax.count.serving import Load
-  from neurojax.plan.best import best
+  from neurojax.plan.in_flight import planned
 
-  config, forms, activations = _described(model, weights, format)
+  config, forms, activations = _described(model, weights, form)
   serving = Serving(dtype=dtype, weights=weights, context=context)
   if sequences is not None:
     serving = dataclasses.replace(serving, sequences=sequences)
-  load = Load(serving=serving.resolve(config, forms, activations), forms=forms)
-  where = fleet if isinstance(fleet, Fleet) else read_fleet(str(fleet))
-  return best(config, where, load, objective=objective, **options)
+  return planned(
+    config,
+    fleet if isinstance(fleet, Fleet) else read_fleet(str(fleet)),
+    serving.resolve(config, forms, activations),
+    forms,
+    objective=objective,
+    choose_sequences=sequences is None,
+    **options,
+  )
 
 
 def simulate(
@@ -187,6 +181,93 @@ def convert(
     if outer_type is not None:
       raise ValueError("outer_type belongs to GGUF: let out end in .gguf, or leave it out")
     return to_folder(file, path, kind=type, general=general, progress=progress)
+
+
+def train(
+  config: "TrainConfig | str | Path",
+  workdir: str | Path,
+  *,
+  overrides: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+  say: Callable[[str], None] = print,
+) -> "Outcome":
+  """Train a model, or go on with the training run in a folder from its newest checkpoint.
+
+  Args:
+    config: A `TrainConfig`, its TOML file, or a name in configs/train such as "tiny".
+    workdir: Folder of the run: configuration, metrics and checkpoints.
+    overrides: Keys of the configuration by dotted name, such as {"data.folder": "books", "steps": 100}.
+    overwrite: Remove the run in the folder and begin anew.
+    say: Called with a line for each report.
+  Returns: The last step, its losses, and the signal that ended the run early, if one did.
+  Raises: ValueError: settings that cannot be, or a run in the folder that was begun with others.
+
+  Example:
+    >>> import tempfile, neurojax as nj
+    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +IGNORE_EXCEPTION_DETAIL
+    ...   nj.train("tiny", folder, overrides={"data.folder": "no-such-data"})
+    Traceback (most recent call last):
+    FileNotFoundError: no-such-data: no prepared data here
+  """
+  from neurojax.folders import cache_dir
+  from neurojax.stage.compile import use_compilation_cache
+  from neurojax.train.config import TrainConfig
+  from neurojax.train.run import train as run
+  from neurojax.train.settings import change_config, read_config
+
+  use_compilation_cache(cache_dir() / "xla")
+  read = config if isinstance(config, TrainConfig) else read_config(config)
+  return run(change_config(read, overrides or {}), Path(workdir), overwrite=overwrite, say=say)
+
+
+def export(
+  workdir: str | Path,
+  out: str | Path,
+  *,
+  step: int | None = None,
+  type: str | None = None,
+  dtype: Literal["float32", "bfloat16"] | None = None,
+  tokenizer: str | Path | None = None,
+  name: str | None = None,
+  license: str | None = None,
+  description: str | None = None,
+  author: str | None = None,
+  url: str | None = None,
+  overwrite: bool = False,
+  progress: OnTensor | None = None,
+) -> "Exported":
+  """Write a checkpoint of a training run as GGUF, or as a folder that transformers reads.
+
+  Ternary matrices keep the very codes and scales that training multiplied by.
+
+  Args:
+    workdir: Folder of the run.
+    out: A path that ends in ".gguf", or a new folder.
+    step: The checkpoint; the newest if absent.
+    type: Type of ternary matrices in GGUF, or of all matrices of a model that is not ternary.
+    dtype: Dtype of all tensors in a folder.
+    tokenizer: A model file, a tokenizer.json or prepared data, where the run's own data are not at hand.
+    name, license, description, author, url: What the file says of the model.
+    overwrite: Replace what an earlier export left there.
+    progress: Called with the tensors that are written, and all of them.
+  Raises: ValueError: no run, a place that is taken, or a type that cannot hold the numbers.
+
+  Example:
+    >>> import neurojax as nj
+    >>> nj.export("no-such-run", "out.gguf")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    FileNotFoundError: no-such-run: no such folder
+  """
+  from neurojax.train.exported import export as write
+
+  return write(
+    Path(workdir), Path(out), step=step, type=type, dtype=dtype,
+    tokenizer=None if tokenizer is None else Path(tokenizer),
+    said={
+      "name": name, "license": license, "description": description, "author": author, "url": url,
+    },
+    overwrite=overwrite, progress=progress,
+  )  # fmt: skip
 
 
 def inspect(model: str | Path, *, tokenizer: str | Path | None = None) -> "Description":
@@ -280,16 +361,8 @@ def ternary_matmul(x: "Array", w: "TernaryArray") -> "Array":
   return matmul(rows, w).reshape(*values.shape[:-1], -1)
 
 
-def _fleet(memory: int | str, one_host: Callable[[int], Fleet]) -> Fleet:
-  if isinstance(memory, int):
-    return one_host(memory)
-  if memory[:1].isdigit():
-    return one_host(parse_bytes(memory))
-  return read_fleet(memory)
-
-
 def _described(
-  model: str | Path | ModelConfig, weights: str, format: str
+  model: str | Path | ModelConfig, weights: str, form: str
 ) -> tuple[ModelConfig, Forms | None, Any]:
   """Architecture, forms of the matrices, and activations that the file is made for."""
   from neurojax import count
@@ -301,8 +374,8 @@ def _described(
   if isinstance(model, ModelConfig):
     if weights not in ("w2a8", "w2a16"):
       return model, None, None
-    if format not in TERNARY_FORMATS:
-      raise ValueError(f"format = {format!r}: choose one of {', '.join(TERNARY_FORMATS)}")
-    return model, count.uniform_ternary(model, TERNARY_FORMATS[format]), None
+    if form not in TERNARY_FORMATS:
+      raise ValueError(f"form = {form!r}: choose one of {', '.join(TERNARY_FORMATS)}")
+    return model, count.uniform_ternary(model, TERNARY_FORMATS[form]), None
   with open_file(model) as file:
     return file.config, stored_forms(file), getattr(file, "activations", None)

@@ -66,28 +66,47 @@ class Export:
   """Replace what an earlier export left there."""
 
   def run(self) -> int:
-    to_gguf = self.out.suffix.lower() == ".gguf"
-    self._check(to_gguf)
-    from neurojax.train.trained_model import read_run
+    self._check()
+    from neurojax.files.write.folder import KINDS
+    from neurojax.files.write.transformers_config import CLASSES
+    from neurojax.train.exported import export
 
-    with stderr.status("reading the checkpoint"):
-      trained = read_run(self.workdir, self.step)
-      spec = self._spec(trained.config.data.folder)
-    source = dataclasses.replace(trained.weights, tokenizer=spec)
-    what = self._write_gguf(source) if to_gguf else self._write_folder(source)
-    files = [self.out] if to_gguf else sorted(self.out.iterdir())
+    text = None if self.text is None else read_text(self.text)
+    with progress() as bars:
+      bar = bars.add_task("reading the checkpoint", total=None)
+
+      def advance(done: int, total: int) -> None:
+        bars.update(bar, description="writing tensors", completed=done, total=total)
+
+      exported = export(
+        self.workdir, self.out, step=self.step, type=self.type, dtype=self.dtype,
+        tokenizer=self.tokenizer, overwrite=self.overwrite, progress=advance,
+        said={
+          key: getattr(self, key) for key in ("name", "license", "description", "author", "url")
+        },
+      )  # fmt: skip
+    source, made = exported.source, exported.made
+    say_notes(made)
+    is_gguf = self.out.suffix.lower() == ".gguf"
+    if is_gguf:
+      what = f"{made.architecture}, {made.kind}"
+    else:
+      what = f"{CLASSES[made.architecture]}, {KINDS[made.kind]}"
+    files = [self.out] if is_gguf else sorted(self.out.iterdir())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
-    print(f"{self.out}: step {trained.step} of {self.workdir}, {what}, {megabytes:.2f} MB")
-    if source.activations == "int8" and to_gguf:
+    print(f"{self.out}: step {exported.step} of {self.workdir}, {what}, {megabytes:.2f} MB")
+    if source.activations == "int8" and is_gguf:
       # The file says so too, but other programs do not read that key.
       print("trained with activations rounded to int8: run it with --weights w2a8")
-    if self.text is None:
+    if text is None:
       return 0
     form = "dense" if source.activations is None else "w2a8"
-    return asyncio.run(self._compare(source, spec, read_text(self.text), form))
+    assert source.tokenizer is not None
+    return asyncio.run(self._compare(source, source.tokenizer, text, form))
 
-  def _check(self, to_gguf: bool) -> None:
+  def _check(self) -> None:
     """Raises: ValueError: options that do not go together, or something in the way."""
+    to_gguf = self.out.suffix.lower() == ".gguf"
     if self.out.suffix.lower() in _FOREIGN:
       raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
     if to_gguf and self.dtype is not None:
@@ -97,62 +116,6 @@ class Export:
       raise ValueError(f"{option} is of GGUF: let --out end in .gguf, or leave {option} away")
     if to_gguf and self.out.exists() and not self.overwrite:
       raise ValueError(f"--out {self.out} exists: name another file, or give --overwrite")
-
-  def _spec(self, data: str) -> "TokenizerSpec":
-    from neurojax.data.token_shards import read_spec
-    from neurojax.data.vocabulary import read_vocabulary
-
-    if self.tokenizer is not None:
-      return read_vocabulary(self.tokenizer)
-    try:
-      return read_spec(Path(data))
-    except FileNotFoundError as error:
-      raise FileNotFoundError(
-        f"{error}: the run's data are not where they were: give the vocabulary with --tokenizer"
-      ) from error
-
-  def _write_gguf(self, source: "ParameterSource") -> str:
-    from neurojax.files.write.gguf import to_gguf
-
-    # A type is for ternary matrices alone where there are any, else for all matrices.
-    ternary = source.ternary()
-    outer = self.type if "embedding_VD" in ternary or not ternary else None
-    with progress() as bars:
-      bar = bars.add_task("writing tensors")
-      made = to_gguf(
-        source, self.out, kind=self.type, outer=outer, is_exact=True, overwrite=self.overwrite,
-        general=self._general(),
-        progress=lambda done, total: bars.update(bar, completed=done, total=total),
-      )  # fmt: skip
-    say_notes(made)
-    return f"{made.architecture}, {made.kind}"
-
-  def _write_folder(self, source: "ParameterSource") -> str:
-    from neurojax.files.write.folder import KINDS, to_folder
-    from neurojax.files.write.transformers_config import CLASSES
-
-    kind = next((kind for kind, dtype in KINDS.items() if dtype == self.dtype), None)
-    is_empty = self.out.is_dir() and not any(self.out.iterdir())
-    with progress() as bars:
-      bar = bars.add_task("writing tensors")
-      made = to_folder(
-        source, self.out, kind=kind, is_exact=True, overwrite=self.overwrite or is_empty,
-        general=self._general(),
-        progress=lambda done, total: bars.update(bar, completed=done, total=total),
-      )  # fmt: skip
-    say_notes(made)
-    return f"{CLASSES[made.architecture]}, {KINDS[made.kind]}"
-
-  def _general(self) -> dict[str, str]:
-    """What the file says about the model, under GGUF's keys."""
-    said = {
-      "name": self.name or self.workdir.resolve().name,
-      "license": self.license,
-      "description": self.description,
-      "author": self.author,
-      "url": self.url,
-    }
-    return {f"general.{key}": value for key, value in said.items() if value is not None}
 
   async def _compare(
     self,

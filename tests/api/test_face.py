@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = {
   "AsyncModel", "Completion", "EngineError", "Fleet", "Model", "ModelConfig", "Piece", "Plan",
   "Progress", "Report", "Sampling", "Score", "Serving", "TernaryArray", "Tokenizer", "TrainConfig",
-  "__version__", "connect", "convert", "inspect", "load", "plan", "quantize", "simulate",
-  "size", "ternary_matmul",
+  "__version__", "connect", "convert", "export", "inspect", "load", "plan", "quantize", "simulate",
+  "size", "ternary_matmul", "train",
 }  # fmt: skip
 
 
@@ -67,8 +67,8 @@ def test_another_name_is_none():
 
 
 @pytest.mark.parametrize(
-  "name", ["connect", "convert", "inspect", "load", "plan", "quantize", "simulate", "size",
-           "ternary_matmul", "Model"],
+  "name", ["connect", "convert", "export", "inspect", "load", "plan", "quantize", "simulate", "size",
+           "ternary_matmul", "train", "Model"],
 )  # fmt: skip
 def test_the_example_of_a_function_runs(name: str):
   value = getattr(nj, name)

@@ -16,11 +16,11 @@ from experiments.ternary_gap import figure, fit, plan, run
 from experiments.ternary_gap.plan import Plan, Row, Run
 from neurojax import count
 from neurojax.cli import main
-from neurojax.cli.train import merged
 from neurojax.config import from_dict
 from neurojax.scaling.presets import PRESETS
 from neurojax.train.config import TrainConfig
 from neurojax.train.run_folder import differences
+from neurojax.train.settings import merged
 
 PLAN = Plan.load()
 
