@@ -1,4 +1,4 @@
-"""`neurojax convert`: a model file in another format or type."""
+"""`neurojax convert` writes a model file in another format or type."""
 
 import dataclasses
 from pathlib import Path
@@ -34,8 +34,8 @@ class Convert(ModelOptions):
 
   Without --type every tensor keeps its own type, or gets the narrowest type of the new format that
   holds its numbers exactly. A ternary type keeps ternary weights as they are and rounds other
-  weights to the nearest ternary ones; what that changes is printed. Tokenizer, chat template and
-  metadata are carried over.
+  weights to the nearest ternary ones; what that changes is printed. Tokenizer, chat template, name
+  and license are carried over. NaN and infinity are refused with their tensor and place.
 
   Example: neurojax convert --model neurollm --out neurollm-folder
   """
@@ -55,7 +55,7 @@ class Convert(ModelOptions):
   def run(self) -> int:
     is_gguf = self.out.suffix.lower() == ".gguf"
     if not is_gguf and self.outer_type is not None:
-      raise ValueError("--outer-type is of GGUF: let --out end in .gguf, or leave it away")
+      raise ValueError("--outer-type is for GGUF: let --out end in .gguf, or leave it away")
     if self.out.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".onnx"):
       raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
     from neurojax.files.write.folder import to_folder

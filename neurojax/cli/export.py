@@ -1,4 +1,4 @@
-"""`neurojax export`: from a training run to a file that others read."""
+"""`neurojax export` writes the model of a training run as a file that others read."""
 
 import asyncio
 import dataclasses
@@ -26,6 +26,7 @@ class Export:
 
   Ternary matrices keep the exact codes and scales of training: a type that cannot hold them is
   refused. A folder holds plain numbers, in bfloat16 if that changes none of them, else in float32.
+  The file says if training rounded activations to int8.
 
   Example: neurojax export --workdir runs/tiny --out tiny.gguf --type TQ2_0
   """
@@ -63,7 +64,7 @@ class Export:
   url: str | None = None
   """Web address of the model in the file."""
   overwrite: bool = False
-  """Replace what an earlier export left there."""
+  """Replace the file or folder that an earlier export wrote."""
 
   def run(self) -> int:
     self._check()
@@ -110,10 +111,10 @@ class Export:
     if self.out.suffix.lower() in _FOREIGN:
       raise ValueError(f"--out {self.out}: name a folder, or a file that ends in .gguf")
     if to_gguf and self.dtype is not None:
-      raise ValueError(f"--dtype {self.dtype} is of a folder: GGUF has --type")
+      raise ValueError(f"--dtype {self.dtype} is for a folder: GGUF has --type")
     if not to_gguf and (self.type is not None or self.text is not None):
       option = "--type" if self.type is not None else "--text"
-      raise ValueError(f"{option} is of GGUF: let --out end in .gguf, or leave {option} away")
+      raise ValueError(f"{option} is for GGUF: let --out end in .gguf, or leave {option} away")
     if to_gguf and self.out.exists() and not self.overwrite:
       raise ValueError(f"--out {self.out} exists: name another file, or give --overwrite")
 

@@ -1,4 +1,4 @@
-"""`neurojax inspect`: what a model file is."""
+"""`neurojax inspect` describes a model file."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`neurojax pull`: a model from the hub."""
+"""`neurojax pull` downloads a model from the hub."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ class Pulling:
   dry_run: bool = False
   """Print what would be downloaded, and stop."""
   list: bool = False
-  """Print the short names, and which of them are here."""
+  """Print the short names, and which of the models are here."""
   json: bool = False
   """Print one JSON object."""
 

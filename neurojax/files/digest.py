@@ -20,7 +20,7 @@ def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> s
   """The SHA-256 of a file in hex, from the cache while path, size, time and inode are unchanged.
 
   Args:
-    opened_as: What `os.fstat` said of the file when it was opened; the digest is of that very file.
+    opened_as: The result of `os.fstat` when the file was opened; only that very file is hashed.
   Raises:
     FileNotFoundError: no such file.
     ValueError: it changed while it was read, or it is not the one that was opened.
@@ -43,7 +43,7 @@ def sha256_of(path: str | Path, *, opened_as: os.stat_result | None = None) -> s
 
 
 def is_known(path: Path) -> bool:
-  """Whether a digest of the file at this path was ever remembered, be it as it is now or not."""
+  """Whether a digest was ever remembered for this path, even if the file has changed since."""
   return _load(_entry(path.resolve(strict=True))) is not None
 
 
@@ -54,7 +54,7 @@ def remember(path: Path, sha256: str) -> None:
 
 
 def check_unchanged(path: Path, opened_as: os.stat_result) -> None:
-  """Raises: ValueError: what lies at `path` now is not the file that was opened, as it was then."""
+  """Raises ValueError if the file at `path` was replaced, changed or removed since it was opened."""
   if not path.exists() or _stamp(path.stat()) != _stamp(opened_as):
     raise ValueError(
       f"{path}: it was replaced, changed or removed since it was opened: start again"

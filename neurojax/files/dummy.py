@@ -1,4 +1,4 @@
-"""Model files of random ternary weights: the size and speed of a real model without its download.
+"""Writes model files of random ternary weights: the size and speed of a real model without a download.
 
 python -m neurojax.files.dummy bonsai-8b "Q2_0 (group 128)" bonsai-8b.gguf
 """

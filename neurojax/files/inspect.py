@@ -1,4 +1,4 @@
-"""What a model file holds, for programs (`describe`) and for people (`render`)."""
+"""Describes a model file: `describe` for programs, `render` for people."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from neurojax.tokenizer.tokenizer_spec import TokenizerSpec
 
 
 def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
-  """Plain values (JSON can hold them) about a model file, also about one that cannot be run.
+  """Describe a model file in plain values that JSON can hold, even a file that cannot be run.
 
   Args:
     sha256: Whether to hash the file, which reads all of it unless the digest is cached.
@@ -53,9 +53,11 @@ def describe(model: ModelFile, *, sha256: bool = False) -> dict[str, Any]:
 
 
 def describe_tokenizer(path: Path) -> dict[str, Any] | None:
-  """As `describe`, about a folder, or a tokenizer.json or tokenizer.model in one, that holds a tokenizer
-  and no model; None where there is none either. Raises: ValueError, NotImplementedError: it is no
-  tokenizer that is read."""
+  """Describe a tokenizer without a model, like `describe`: a folder, or the tokenizer.json or
+  tokenizer.model in one. None where there is no tokenizer.
+
+  Raises: ValueError, NotImplementedError: the tokenizer is not one that is read.
+  """
   from neurojax.tokenizer.read.folder import spec_from_folder
 
   folder = path if path.is_dir() else path.parent
@@ -87,8 +89,8 @@ _STAGES = (1, 2, 4)
 
 
 def _memory(model: ModelFile, config: ModelConfig) -> list[dict[str, Any]]:
-  """Bytes of weights and of one sequence's caches that the largest of equal stages holds: for each form of
-  weights, number of stages and context. What programs work in comes on top (`neurojax plan` counts it).
+  """Count the bytes of weights and of one sequence's caches in the largest of equal stages, for each choice
+  of weights, number of stages and context. Working memory is not included; `neurojax plan` counts it.
   """
   forms = stored_forms(model)
   kinds: list[tuple[Weights, str]] = [("dense", "float32"), ("dense", "bfloat16")]
@@ -129,12 +131,12 @@ def _equal(num_layers: int, stages: int) -> list[Span]:
 
 
 def _json(config: ModelConfig) -> dict[str, Any]:
-  """Its fields as JSON has them: lists for tuples."""
+  """The fields of a configuration as JSON has them: lists for tuples."""
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def render(description: Mapping[str, Any]) -> RenderableType:
-  """A page for a terminal from what `describe` returned."""
+  """Lay out the result of `describe` for a terminal."""
   facts = Table.grid(padding=(0, 2))
   facts.add_column(style="bold")
   facts.add_column(overflow="fold")

@@ -58,7 +58,7 @@ class Header:
 
   @property
   def config(self) -> ModelConfig:
-    """The ModelConfig. run.c fixes the two constants the header leaves out."""
+    """The architecture. run.c fixes the two constants that the header leaves out."""
     return ModelConfig(
       vocab_size=abs(self.vocab_size), model_dim=self.dim, num_layers=self.n_layers,
       num_heads=self.n_heads, num_kv_heads=self.n_kv_heads, head_dim=self.dim // self.n_heads,
@@ -67,8 +67,8 @@ class Header:
     )  # fmt: skip
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """Blocks in file order. The freq_cis tables are counted, never read: they follow from seq_len
-    and the head width, and run.c skips them as well."""
+    """The shapes of the blocks in file order. The freq_cis tables are counted, never read: they follow
+    from seq_len and the head width, and run.c skips them as well."""
     config = self.config
     kv_dim = config.num_kv_heads * config.head_dim
     dim, hidden_dim, layers = self.dim, self.hidden_dim, self.n_layers
@@ -233,7 +233,7 @@ class Llama2cFile:
 
 
 def read_tokenizer(path: str | Path, vocab_size: int) -> TokenizerSpec:
-  """A llama2.c tokenizer file, whose number of pieces only the checkpoint knows.
+  """Read a llama2.c tokenizer file, whose number of pieces only the checkpoint knows.
 
   The export wrote a space for U+2581 and decorated `<s>` and `</s>`; both are undone. Old exports
   wrote the byte pieces raw (`chr(n)`), newer ones as "<0xNN>"; both mean byte n at id 3 + n.

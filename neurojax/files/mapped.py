@@ -1,4 +1,4 @@
-"""A file mapped into memory, of which ranges of bytes are looked at."""
+"""Maps a file into memory and gives out ranges of its bytes."""
 
 import contextlib
 import mmap
@@ -50,8 +50,8 @@ class MappedFile:
 
   @contextlib.contextmanager
   def range(self, offset: int, nbytes: int) -> Iterator[UInt8[np.ndarray, "bytes"]]:
-    """`view`, whose pages leave the process afterwards. What follows in the file is fetched while the
-    caller is busy with these bytes: tensors are mostly read in its order."""
+    """Like `view`, but the pages leave the process afterwards. The bytes that follow are fetched while the
+    caller works on these: tensors are mostly read in the order of the file."""
     view = self.view(offset, nbytes)
     if sys.platform == "linux" and nbytes:
       start = offset // mmap.PAGESIZE * mmap.PAGESIZE
@@ -66,7 +66,7 @@ class MappedFile:
     digest.check_unchanged(self.path, self._opened_as)
 
   def sha256(self) -> str:
-    """Hex digest of the whole file (cached per user)."""
+    """The hex digest of the whole file, cached for each user."""
     return digest.sha256_of(self.path, opened_as=self._opened_as)
 
   def close(self) -> None:

@@ -7,7 +7,7 @@ from neurojax.files.gguf.file import GgufFile
 from neurojax.files.llama2c import Header, Llama2cFile
 from neurojax.files.model_file import ModelFile
 
-# What people hand over by mistake: (first bytes, what it is, what to do).
+# Files that people hand over by mistake: (first bytes, what the file is, what to do).
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
   (b"version https://git-lfs", "a Git LFS pointer, not the file", "run `git lfs pull`"),
   (b"<!DOCTYPE", "a web page, not a model", "download the file itself"),
@@ -22,8 +22,8 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> ModelFile:
-  """Open a model file, or a Hugging Face folder (config.json and safetensors). The content decides the
-  format, never the extension.
+  """Open a model file, or a folder with config.json and safetensors. The content decides the format,
+  never the extension.
 
   Args:
     tokenizer: The tokenizer file of a llama2.c checkpoint. GGUF and folders carry their own.

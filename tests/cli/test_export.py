@@ -182,9 +182,9 @@ def test_the_weights_as_a_model_without_a_file(folder: Path):
   [
     (["--out", "m.gguf", "--type", "TQ2_0"], "q_DNH: rows of 64 elements are no whole TQ2_0"),
     (["--out", "m.gguf", "--step", "1"], "has checkpoints of 2, 3"),
-    (["--out", "m.gguf", "--dtype", "float32"], "--dtype float32 is of a folder"),
-    (["--out", "m", "--type", "Q2_0"], "--type is of GGUF"),
-    (["--out", "m", "--text", "text"], "--text is of GGUF"),
+    (["--out", "m.gguf", "--dtype", "float32"], "--dtype float32 is for a folder"),
+    (["--out", "m", "--type", "Q2_0"], "--type is for GGUF"),
+    (["--out", "m", "--text", "text"], "--text is for GGUF"),
     (["--out", "m", "--dtype", "bfloat16"], "is not exact in bfloat16: choose float32"),
     (["--out", "m.safetensors"], "name a folder, or a file that ends in .gguf"),
     (["--out", "there.gguf"], "there.gguf exists: name another file, or give --overwrite"),

@@ -28,7 +28,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantization:
-  """What the quantization_config of a config.json says.
+  """The quantization_config of a config.json.
 
   Attributes:
     method: Its quant_method.
@@ -54,7 +54,7 @@ class Quantization:
 
 
 def quantization(table: Mapping[str, Any]) -> Quantization:
-  """Raises: Demand: what is not read; Fault: a value that makes no sense."""
+  """Read a quantization_config. Raises: Demand: it is not read; Fault: a value that makes no sense."""
   method = table.get("quant_method")
   if method == "awq" or (method is None and "w_bit" in table):
     return _awq(table)

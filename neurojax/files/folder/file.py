@@ -1,5 +1,5 @@
-"""A folder in the layout of Hugging Face's transformers: config.json and safetensors. Nothing in it is
-believed before it is checked."""
+"""Reads a folder in the layout of transformers: config.json and safetensors. Everything in it is checked
+before it is used."""
 
 import contextlib
 import dataclasses
@@ -33,8 +33,8 @@ class FolderFile:
   """An open folder (a `ModelFile`). Headers are checked on opening; tensors are mapped and
   decoded one by one.
 
-  `tensors` lists weights under transformers' names, a weight that is kept in several tensors as the
-  one that it is of.
+  `tensors` lists weights under transformers' names; a weight that is kept in several tensors has one
+  entry.
 
   Raises:
     ValueError: a file is missing, truncated, damaged or contradicts another.

@@ -21,8 +21,8 @@ from neurojax.files.mapped import MappedFile
 from neurojax.files.tensor_info import TensorInfo
 
 MAX_JSON_BYTES = 8 << 20
-"""Of a header, an index or a config.json. Python takes up to 25 times as much for a hostile one; the
-format's own limit is 100 MB, and 60,000 tensors fit into this one."""
+"""The largest header, index or config.json that is read. Python needs up to 25 times as much memory for
+a hostile one; the format's own limit is 100 MB, and 60,000 tensors fit into this one."""
 
 _AGAIN = "download it again"
 _MAX_DIMS = 8
@@ -41,7 +41,7 @@ DTYPES: Mapping[str, np.dtype] = {
   "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
   "U8": np.dtype("u1"), "I8": np.dtype("i1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"),
 }  # fmt: skip
-"""Those that can be read, as NumPy has them."""
+"""The element types that can be read, and NumPy's dtypes for them."""
 
 
 class SafetensorsFile:
@@ -49,9 +49,9 @@ class SafetensorsFile:
 
   Attributes:
     path: The file.
-    size_bytes: Of the file.
+    size_bytes: Bytes of the file.
     metadata: The header's own words about the file.
-    tensors: In the order of their bytes; offsets are from the start of the file.
+    tensors: The tensors by name, in the order of their bytes. Offsets are from the start of the file.
   Raises: ValueError: truncated, damaged or contradictory.
   """
 

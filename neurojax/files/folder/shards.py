@@ -19,10 +19,10 @@ _MAX_SHARDS = 1000
 
 
 class Shards:
-  """Open files of a folder, whose tensors are as those of one.
+  """The open files of a folder, with the tensors of all of them.
 
   Attributes:
-    tensors: By the files' own names; offsets are within the file that holds the tensor.
+    tensors: Tensors by the files' own names. Offsets are within the file that holds the tensor.
   Raises:
     ValueError: a file is missing, truncated, damaged or contradicts the index or another.
     NotImplementedError: the weights are in another format.
@@ -43,7 +43,7 @@ class Shards:
 
   @property
   def metadata(self) -> Mapping[str, str]:
-    """What the files' headers say about the model; the last file wins where several say it."""
+    """The words about the model in all headers; the last file wins where several have the same key."""
     return {key: value for file in self._files.values() for key, value in file.metadata.items()}
 
   @property
@@ -51,11 +51,11 @@ class Shards:
     return sum(file.size_bytes for file in self._files.values())
 
   def array(self, name: str) -> contextlib.AbstractContextManager[np.ndarray]:
-    """As `SafetensorsFile.array`."""
+    """A tensor's values, like `SafetensorsFile.array`."""
     return self._file_of[name].array(name)
 
   def view(self, name: str) -> UInt8[np.ndarray, "bytes"]:
-    """As `SafetensorsFile.view`."""
+    """A tensor's bytes, like `SafetensorsFile.view`."""
     return self._file_of[name].view(name)
 
   def check_unchanged(self) -> None:

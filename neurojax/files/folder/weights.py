@@ -1,4 +1,4 @@
-"""The weights of a folder, each as one, whatever tensors it is kept in."""
+"""Presents each weight of a folder as one, however many tensors keep it."""
 
 import dataclasses
 import math
@@ -23,17 +23,17 @@ NUMBERS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _PLAIN: Mapping[str, Plain] = {"F16": Plain("float16"), "BF16": Plain("bfloat16")}
 # Elements turned into numbers at a time: temporaries stay small beside the result.
 _CHUNK_ELEMENTS = 1 << 20
-# What stands beside a module's weight: scales of it, and of its activations, which are not rounded.
+# Tensors beside a module's weight: its scales, and scales of its activations, which are not rounded.
 _SCALES = ("weight_scale_inv", "weight_scale")
 _UNUSED = ("input_scale", "activation_scale", "input_scale_ub")
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One weight as it is kept.
+  """One weight as the folder keeps it.
 
   Attributes:
-    info: As `tensors` lists it.
+    info: The entry of this weight in `FolderFile.tensors`.
     kind: "plain", "scaled" (numbers with scales beside them, as FP8), "awq", "bitnet", or "online":
       numbers that are ternary when used.
     parts: The file's tensors that it consists of, by what each is.
@@ -48,7 +48,7 @@ class Weights:
   """The weights of an open folder.
 
   Attributes:
-    all: By transformers' names.
+    all: The weights by transformers' names.
   Raises: ValueError: tensors that do not go together.
   """
 
@@ -57,7 +57,7 @@ class Weights:
     self.all: Mapping[str, Weight] = dict(self._group())
 
   def narrow_form(self, weight: Weight) -> Form | None:
-    """What keeps its numbers in the width of the file, see `WeightSource.narrow_form`."""
+    """The form that keeps a weight's numbers in the width of the file, see `WeightSource.narrow_form`."""
     if weight.kind == "awq":
       return self._awq_form(weight)
     if weight.kind == "scaled":
@@ -161,7 +161,7 @@ class Weights:
     return values
 
   def _factors(self, weight: Weight) -> tuple[np.ndarray, int]:
-    """What rows of a weight are multiplied by, as `compressed.row_scales`."""
+    """The factors of a weight's rows and the elements that share one, see `compressed.row_scales`."""
     quantization, shape = self.quantization, weight.info.shape
     with self._shards.array(weight.parts["scales"]) as array:
       scales = array.copy()
@@ -188,7 +188,7 @@ class Weights:
       values[part] *= np.repeat(factors[part], size, axis=1)[:, :k]
 
   def _float8_form(self, weight: Weight) -> Grouped | None:
-    """Of an FP8 matrix whose rows consist of whole blocks."""
+    """The form of an FP8 matrix whose rows consist of whole blocks; None for others."""
     kind = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}.get(weight.info.type)
     if kind is None or weight.kind != "scaled" or len(weight.info.shape) != 2:
       return None

@@ -1,4 +1,4 @@
-"""The quantized blocks of ggml as integers and scales, exactly: what `weights.grouped` keeps of a file.
+"""Splits the quantized blocks of ggml into integers and scales, exactly, as `weights.grouped` keeps them.
 
 Sources: ggml, ggml-common.h `block_*` and ggml-quants.c `dequantize_row_*`. Types whose codes index a
 table of vectors (IQ1 to IQ3) are looked up by the gguf package, on blocks whose scales are set to one.
@@ -20,13 +20,21 @@ _CHUNK_ELEMENTS = 1 << 18
 _ONE = np.float16(1).tobytes()
 
 _Parts = tuple[np.ndarray, ...]
-"""Of blocks [M, bytes]: codes [M, block], then the arrays that the form wants, in the order of
-`GroupedRows`, [M, groups] each."""
+"""The unpacked parts of M blocks: codes [M, block], then the arrays of the form in the order of
+`GroupedRows`, each [M, groups]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-  """One type: its size, what a row becomes, and how."""
+  """One quantized type of ggml.
+
+  Attributes:
+    type: The name of the type.
+    block: Elements of a block.
+    block_bytes: Bytes of a block.
+    form: The form that its matrices have in memory.
+    split: Splits blocks [M, bytes] into the arrays of the form.
+  """
 
   type: str
   block: int
@@ -35,7 +43,8 @@ class Blocks:
   split: Callable[[UInt8[np.ndarray, "M bytes"]], _Parts]
 
   def rows(self, raw: UInt8[np.ndarray, "bytes"], n: int, k: int) -> GroupedRows:
-    """The matrix of a tensor's bytes, which may be a map of a file: nothing keeps a hold of them.
+    """Unpack a tensor's bytes to a matrix. They may be a map of a file: the result shares no memory with
+    them.
 
     Raises: ValueError: not the bytes of n rows of k elements.
     """
@@ -63,21 +72,21 @@ def _half(stored: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(stored: np.ndarray, run: int) -> np.ndarray:
-  """Runs of bytes, the low halves of a run before its high halves."""
+  """Split runs of bytes into 4-bit numbers: the low halves of a run come before its high halves."""
   runs = stored.reshape(len(stored), -1, 1, run)
   both = np.concatenate([runs & np.uint8(15), runs >> np.uint8(4)], axis=2)
   return both.reshape(len(stored), -1)
 
 
 def _fields(stored: np.ndarray, run: int, bits: int) -> np.ndarray:
-  """Runs of bytes, the lowest bits of all bytes of a run first."""
+  """Split runs of bytes into numbers of `bits`: the lowest bits of all bytes of a run come first."""
   shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
   runs = stored.reshape(len(stored), -1, 1, run) >> shifts & np.uint8((1 << bits) - 1)
   return runs.reshape(len(stored), -1)
 
 
 def _fifth_bits(stored: np.ndarray) -> np.ndarray:
-  """Bit i of a little-endian uint32 is that of element i, as 16."""
+  """The fifth bits, worth 16: bit i of a little-endian uint32 belongs to element i."""
   return np.unpackbits(stored, axis=1, bitorder="little") << np.uint8(4)
 
 
@@ -194,8 +203,11 @@ def _nvfp4(b: np.ndarray) -> _Parts:
 def _looked_up(
   kind: str, unit: int, offset: int, unscaled: Callable[[np.ndarray], None]
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """Codes of a type by the package's decoder, which gives 1 / unit for each once `unscaled` has set a
-  block's scale to one and its groups' to the least."""
+  """Make the function that looks up the codes of a type with the gguf package's decoder.
+
+  `unscaled` sets a block's scale to one and the scales of its groups to the smallest; the decoder
+  then gives multiples of 1 / unit, which `unit` and `offset` turn into codes.
+  """
   qtype = GGMLQuantizationType[kind]
 
   def codes(b: np.ndarray) -> np.ndarray:
@@ -211,7 +223,7 @@ def _words(b: np.ndarray) -> np.ndarray:
 
 
 def _odd(scales: np.ndarray) -> np.ndarray:
-  """Group scales are 2 s + 1 parts of the block's."""
+  """The factors 2 s + 1 of the block's scale that stored group scales s stand for."""
   return (2 * scales.astype(np.int8) + 1).astype(np.int8)
 
 
@@ -220,7 +232,7 @@ def _parent(stored: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _pairs(stored: np.ndarray) -> np.ndarray:
-  """The low and the high half of each byte, one after the other."""
+  """Split each byte into its low half and its high half, in this order."""
   halves = [stored & np.uint8(15), stored >> np.uint8(4)]
   return np.stack(halves, axis=2).reshape(len(stored), -1)
 
@@ -230,7 +242,7 @@ def _set_one(b: np.ndarray) -> None:
 
 
 def _clear_tops(first: int, step: int) -> Callable[[np.ndarray], None]:
-  """The highest four bits of every so many bytes are a group's scale."""
+  """Make the function that clears group scales in the highest four bits of every `step` bytes."""
 
   def unscaled(b: np.ndarray) -> None:
     _set_one(b)
@@ -351,4 +363,4 @@ BLOCKS: Mapping[str, Blocks] = {
     _blocks("NVFP4", 5, 12, 16, _nvfp4),
   )
 }
-"""By name. The others of ggml are plain numbers, or ternary: `weights.codecs`."""
+"""Quantized types by name. ggml's other types are plain numbers, or ternary: `weights.codecs`."""

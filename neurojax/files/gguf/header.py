@@ -86,10 +86,10 @@ class Header:
   """The parsed header.
 
   Attributes:
-    version: Of the format.
-    metadata: By key.
-    fields: Where each key and its value stand in the file: the first byte, and the one behind them.
-    tensors: In the order of the file.
+    version: The version of the format.
+    metadata: Values by key.
+    fields: For each key, the bytes of key and value in the file: the first, and the one behind the last.
+    tensors: The tensors by name, in the order of the file.
   """
 
   def __init__(self, path: Path, data: memoryview) -> None:
@@ -278,7 +278,7 @@ class Header:
   def _placed(
     self, listed: dict[str, tuple[str, tuple[int, ...], int, int | None]], start: int
   ) -> dict[str, TensorInfo]:
-    """Give every tensor its place in the file, none outside it and no two in the same."""
+    """Give every tensor its place in the file. Raises where one is outside the file or two overlap."""
     end = max((start + offset + (n or 1) for _, _, offset, n in listed.values()), default=0)
     if end > self._size:
       raise self._fail(
@@ -302,8 +302,8 @@ class Header:
     return {name: placed[name] for name in listed}
 
   def _grouped(self, tensors: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
-    """Give each Q2_0 tensor its scale group: that of which all of them, with less padding than the
-    alignment, fill the room up to what follows."""
+    """Give each Q2_0 tensor its scale group. Two groups share the type's number; the right one makes the
+    tensors fill the room up to what follows, with less padding than the alignment."""
     mine = {name: info for name, info in tensors.items() if info.type == "Q2_0"}
     sizes: dict[str, dict[codecs.Codec, int]] = {}
     for name, info in mine.items():

@@ -1,4 +1,4 @@
-"""GGUF files that were cut into parts (llama-gguf-split), as one: their places, names and order.
+"""Joins the parts of a GGUF file that llama-gguf-split cut: their places, names and order.
 
 Source: llama.cpp, src/llama-model-loader.cpp and src/llama.cpp, `llama_split_path`.
 """
@@ -21,12 +21,12 @@ _MOST = 1000
 
 
 class Parts:
-  """The open parts of a GGUF file; one of most files.
+  """The open parts of a GGUF file. Most files have one part.
 
   Attributes:
-    header: Of the first part, which has the metadata.
-    tensors: Of all parts; offsets are within the part that holds the tensor.
-    count: How many there are.
+    header: The header of the first part, which has the metadata.
+    tensors: The tensors of all parts. Offsets are within the part that holds the tensor.
+    count: The number of parts.
   Raises:
     ValueError: a part is missing, damaged or of another file; or this is not the first.
     NotImplementedError: a version or byte order that is not read.
@@ -51,15 +51,15 @@ class Parts:
     return sum(file.size_bytes for file in self._files)
 
   def first(self, offset: int, nbytes: int) -> UInt8[np.ndarray, "bytes"]:
-    """Bytes of the first part, as `MappedFile.view`."""
+    """Bytes of the first part, like `MappedFile.view`."""
     return self._files[0].view(offset, nbytes)
 
   def range(self, info: TensorInfo) -> contextlib.AbstractContextManager[np.ndarray]:
-    """The bytes of a tensor, as `MappedFile.range`."""
+    """The bytes of a tensor, like `MappedFile.range`."""
     return self._files[self._part_of[info.name]].range(info.offset, info.nbytes)
 
   def view(self, info: TensorInfo) -> UInt8[np.ndarray, "bytes"]:
-    """The bytes of a tensor, as `MappedFile.view`."""
+    """The bytes of a tensor, like `MappedFile.view`."""
     return self._files[self._part_of[info.name]].view(info.offset, info.nbytes)
 
   def check_unchanged(self) -> None:
@@ -67,7 +67,7 @@ class Parts:
       file.check_unchanged()
 
   def sha256(self) -> str:
-    """Hex digest of the file; of several parts, that of their digests in order."""
+    """The hex digest of the file. For several parts it is the digest of their digests, in order."""
     if self.count == 1:
       return self._files[0].sha256()
     return hashlib.sha256("\n".join(file.sha256() for file in self._files).encode()).hexdigest()
@@ -114,7 +114,7 @@ class Parts:
 
 
 def whole_metadata(parts: Parts) -> Mapping[str, object]:
-  """What the first part says, without that it is one."""
+  """The metadata of the first part, without the keys that say that it is a part."""
   if parts.count == 1:
     return parts.header.metadata
   return _Without(parts.header.metadata, "split.")

@@ -1,4 +1,4 @@
-"""What a model on the hub is called: org/name[@revision][:file], and short names for some."""
+"""Names of models on the hub: org/name[@revision][:file], and short names for some."""
 
 import dataclasses
 import re

@@ -101,11 +101,11 @@ def _commit(folder: Path, revision: str) -> str | None:
 
 
 def check_unharmed(path: Path) -> None:
-  """Whether a file that was pulled still has the digest that it had.
+  """Check that a file that was pulled still has the digest that it had.
 
-  Reads the file only if it was written since. Files that another tool downloaded are taken as they are.
+  This reads the file only if it was written since. Files that another tool downloaded are not checked.
 
-  Raises: ValueError: it has another one.
+  Raises: ValueError: the file has another digest.
   """
   expected = blob_name(path)
   if expected is None or not SHA256.fullmatch(expected) or not digest.is_known(path):

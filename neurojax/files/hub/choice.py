@@ -1,4 +1,4 @@
-"""Which files of a repository make up a model."""
+"""Chooses the files of a repository that make up a model."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 INDEX = "model.safetensors.index.json"
 _SAFETENSORS = "safetensors"
 
-# What a reader of a transformers folder may open. Never code, never pickles.
+# Files that the reader of a transformers folder may open. Code and pickles are never among them.
 _BESIDE = (
   "config.json", "generation_config.json", "quantize_config.json", "quant_config.json",
   "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -29,7 +29,8 @@ class Choice:
   """The files of one model.
 
   Attributes:
-    files: Their names, metadata first. Of weights with an index none are here: `shards` names them.
+    files: Names of the files, metadata first. Weights that an index lists are not among them: `shards`
+      names those.
     opens: The file to open; "" is the folder itself.
     index: The file that names the weights' files, if there is one.
   """

@@ -1,4 +1,4 @@
-"""Getting a model from the hub into the cache: gone on with where it stopped, and checked.
+"""Downloads a model from the hub into the cache: it goes on where it stopped, and is checked.
 
 huggingface_hub throws away what came of a file when the process ends, so this keeps its own unfinished
 files, beside the finished ones; the finished ones lie where huggingface_hub and other tools look.
@@ -19,7 +19,7 @@ from neurojax.files.hub.choice import choose, shards, size_text
 from neurojax.files.hub.remote import Hub, RemoteFile
 
 Progress = Callable[[str, int], None]
-"""Called with a file's name and its bytes that are here."""
+"""A function that is called with a file's name and the number of its bytes that have come."""
 
 _CHUNK_BYTES = 1 << 20
 # The hub's plain HTTP ends here; beyond it there is only its own protocol, Xet.
@@ -45,10 +45,10 @@ class Pulled:
 
 
 class Pull:
-  """One model on its way. `files` are those known to be needed; weights with an index come last."""
+  """The download of one model. `files` are those known to be needed; weights with an index come last."""
 
   def __init__(self, hub: Hub, address: Address, folder: Path | None = None):
-    """Asks the hub what there is.
+    """Ask the hub which files there are.
 
     Args:
       folder: The cache; where HF_HOME says if absent.
@@ -66,7 +66,7 @@ class Pull:
     self.came_bytes = 0
 
   def run(self, *, progress: Progress | None = None, verify: bool = False) -> Pulled:
-    """Bring what is not there, and give it its names.
+    """Download the files that are missing, and link them under their names.
 
     Args:
       verify: Also hash files that are there already.
@@ -87,11 +87,11 @@ class Pull:
 
   @property
   def has_index(self) -> bool:
-    """Whether there are weights beside `files`, which an index names that is not read yet."""
+    """Whether an index that is not read yet names weights beside `files`."""
     return self._choice.index is not None
 
   def missing_bytes(self, files: Iterable[RemoteFile]) -> int:
-    """What would come over the network for them."""
+    """Bytes that would come over the network for these files."""
     missing = 0
     for file in {file.digest: file for file in files}.values():
       if not (self._blobs / file.digest).exists():
@@ -161,7 +161,7 @@ class Pull:
     _check(partial, file)
 
   def _begin(self, file: RemoteFile) -> int:
-    """Bytes of an unfinished file that can be gone on with."""
+    """Bytes of an unfinished file that need not be downloaded again."""
     partial = self._partial(file)
     # A small file may come compressed, where a range means something else: from the start.
     if file.sha256 is None or not partial.exists():
@@ -179,7 +179,7 @@ class _TooMany(ValueError):
 
 
 class _Sink:
-  """The file that is written, for `Hub.fetch`: tells how far it is, and takes no byte too many."""
+  """The file that `Hub.fetch` writes: it reports its progress, and refuses bytes beyond its size."""
 
   def __init__(self, file: BinaryIO, remote: RemoteFile, progress: Progress | None):
     self._file, self._remote, self._progress = file, remote, progress
@@ -209,7 +209,7 @@ class _Sink:
 
 
 def _check(path: Path, file: RemoteFile) -> None:
-  """Remove a file that is not the one that the hub lists. Raises: ValueError: it was."""
+  """Remove a file whose digest is not the one that the hub lists. Raises: ValueError: it was removed."""
   size = path.stat().st_size
   found = f"{size:,} bytes of {file.size_bytes:,}"
   if size == file.size_bytes:
@@ -230,7 +230,7 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _git_sha1(file: BinaryIO, size_bytes: int) -> str:
-  """How Git names content: the SHA-1 of "blob SIZE", a zero byte, and the content."""
+  """Git's name for content: the SHA-1 of "blob SIZE", a zero byte, and the content."""
   hashed = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
   while part := file.read(_CHUNK_BYTES):
     hashed.update(part)

@@ -175,7 +175,7 @@ class Hub:
 
 
 def _no_bar() -> type:
-  """For `http_get`, which would draw one: there is a bar of our own for all files."""
+  """A progress bar that draws nothing, for `http_get`: our own bar covers all files."""
   from tqdm import tqdm
 
   class NoBar(tqdm):

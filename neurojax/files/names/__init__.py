@@ -1,4 +1,4 @@
-"""What each format and architecture calls its tensors and its numbers, and what the model refuses."""
+"""The names that formats and families have for tensors and numbers, and what is refused."""
 
 from neurojax.files.names.architecture import (
   PER_LAYER,

@@ -1,4 +1,4 @@
-"""What the readers' tables are made of, and what they make of a file.
+"""The parts of the tables that readers and writers share, and the interpretation of a file by them.
 
 A canonical name ends in the letters of its axes: D model width, F FFN width, N query heads,
 K key-value heads, H head width, V vocabulary, E experts, W, M and C as `ModelConfig.sizes` says.
@@ -22,7 +22,7 @@ PER_LAYER = tuple(params.LAYER)
 
 
 Activations = Literal["int8"]
-"""What a model rounds its activations to in front of ternary matrices: int8, one scale per token."""
+"""The number format to which activations are rounded before ternary matrices, one scale per token."""
 
 
 class Fault(Exception):
@@ -35,7 +35,7 @@ class Demand(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-  """Where a file keeps a tensor.
+  """The place of a tensor in a file.
 
   Attributes:
     name: The file's name, with {layer} where the layer's number goes, and {expert} where each expert
@@ -43,7 +43,7 @@ class Stored:
     axes: The row-major axes, apart by spaces; letters within one axis are flattened together
       ("NH D" is a matrix of N*H rows and D columns), "1" is an axis of one. An axis E of experts that
       have tensors of their own is the first.
-    shift: What is added to the file's numbers (Gemma keeps what its norms multiply by less 1).
+    shift: A number to add to the file's numbers. Gemma's norms multiply by 1 + w and its files keep w.
   """
 
   name: str
@@ -58,17 +58,17 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interpretation:
-  """What the names make of a file.
+  """A file in the words of the model.
 
   Attributes:
-    architecture: As the file names it, or None.
+    architecture: The name that the file gives, or None.
     config: The numbers as stated, even where the file is refused; None when they make no model.
     tensors: Canonical name to stored tensor; without "head_DV" when the embedding is tied, and
       without names that the architecture does not have. Which layers have one, the config says.
-    demands: What the file asks for and the model does not compute.
-    faults: Where the file contradicts itself or lacks something.
+    demands: Sentences about features that the file asks for and the model does not compute.
+    faults: Sentences about contradictions and gaps in the file.
     ignored: Parts of the file that text needs nothing of, such as a vision tower.
-    activations: What the file says that its activations are rounded to; None where it does not say.
+    activations: The rounding of activations that the file states, or None.
   """
 
   architecture: str | None
@@ -105,7 +105,7 @@ def kind_names(config: ModelConfig) -> list[list[str]]:
 
 
 def of_config(stored: Mapping[str, Stored], config: ModelConfig | None) -> dict[str, Stored]:
-  """Those of an architecture's tensors that a model with this configuration has."""
+  """The tensors of an architecture that a model with this configuration has."""
   if config is None:
     return dict(stored)
   known = {*WHOLE_MODEL, *(name for names in kind_names(config) for name in names)}

@@ -1,4 +1,4 @@
-"""What transformers calls the tensors and numbers of each model_type, and what the model refuses.
+"""Maps transformers' names for tensors and numbers of each model_type, and refuses by name.
 
 Sources: transformers, models/*/configuration_*.py (keys and what they are when absent),
 modeling_*.py (names of tensors, what a key does) and modeling_rope_utils.py.

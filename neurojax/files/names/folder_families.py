@@ -1,5 +1,5 @@
-"""The families of transformers, as data: names of tensors, of numbers, and what is known to be left
-out. See `huggingface` for how they are read."""
+"""The families of transformers as data: names of tensors and numbers, and keys that change nothing.
+`names.folder` reads folders by them."""
 
 import dataclasses
 import math
@@ -18,14 +18,16 @@ class Family:
   Attributes:
     name: The model_type.
     tensors: Canonical name to the tensor, as a causal model calls it.
-    keys: ModelConfig field to the keys that may hold it, the first that does counts.
-    defaults: What transformers takes where no key does.
+    keys: For each field of ModelConfig the keys that may hold it. The first that is there counts.
+    defaults: The values that transformers takes where no key is there.
     neutral: Keys and the values under which they change nothing (None: any value), beside those that
       all families have.
     reads: Keys that `layers` and the reader look at.
     layers: The other fields. Raises Fault, Demand, or ValueError.
-    activation, tied, vocab_size: What transformers takes where the file is silent.
-    biases: Whether q, k and v have biases; None: as attention_bias says.
+    activation: The activation that transformers takes where the file names none.
+    tied: Whether the head is tied to the embedding where the file does not say.
+    vocab_size: The vocabulary that transformers takes where the file names none.
+    biases: Whether q, k and v have biases; None: attention_bias says it.
   """
 
   name: str
@@ -185,7 +187,7 @@ def _qwen(words: Words) -> dict[str, Any]:
 
 
 def _gemma_types(words: Words) -> list[bool]:
-  """Whether each layer is a local one: as said, or but for every sixth."""
+  """For each layer, whether it is local: the file lists it, or every sixth layer is not."""
   types = words.layer_types("full_attention", "sliding_attention")
   if types is not None:
     return [kind == "sliding_attention" for kind in types]
@@ -268,7 +270,7 @@ def _gemma4(words: Words) -> dict[str, Any]:
 
 
 def _gemma4_overrides(words: Words, slides: list[bool]) -> list[Mapping[str, int]]:
-  """What each layer has of its own, in the spelling by layer or in the older one of global layers."""
+  """The numbers that are a layer's own, in the spelling by layer or in the older one for global layers."""
   said = words.get("per_layer_config")
   if said is None:
     own = {"head_dim": words.count("global_head_dim", 512)}
@@ -313,7 +315,7 @@ def _lfm2(words: Words) -> dict[str, Any]:
 
 
 def _lfm2_width(words: Words) -> int:
-  """Of the FFN, as transformers' Lfm2MLP makes it of the number in the file."""
+  """The width of the FFN, which transformers' Lfm2MLP computes from the number in the file."""
   width = words.values["ffn_dim"]
   if not words.get("block_auto_adjust_ff_dim", True):
     return width

@@ -70,10 +70,10 @@ class Words:
   def rotary(
     self, table: Mapping[str, Any], base: float, head_dim: int | None = None
   ) -> tuple[float, RopeScaling | None]:
-    """What a table of rotary positions says: its base (else `base`) and its scaling.
+    """The base (`base` if absent) and the scaling that a table of rotary positions gives.
 
     Args:
-      head_dim: Of heads that are not as wide as the model's own.
+      head_dim: The width of heads that differ from the model's own.
     Raises: Demand: a kind that is not computed, or a key that is not known.
     """
     words = Words(table, self.values)

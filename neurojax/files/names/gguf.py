@@ -1,4 +1,4 @@
-"""What GGUF calls the tensors and numbers of each architecture, and what the model refuses.
+"""Maps GGUF's names for tensors and numbers of each architecture, and refuses by name.
 
 Sources: llama.cpp, src/models/*.cpp, src/llama-model.cpp and src/llama-context.cpp (what a key
 means); conversion/*.py and gguf-py, constants.py and tensor_mapping.py (what converters write).
@@ -52,7 +52,7 @@ ACTIVATIONS = "neurojax.activations"
 FACTORS = "rope_freqs.weight"
 """The tensor of rotary factors, one for each pair of a head."""
 
-# What stands for a pair that does not turn.
+# The factor of a pair that does not turn.
 _STILL = 1e30
 
 # Why a tensor has no canonical name, by what its name contains; the first match counts.
@@ -168,7 +168,7 @@ def architecture_of(config: ModelConfig, *, as_it_is: bool = False) -> str:
 
 
 def rope_factors(config: ModelConfig) -> tuple[float, ...]:
-  """What the tensor `FACTORS` of a configuration holds; nothing where there is no such tensor."""
+  """The numbers of the tensor `FACTORS` for a configuration; empty where there is no such tensor."""
   for kind in config.kinds:
     scaling = kind.rope_scaling
     if scaling is None or kind.head_dim is None or kind.rope_base is None:

@@ -1,4 +1,4 @@
-"""The architectures of GGUF, as data: names of tensors, of numbers, and what is known to change nothing.
+"""The architectures of GGUF as data: names of tensors and numbers, and keys that change nothing.
 
 Sources: llama.cpp, src/models/*.cpp (what is computed); conversion/*.py and gguf-py, constants.py and
 tensor_mapping.py (what converters write).
@@ -18,17 +18,17 @@ class Architecture:
   """One family of GGUF models. Keys are written without the leading "{arch}.".
 
   Attributes:
-    rope_style: How the converter left the rows of q and k.
+    rope_style: The order in which the converter left the rows of q and k.
     tensors: Canonical name to the tensor in the file. Those of `optional` say by their presence that
       the model has them, the others follow from the configuration; without "head_DV" the embedding is
       always tied.
     keys: ModelConfig field to metadata key.
-    defaults: What the format says a field is when its key is absent.
+    defaults: The values of fields whose key is absent, as the format has them.
     fixed: ModelConfig fields that are the same for the family.
     same_as: Keys that must repeat a ModelConfig field, because the model has no second number.
     neutral: Other keys and the values under which they change nothing (None: any value).
       A key of the architecture that stands nowhere here is refused.
-    layers: What differs between layers, with keys of its own.
+    layers: The numbers that differ between layers, with keys of their own.
   """
 
   rope_style: RopeStyle
@@ -41,7 +41,7 @@ class Architecture:
   layers: Layers
 
   def metadata(self, name: str, config: ModelConfig) -> dict[str, object]:
-    """What a file of this architecture, called `name`, says of a configuration: key to value.
+    """The metadata for a configuration in a file of this architecture, called `name`: key to value.
 
     Raises: ValueError: the family has no words for a part of it.
     """

@@ -1,4 +1,4 @@
-"""What GGUF says of models whose layers differ: windows, widths of heads, convolutions; both ways."""
+"""Reads and writes GGUF's keys for models whose layers differ: windows, head widths, convolutions."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from neurojax.files.tensor_info import TensorInfo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-  """What is known of a file when its layers are looked at.
+  """The facts about a file from which its layers are read.
 
   Attributes:
-    name: The architecture's.
-    get: The value of a key without its leading "{name}.", and what it is when absent.
-    values: ModelConfig fields so far.
-    tensors: Of the file.
-    scaling: Of rotary positions, the model's own.
+    name: The name of the architecture.
+    get: Gives the value of a key, without its leading "{name}.", or a default.
+    values: The fields of ModelConfig that are known so far.
+    tensors: The tensors of the file.
+    scaling: The model's own scaling of rotary positions.
   """
 
   name: str
@@ -50,7 +50,7 @@ class Facts:
     return float(value)
 
   def of_layers(self, suffix: str, value: object) -> Sequence[int]:
-    """A key's value for each layer, of a list or of one number for all."""
+    """The value of a key for each layer, from a list or from one number for all."""
     count = self.num_layers
     if isinstance(value, int):
       # A number of layers that the file has no tensors for is told later, and must cost nothing.
@@ -70,12 +70,13 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
-  """How an architecture says what differs between layers.
+  """The keys of an architecture for numbers that differ between layers.
 
   Attributes:
     keys: Metadata keys that `read` looks at.
-    read: The ModelConfig fields that follow. Raises Fault, Demand, or ValueError.
-    write: Key to value (None: left out) of a configuration. Raises ValueError: it has no words for it.
+    read: Gives the fields of ModelConfig that follow. Raises Fault, Demand, or ValueError.
+    write: Gives key to value (None: left out) for a configuration. Raises ValueError: there are no words
+      for it.
     takes_kv_heads: Whether the number of key-value heads may be a list, which `read` resolves.
   """
 
@@ -140,7 +141,7 @@ def _write_window(config: ModelConfig) -> dict[str, object]:
 
 
 def _pattern(facts: Facts) -> list[bool]:
-  """Whether each layer has the window: a list of them, or each n-th has not."""
+  """For each layer, whether it has the window: the file lists it, or every n-th layer has none."""
   value = facts.get(_PATTERN, 6)
   if isinstance(value, list):
     return [bool(v) for v in facts.of_layers(_PATTERN, value)]

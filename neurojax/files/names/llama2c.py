@@ -1,4 +1,4 @@
-"""What llama2.c calls its tensors (run.c, `TransformerWeights`): each kind for all layers in one
+"""llama2.c's names for its tensors (run.c, `TransformerWeights`): each kind for all layers in one
 block, of which the reader cuts out the layer."""
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What an export promises beyond a conversion: ternary matrices keep their numbers, or it is refused."""
+"""Checks that hold an export to its promise: ternary matrices keep their numbers, or it is refused."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Any source to a folder that transformers loads: exactly, or in a dtype that is asked for."""
+"""Writes any source as a folder that transformers loads: exactly, or in a dtype that is asked for."""
 
 import dataclasses
 import json

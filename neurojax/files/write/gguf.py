@@ -1,4 +1,4 @@
-"""Any source to GGUF: exactly, or in a type that is asked for by name."""
+"""Writes any source as GGUF: exactly, or in a type that is asked for by name."""
 
 import contextlib
 import dataclasses
@@ -47,10 +47,10 @@ _DROPPED = ("general.alignment", "general.file_type", "general.quantization_vers
 
 @dataclasses.dataclass(frozen=True)
 class _Conversion:
-  """What all tensors of a conversion share.
+  """The choices that all tensors of a conversion share.
 
   Attributes:
-    source: Where the numbers come from.
+    source: The source of the numbers.
     rope_style: The order of a head's elements in the new file.
     kind: The type that is asked for, for matrices of layers: one of KINDS, or None: each as it is.
     outer: The same for embedding and head.
@@ -151,7 +151,7 @@ def to_gguf(
 
 
 def _notes(architecture: str, config: ModelConfig) -> Iterator[str]:
-  """Where llama.cpp, as of 2026, computes something else than the file says."""
+  """Sentences about cases in which llama.cpp, as of 2026, computes something else than the file says."""
   windows = {kind.sliding_window for kind in config.kinds} - {None}
   if architecture == "llama" and windows:
     yield (

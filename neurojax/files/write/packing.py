@@ -1,4 +1,4 @@
-"""Which ternary types of GGUF hold a matrix without any change, and its bytes in one of them."""
+"""Tells which ternary types of GGUF hold a matrix without any change, and packs it into one of them."""
 
 from collections.abc import Mapping
 
@@ -90,7 +90,9 @@ def pack(
   """The bytes of ternary rows of `k` elements in a type.
 
   Args:
-    codes, scales, group_size: As `WeightSource.read_ternary` gives them.
+    codes: Codes in the layout of `weights.ternary`, as `WeightSource.read_ternary` gives them.
+    scales: The scales beside them.
+    group_size: Elements that share a scale, or None.
   Raises: ValueError: as `check` and `block_scales`; `where` names the tensor.
   """
   check(k, group_size, codec, where)

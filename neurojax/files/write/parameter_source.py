@@ -1,4 +1,4 @@
-"""A whole model in memory as a source for writers: what a training run has learnt."""
+"""Presents the parameters of a training run, which are in memory, as a source for writers."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -83,8 +83,8 @@ class ParameterSource:
     """A NeuroLLM with these very numbers, without any file in between: activations in float32.
 
     Args:
-      mode: How activations are multiplied by ternary matrices, which then stay packed; None: all
-        matrices as float32.
+      mode: The way in which activations enter products with ternary matrices, which then stay packed.
+        None: all matrices are float32.
     """
     graph, state = nnx.split(NeuroLLM.abstract(self.config))
     places = dict(params.outer_names(self.config, Span.whole(self.config)))

@@ -1,4 +1,4 @@
-"""Writing safetensors files a tensor at a time.
+"""Writes safetensors files, a tensor at a time.
 
 Format: https://github.com/huggingface/safetensors: the length of the header as 8 bytes, little-
 endian; the header, JSON; the tensors in the order of the header, without gaps.
@@ -36,9 +36,10 @@ def write_safetensors(
   """Write a file.
 
   Args:
-    shapes: Of each tensor by its name.
-    tensors: Their values in the order of `shapes`, of the dtype.
-    dtype: Of all tensors, or of each by its name.
+    shapes: The shape of each tensor by its name.
+    tensors: The values in the order of `shapes`, in the dtype.
+    dtype: The dtype of all tensors, or of each by its name.
+    metadata: Words about the file, for its header.
   Raises: ValueError: a tensor has another shape or dtype.
   """
   header: dict[str, object] = {"__metadata__": dict(metadata)}

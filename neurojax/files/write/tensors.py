@@ -1,4 +1,4 @@
-"""One tensor at a time out of a source, in the order of rows that another format wants."""
+"""Reads one tensor at a time from a source, in the order of rows that the new file wants."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -143,14 +143,14 @@ def holds(values: np.ndarray, kind: str) -> bool:
 
 @dataclasses.dataclass
 class Loss:
-  """How much a conversion changed.
+  """The changes that a conversion made.
 
   Attributes:
     squares: The sum of squares of the numbers in rounded tensors.
     off: The sum of squares of the changes.
     worst: The largest relative change of a tensor (root mean squares).
     worst_name: The tensor with that change.
-    tensors: How many tensors were rounded.
+    tensors: The number of rounded tensors.
   """
 
   squares: float = 0.0
@@ -201,14 +201,14 @@ def places(stored: Iterator[tuple[str, int | None, Stored]], num_experts: int) -
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-  """What was written.
+  """The file or folder that was written.
 
   Attributes:
     architecture: The architecture of the GGUF file, or the model_type of the folder.
     kind: The type of the ternary matrices; without any, the type of most matrices.
     types: The number of tensors of each type.
-    loss: How much rounding changed.
-    notes: What the user should know about the new file.
+    loss: The changes by rounding.
+    notes: Sentences that the user should read about the new file.
   """
 
   architecture: str

@@ -1,4 +1,4 @@
-"""Numbers to ternary, a scale group at a time."""
+"""Rounds numbers to the nearest ternary ones, a scale group at a time."""
 
 import numpy as np
 from jaxtyping import Float16, Float32, UInt8
@@ -12,8 +12,8 @@ _CHUNK_ELEMENTS = 1 << 20
 def nearest(
   w_NxK: Float32[np.ndarray, "N K"], group_size: int
 ) -> tuple[UInt8[np.ndarray, "N Y"], Float16[np.ndarray, "N Q"]]:
-  """Codes and float16 scales, as `weights.ternary` has them, that leave the least squared error in every
-  group before its scale is rounded.
+  """Find the codes and float16 scales, in the layout of `weights.ternary`, with the least squared error in
+  every group before its scale is rounded.
 
   For a threshold that keeps the k largest of a group, whose magnitudes sum to c, the best scale is
   c / k and takes c**2 / k off the error: k is where that is largest. Numbers that are ternary already,

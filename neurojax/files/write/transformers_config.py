@@ -1,4 +1,4 @@
-"""A ModelConfig in the words of transformers: config.json, by family."""
+"""Writes config.json: a ModelConfig in the words of a family of transformers."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ CLASSES: Mapping[str, str] = {
   "mixtral": "MixtralForCausalLM",
   "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-"""By model_type, in the order in which they are tried."""
+"""Classes of transformers by model_type. The first family that holds a model is written."""
 
 _HIDDEN_ACT = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
 _TYPES = {True: "sliding_attention", False: "full_attention"}
@@ -64,7 +64,7 @@ def config_json(config: ModelConfig) -> Table:
 
 
 def alike(one: object, other: object) -> bool:
-  """Equal, but for what float32 cannot tell apart."""
+  """Whether two values are equal, apart from differences that float32 cannot hold."""
   if isinstance(one, float) and isinstance(other, int | float):
     return abs(one - other) <= 3e-7 * abs(one)
   if dataclasses.is_dataclass(one) and type(one) is type(other):
@@ -78,7 +78,7 @@ def alike(one: object, other: object) -> bool:
 
 
 def _tensors(model_type: str, config: ModelConfig) -> dict[str, TensorInfo]:
-  """Those that such a folder has, as far as the reader looks at them."""
+  """The tensors of such a folder, as far as the reader looks at them."""
   found = {}
   for place in places(folder_places(model_type, config), config.num_experts):
     found[place.file_name] = TensorInfo(place.file_name, "F32", place.shape(config), 0, 0)
@@ -121,7 +121,7 @@ def _table(model_type: str, config: ModelConfig) -> Table:
 
 
 def _short(value: object) -> object:
-  """A number that float32 has rounded, as somebody would have written it."""
+  """The shortest number that float32 rounds to this one, as somebody would have written it."""
   if isinstance(value, float) and float(np.float32(value)) == value:
     return float(str(np.float32(value)))
   return value
@@ -163,7 +163,7 @@ def _rope(config: ModelConfig, kind: LayerKind) -> Table:
 
 
 def _llama3(scaling: RopeScaling, base: float) -> RopeScaling:
-  """The Llama 3 scaling that comes to these factors.
+  """The Llama 3 scaling that gives these factors.
 
   Raises: ValueError: none of those that models have does.
   """
@@ -186,7 +186,7 @@ def _llama3(scaling: RopeScaling, base: float) -> RopeScaling:
 
 
 def _alone(config: ModelConfig) -> Table:
-  """Layers of one kind: the spellings of transformers 5 and, for older ones, 4."""
+  """The rotary keys of a model whose layers are alike, as transformers 5 and, for older ones, 4 spell them."""
   if config.layer_kinds:
     raise ValueError("its layers are of one kind")
   rope = _rope(config, config.kind(0))
@@ -207,7 +207,7 @@ def _mistral(config: ModelConfig) -> Table:
 
 
 def _slides(config: ModelConfig) -> tuple[list[bool], LayerKind | None, LayerKind]:
-  """Whether each layer has a window, and a layer of each sort: local ones may be absent."""
+  """For each layer whether it has a window; and a layer with one (or None) and a layer without."""
   kinds = [config.kind(layer) for layer in range(config.num_layers)]
   slides = [kind.sliding_window is not None for kind in kinds]
   local = next((kind for kind in kinds if kind.sliding_window is not None), None)
