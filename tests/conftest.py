@@ -26,7 +26,10 @@ from jaxtyping import install_import_hook
 from tests import skips, typecheck
 
 install_import_hook(
-  [f"neurojax.{room}" for room in ("model", "weights", "train")],
+  [
+    f"neurojax.{room}"
+    for room in ("model", "weights", "train", "kernels.attention", "kernels.decode", "stage.fused")
+  ],
   f"{typecheck.__name__}.check",
 )
 # No deadlines: on a busy machine they say nothing.
