@@ -32,9 +32,9 @@ class Golden(ModelOptions, EngineOptions):
   the runner-up) is below 0.02 nats; what follows it in that case is not judged. Exit code 0 only if
   all cases agree.
 
-  Example: neurojax eval golden --model smollm2 --golden smollm2.json --make
+  Example: neurojax eval golden --model neurollm --golden golden.json --make
 
-  Example: neurojax eval golden --model smollm2 --golden smollm2.json --stages 3
+  Example: neurojax eval golden --model neurollm --golden golden.json --stages 3
   """
 
   golden: Annotated[Path, tyro.conf.arg(metavar="JSON")]
@@ -151,7 +151,7 @@ class Perplexity(ModelOptions, EngineOptions):
   token of each replaced by BOS where the model wants one, the second half of each scored. With
   --stride S windows start every S tokens, and each scores only what no window before it scored.
 
-  Example: neurojax eval ppl --model smollm2 --text wiki.test.raw --ctx 512 --chunks 16
+  Example: neurojax eval ppl --model neurollm --text README.md --ctx 256 --chunks 8
   """
 
   text: Annotated[Path, tyro.conf.arg(metavar="FILE")]
@@ -215,7 +215,7 @@ class Logits(ModelOptions):
   The file is a float32 array of NumPy, with a row for each token. Positions beyond the context that the
   model was made for are computed too.
 
-  Example: neurojax eval logits --model DIR --tokens ids.json --out logits.npy --decode-from 48
+  Example: neurojax eval logits --model neurollm --tokens ids.json --out logits.npy --decode-from 48
   """
 
   tokens: Annotated[Path, tyro.conf.arg(metavar="JSON")]

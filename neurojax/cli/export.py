@@ -28,7 +28,7 @@ class Export:
   refused. A folder holds plain numbers, in bfloat16 if that changes none of them, else in float32.
   The file says if training rounded activations to int8.
 
-  Example: neurojax export --workdir runs/tiny --out tiny.gguf --type TQ2_0
+  Example: neurojax export --workdir runs/tiny --out tiny.gguf
   """
 
   workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]

@@ -24,7 +24,7 @@ class Simulate(PlanningOptions):
 
   Takes a plan (--plan), or plans by itself from --model and --fleet.
 
-  Example: neurojax simulate --model bonsai-8b --fleet fleet.toml --requests 100 --concurrency 8 --fail b@10
+  Example: neurojax simulate --model bonsai-8b --fleet fleet.toml --requests 100 --concurrency 8 --sequences 8 --fail b@10
   """
 
   plan_file: Annotated[Path | None, tyro.conf.arg(name="plan", metavar="TOML")] = None
