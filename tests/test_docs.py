@@ -109,7 +109,7 @@ def test_pages_name_only_verbs_and_options_that_exist(path: Path):
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_words_in_prose_that_look_like_options_exist(path: Path):
   prose = re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-  every = " ".join(help_of(*verb) for verb in _verbs())
+  every = " ".join([help_of(), *(help_of(*verb) for verb in _verbs())])
   for option in re.findall(r"`[^`]*?(--[a-z][\w-]*)[^`.]*`", prose):
     if option not in ("--tracker", "--no-deps"):
       assert re.search(rf"{option}\b(?!-)", every), f"{named(path)}: no verb has {option}"
