@@ -20,7 +20,7 @@ GROUPS = {
     "load", "connect", "Model", "AsyncModel", "Completion", "Piece", "Score", "Report", "Progress", "EngineError",
   ),
   "Work on files, fleets and arrays": (
-    "inspect", "convert", "size", "plan", "simulate", "quantize", "ternary_matmul",
+    "inspect", "convert", "size", "plan", "train", "export", "simulate", "quantize", "ternary_matmul",
   ),
   "Describe": (
     "Serving", "Sampling", "ModelConfig", "TrainConfig", "Fleet", "Plan", "Tokenizer", "TernaryArray",
