@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich import box
@@ -54,9 +54,8 @@ class Demo(ModelOptions, SamplingOptions):
   """Continue this text, whatever the model. Without it, the start of a story."""
   temperature: float | None = None
   """As for `neurojax generate`. Without it, 0 for an answer and 0.7 for a continued text."""
-  weights: Weights | None = None
-  """As for `neurojax generate`. Without it, "w2a8" for the model in this package, which was trained
-  with it, "w2a16" for another file with ternary matrices, else "dense"."""
+  weights: Weights | Literal["auto"] = "auto"
+  """Form of the matrices; "auto" is the form that the file is made for."""
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 2
   """Number of stage servers."""
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 96
@@ -77,7 +76,6 @@ class Demo(ModelOptions, SamplingOptions):
   async def _demo(self, began_s: float) -> int:
     with importing_jax():
       from neurojax.engine.api import Request
-      from neurojax.files.load import ternary_matrices
 
     out = Console(highlight=False, soft_wrap=True)
     with self.open() as file:
@@ -90,12 +88,10 @@ class Demo(ModelOptions, SamplingOptions):
         sampling=dataclasses.replace(self, temperature=temperature).sampling(),
         stop_ids=tokenizer.stop_ids,
       )
-      packed = "w2a8" if file.path == find.PACKAGED else "w2a16"
-      weights = self.weights or (packed if ternary_matrices(file) else "dense")
       out.print(
         f"[bold]{find.model_path(self.model).name}[/], {file.config.num_layers} layers, on {self.stages} stage servers\n"
       )
-      options = EngineOptions(stages=self.stages, weights=weights)
+      options = EngineOptions(stages=self.stages, weights=self.weights)
       async with open_engine(file, options) as engine:
         out.print(lead, end="")
         tokens, times_s = await self._stream(engine, file, request)
@@ -110,7 +106,7 @@ class Demo(ModelOptions, SamplingOptions):
         f"{rate} tokens/s after it, {len(tokens)} tokens\n"
       )
       with stderr.status("computing the same request in this process alone"):
-        async with open_engine(file, EngineOptions(weights=weights)) as alone:
+        async with open_engine(file, EngineOptions(weights=self.weights)) as alone:
           single = [token async for token in alone.generate(request)]
     return self._verdict(out, tokens, single)
 

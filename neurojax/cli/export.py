@@ -97,8 +97,7 @@ class Export:
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     print(f"{self.out}: step {exported.step} of {self.workdir}, {what}, {megabytes:.2f} MB")
     if source.activations == "int8" and is_gguf:
-      # The file says so too, but other programs do not read that key.
-      print("trained with activations rounded to int8: run it with --weights w2a8")
+      print("made for activations rounded to int8, as --weights auto runs it")
     if text is None:
       return 0
     form = "dense" if source.activations is None else "w2a8"
