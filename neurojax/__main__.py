@@ -1,6 +1,4 @@
-import sys
-
-from neurojax.cli import main
+from neurojax.cli import entry
 
 if __name__ == "__main__":
-  sys.exit(main())
+  entry()

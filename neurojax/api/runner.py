@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import queue
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -46,29 +48,33 @@ class Runner:
 
   def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
     """The items of an asynchronous generator; leaving early closes it."""
-    source = _Source(stream)
+    items: queue.SimpleQueue[_Item[T] | None] = queue.SimpleQueue()
+    pump = self.call(_spawn(stream, items.put))
     try:
-      while True:
-        try:
-          yield self.call(source.next())
-        except _End:
-          return
+      # The caller's thread does nothing but wait, so that Ctrl-C hits nothing else.
+      while (item := items.get()) is not None:
+        yield item.get()
     finally:
       if self._thread.is_alive():
-        self.call(source.close())
+        self.call(_end(pump))
 
   async def follow(self, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """The same from another loop."""
-    source = _Source(stream)
+    loop = asyncio.get_running_loop()
+    items: asyncio.Queue[_Item[T] | None] = asyncio.Queue()
+
+    def put(item: _Item[T] | None) -> None:
+      # The caller's loop may have ended in the meantime.
+      with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(items.put_nowait, item)
+
+    pump = await self.wait(_spawn(stream, put))
     try:
-      while True:
-        try:
-          yield await self.wait(source.next())
-        except _End:
-          return
+      while (item := await items.get()) is not None:
+        yield item.get()
     finally:
       if self._thread.is_alive():
-        await asyncio.shield(self.wait(source.close()))
+        await asyncio.shield(self.wait(_end(pump)))
 
   def stop(self) -> None:
     """End the loop. What still runs on it is cancelled."""
@@ -82,23 +88,40 @@ class Runner:
     self._loop.call_soon(self._loop.stop)
 
 
-class _End(Exception):
-  """A stream has no more items. StopAsyncIteration itself cannot leave a coroutine."""
+@dataclasses.dataclass(frozen=True)
+class _Item(Generic[T]):
+  """An item of a stream, or the error that ended it."""
+
+  value: T | None
+  error: BaseException | None = None
+
+  def get(self) -> T:
+    if self.error is not None:
+      raise self.error
+    return self.value  # type: ignore[return-value]
 
 
-class _Source(Generic[T]):
-  """An asynchronous generator whose closing waits until a cancelled step has cleaned up."""
+async def _spawn(
+  stream: AsyncGenerator[T, None], put: Callable[[_Item[T] | None], object]
+) -> asyncio.Task[None]:
+  return asyncio.create_task(_pump(stream, put))
 
-  def __init__(self, stream: AsyncGenerator[T, None]):
-    self._stream, self._turn = stream, asyncio.Lock()
 
-  async def next(self) -> T:
-    async with self._turn:
-      try:
-        return await anext(self._stream)
-      except StopAsyncIteration:
-        raise _End from None
+async def _pump(stream: AsyncGenerator[T, None], put: Callable[[_Item[T] | None], object]) -> None:
+  """Hand over the items of a stream as they come, and None at its end; nobody is waited for."""
+  try:
+    async with contextlib.aclosing(stream):
+      async for item in stream:
+        put(_Item(item))
+    put(None)
+  except asyncio.CancelledError:
+    put(_Item(None, ValueError("the model was closed while it answered: load it again")))
+    raise
+  except Exception as error:
+    put(_Item(None, error))
 
-  async def close(self) -> None:
-    async with self._turn:
-      await self._stream.aclose()
+
+async def _end(pump: asyncio.Task[None]) -> None:
+  """Cancel a stream, and wait until it has cleaned up."""
+  pump.cancel()
+  await asyncio.wait([pump])

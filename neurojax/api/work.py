@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from neurojax.config import Dtype, ModelConfig, Serving, architectures
-from neurojax.forms import TERNARY_FORMATS, Forms, Weights
+from neurojax.config import Dtype, ModelConfig, Serving
+from neurojax.forms import TERNARY_FORMATS, Weights
 from neurojax.plan.fleet import Fleet, read_fleet
 from neurojax.plan.plan import Objective, Plan
 
@@ -90,17 +90,23 @@ def plan(
     >>> [stage.host for stage in nj.plan("llama-8b", "lab", weights="w2a8").stages]
     ['rack']
   """
+  from neurojax.count import uniform_ternary
+  from neurojax.files.described import Described, described
   from neurojax.plan.in_flight import planned
 
-  config, forms, activations = _described(model, weights, form)
+  if isinstance(model, ModelConfig):
+    forms = uniform_ternary(model, TERNARY_FORMATS[form]) if weights in ("w2a8", "w2a16") else None
+    found = Described(model, forms)
+  else:
+    found = described(model, weights=weights, ternary=form)
   serving = Serving(dtype=dtype, weights=weights, context=context)
   if sequences is not None:
     serving = dataclasses.replace(serving, sequences=sequences)
   return planned(
-    config,
+    found.config,
     fleet if isinstance(fleet, Fleet) else read_fleet(str(fleet)),
-    serving.resolve(config, forms, activations),
-    forms,
+    serving.resolve(found.config, found.forms, found.activations),
+    found.forms,
     objective=objective,
     choose_sequences=sequences is None,
     **options,
@@ -135,7 +141,13 @@ def simulate(
   from neurojax.plan.simulate import simulate as run
 
   return run(
-    plan, requests=requests, concurrency=concurrency, prompt=prompt, answer=answer, **options
+    plan,
+    requests=requests,
+    concurrency=concurrency,
+    prompt=prompt,
+    answer=answer,
+    within_plan=True,
+    **options,
   )
 
 
@@ -359,23 +371,3 @@ def ternary_matmul(x: "Array", w: "TernaryArray") -> "Array":
   values = jnp.asarray(x)
   rows = values.reshape(-1, values.shape[-1]) if values.ndim else values
   return matmul(rows, w).reshape(*values.shape[:-1], -1)
-
-
-def _described(
-  model: str | Path | ModelConfig, weights: str, form: str
-) -> tuple[ModelConfig, Forms | None, Any]:
-  """Architecture, forms of the matrices, and activations that the file is made for."""
-  from neurojax import count
-  from neurojax.api.opening import open_file
-  from neurojax.files.kept import stored_forms
-
-  if isinstance(model, str) and model in architectures():
-    model = ModelConfig.named(model)
-  if isinstance(model, ModelConfig):
-    if weights not in ("w2a8", "w2a16"):
-      return model, None, None
-    if form not in TERNARY_FORMATS:
-      raise ValueError(f"form = {form!r}: choose one of {', '.join(TERNARY_FORMATS)}")
-    return model, count.uniform_ternary(model, TERNARY_FORMATS[form]), None
-  with open_file(model) as file:
-    return file.config, stored_forms(file), getattr(file, "activations", None)

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 FAILED, USAGE, ENGINE, INTERRUPTED = 1, 2, 3, 130
 
 
+def entry() -> None:
+  """Run this process's command line, and end the process."""
+  code = main()
+  process.leave(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Run a command line.
 
@@ -28,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
       process.flush_output()
   except KeyboardInterrupt:
+    process.note_interrupt()
     return INTERRUPTED
   except BrokenPipeError:
     # Whoever read our output (head, say) has seen enough.

@@ -1,10 +1,12 @@
 """What the command line makes of its process: environment, standard streams and log lines."""
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import MutableMapping
 from io import TextIOWrapper
+from typing import NoReturn
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -76,6 +78,24 @@ def discard_output() -> None:
   null = os.open(os.devnull, os.O_WRONLY)
   os.dup2(null, sys.stdout.fileno())
   os.close(null)
+
+
+_INTERRUPTED: list[bool] = []
+
+
+def note_interrupt() -> None:
+  """Remember that Ctrl-C ended the work, which has cleaned up by now."""
+  _INTERRUPTED.append(True)
+
+
+def leave(code: int) -> NoReturn:
+  """End the process. After Ctrl-C nobody waits for threads that still compile or read files."""
+  if _INTERRUPTED:
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def without_backend(error: BaseException) -> str | None:

@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 import neurojax as nj
 from neurojax.config import Sampling
 from neurojax.files.find import PACKAGED
+from neurojax.plan.fleet import read_fleet
 from tests.pipeline.servers import cluster
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,25 @@ def test_what_cannot_be_is_refused_in_words(model: nj.Model):
     nj.load("neurollm", devices="cuda:7")
   with pytest.raises(FileNotFoundError, match="neurolm"):
     nj.load("neurolm")
+
+
+def test_closing_ends_an_answer_in_an_error():
+  model = nj.load("neurollm", context=1024)
+  stream = model.stream("The sea", max_tokens=1000, ignore_eos=True)
+  next(stream)
+  threading.Thread(target=model.close).start()
+  with pytest.raises((ValueError, nj.EngineError), match="closed"):
+    for _ in stream:
+      pass
+
+
+def test_a_plan_from_python_is_that_of_the_verb():
+  made = nj.plan("llama-8b", "lab", weights="w2a8", objective="throughput")
+  given = nj.plan("llama-8b", "lab", weights="w2a8", objective="throughput", sequences=4)
+  assert made.sequences is not None and made.throughput >= given.throughput
+  config = nj.ModelConfig.named("llama-8b")
+  assert nj.plan(config, read_fleet("lab"), weights="w2a8").stages
+  assert "<table" in made._repr_html_() and "<table" in nj.size("8GB")._repr_html_()
 
 
 def test_a_closed_model_says_so():
