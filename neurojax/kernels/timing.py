@@ -1,4 +1,4 @@
-"""What benchmarks of kernels share: time on the device, and the rates that bound it."""
+"""Times calls on the device, measures the rates that bound them, and writes rows of results."""
 
 import contextlib
 import csv
@@ -20,15 +20,18 @@ _PASSES = 4
 _ROUNDS = 16
 """Passes in one call: what starting a call costs must not count."""
 
+_WIDTH = 7
+"""Characters of a column, at least."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """What the device does at best, measured.
+  """The measured best that the device does.
 
   Attributes:
-    read_bytes_per_s: Summing an array that no cache holds.
-    copy_bytes_per_s: Reading and writing one, both counted.
-    bf16_flops_per_s: A product of square bfloat16 matrices of normal numbers, by XLA.
+    read_bytes_per_s: Rate of summing an array that no cache holds.
+    copy_bytes_per_s: Rate of reading and writing such an array, both counted.
+    bf16_flops_per_s: Rate of XLA's product of square bfloat16 matrices of normal numbers.
   """
 
   read_bytes_per_s: float
@@ -37,11 +40,11 @@ class Rates:
 
 
 def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
-  """Measure the default device.
+  """Measure the best that the default device does.
 
   Args:
-    size_bytes: Of the array; None: 2 GiB on a GPU, an eighth of a GiB elsewhere.
-    width: Of the square matrices; None: 8192 on a GPU, 512 elsewhere.
+    size_bytes: Bytes of the array that is read; None: 2 GiB on a GPU, an eighth of a GiB elsewhere.
+    width: Side of the square matrices; None: 8192 on a GPU, 512 elsewhere.
   """
   on_gpu = jax.default_backend() == "gpu"
   size_bytes = size_bytes or (1 << 31 if on_gpu else 1 << 27)
@@ -58,7 +61,7 @@ def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
   copy_s = seconds(jax.jit(copy), array)
   del array
   x, y = (jax.random.normal(jax.random.key(i), (width, width), jnp.bfloat16) for i in range(2))
-  # Of a size that products keep.
+  # A product with it keeps the size of its input.
   y = y * jnp.bfloat16(width**-0.5)
   square_s = seconds(jax.jit(square), x, y)
   return Rates(
@@ -69,10 +72,10 @@ def rates(size_bytes: int | None = None, width: int | None = None) -> Rates:
 
 
 def read_rate(size_bytes: int = 1 << 29, runs: int = 3, pick: Pick = statistics.median) -> float:
-  """Bytes per second of summing an array, on the default device: what reading alone can reach."""
+  """Measure bytes per second of summing an array on the default device: what reading alone can reach."""
   array = jnp.ones((size_bytes // 4 // 1024, 1024), jnp.int32)
   if jax.default_backend() != "gpu":
-    # Over the leading axis: a plain sum is bound by its additions, and so is anything more than a sum.
+    # The sum is over the leading axis: a plain sum is bound by its additions, as is anything more.
     s = seconds(jax.jit(lambda a: jnp.sum(a, axis=0)), array, runs=_PASSES * runs, pick=pick)
     return array.nbytes / s
 
@@ -97,7 +100,7 @@ def device_name() -> str:
 def seconds(
   f: Callable[..., Any], *args: Any, runs: int = 5, pick: Pick = statistics.median
 ) -> float:
-  """The median time of a call, or what `pick` takes, the first one (which compiles) left out."""
+  """Time calls: the median, or what `pick` takes; the first call, which compiles, is left out."""
   jax.block_until_ready(f(*args))
   times = []
   for _ in range(runs):
@@ -108,7 +111,7 @@ def seconds(
 
 
 def origin() -> dict[str, str]:
-  """Where and when a result was measured, for its row."""
+  """The device, the versions and the date that a row of results carries."""
   import jaxlib
 
   return {
@@ -120,7 +123,7 @@ def origin() -> dict[str, str]:
 
 
 def check_csv(path: Path, row: type) -> None:
-  """Whether `append_csv` can add rows of a dataclass there; makes the folder.
+  """Check that `append_csv` can add rows of a dataclass to a file, and make its folder.
 
   Raises: ValueError: the file has other columns, or is no text. OSError: it cannot be written.
   """
@@ -156,8 +159,27 @@ def append_csv(path: Path, rows: Sequence[Any]) -> None:
       writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
 
 
+def headline(row: Any) -> str:
+  """The device, the versions and the date of a row, and the best that the device does."""
+  return (
+    f"{row.device}, jax {row.jax}, jaxlib {row.jaxlib}, {row.date}\nat best: read"
+    f" {row.read_bytes_per_s / 1e9:.1f} GB/s, copy {row.copy_bytes_per_s / 1e9:.1f} GB/s, bf16"
+    f" product {row.bf16_flops_per_s / 1e9:.0f} GFLOP/s"
+  )
+
+
+def titles(columns: dict[str, Callable[[Any], str]]) -> str:
+  """The line above those of `line`, for a table that is printed while it is measured."""
+  return "  ".join(title.rjust(_WIDTH) for title in columns)
+
+
+def line(row: Any, columns: dict[str, Callable[[Any], str]]) -> str:
+  """One row, its cells right-aligned below their titles; a title that is padded makes a wide column."""
+  return "  ".join(show(row).rjust(max(_WIDTH, len(title))) for title, show in columns.items())
+
+
 def table(rows: Sequence[Any], columns: dict[str, Callable[[Any], str]]) -> str:
-  """Text of aligned columns: a title, and what to print of a row."""
+  """Rows as text in aligned columns; a column has a title and shows a part of a row."""
   lines = [list(columns), *[[show(row) for show in columns.values()] for row in rows]]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(

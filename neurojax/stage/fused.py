@@ -1,11 +1,11 @@
-"""A span of a ternary model as programs for a GPU: few large kernels, no copy of a weight.
+"""Runs a span of a ternary model on a GPU by a few large kernels, without a copy of a weight.
 
 Products that share an input are one product, over rows that were put together when the model was
 loaded. Every matrix stays stacked on L: a kernel gets the stack and the number of a layer, so that a
 loop over layers copies nothing.
 
-The residual stream is float32: each layer adds little to much, and the kernel for one token keeps
-it so too. What passes between the other kernels is of the programs' `dtype`.
+The residual stream is float32, because each layer adds little to much; the kernel for one token keeps
+it so too. Everything else that passes between kernels has the programs' `dtype`.
 """
 
 import dataclasses
@@ -24,33 +24,36 @@ from jaxtyping import Array, Float, Int
 from neurojax.config import ModelConfig, RopeStyle
 from neurojax.kernels.attention import api as attention
 from neurojax.kernels.attention.reference import turn
-from neurojax.kernels.decode.weights import LayerWeights, Shape, fuse_rows
-from neurojax.kernels.gemm import mosaic, reference, tuned
+from neurojax.kernels.decode import api as token
+from neurojax.kernels.decode.reference import Attend, Cache, normalise, run_layer
+from neurojax.kernels.decode.shapes import Shape
+from neurojax.kernels.decode.weights import LayerWeights, fuse_rows
+from neurojax.kernels.gemm import api as gemm
+from neurojax.kernels.gemm import tuned
 from neurojax.model import ends
 from neurojax.model.cache import KVCache
 from neurojax.model.loops import unknown_count
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.weights.ternary import TernaryArray
+from neurojax.weights.ternary import TernaryArray, TernaryLayer
 
 Product = Literal["reference", "mosaic", "dense"]
-Cache = tuple[Array, Array]
-"""Keys and values [L, B, K, S, H]."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-  """What a program is made of; static, so that each choice is a program of its own.
+  """The kernels that a program is made of. Static, so that each choice is a program of its own.
 
   Attributes:
     product: "mosaic" multiplies by packed weights; "dense" writes them out, one matrix at a time,
       for cuBLAS; "reference" is slow and runs anywhere.
-    device: In place of "mosaic", where this device's table of tuned products says so for a shape,
-      the Triton kernel; None: no table.
-    attention: "gpu": cuDNN for whole prompts, Triton over the cache.
-    programs: Multiprocessors that the kernel for a single token fills; 0: no such kernel, one
+    device: The device kind whose table of tuned products is read: where it names Triton for a shape,
+      that multiplies in place of "mosaic". None: no table.
+    attention: "gpu" takes cuDNN for whole prompts and Triton over the cache; "reference" runs
+      anywhere.
+    programs: Multiprocessors that the kernel for a single token fills; 0: no such kernel, and one
       sequence is a batch of one. It rounds activations, so it is for "w2a8" only.
-    unroll: Layers one after the other in the program: one graph for all, but more to compile.
-    interpret: The kernel for a single token in interpret mode.
+    unroll: Write layers one after the other into the program: one graph for all, but more to compile.
+    interpret: Run the kernel for a single token in interpret mode.
   """
 
   product: Product = "mosaic"
@@ -67,12 +70,12 @@ REFERENCE = Kernels("reference", "reference")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Fused:
-  """A span of a model.
+  """A span of a model in the form that the programs read.
 
   Attributes:
     embedding: [V, D], an array or something with `take`; None unless the span is the first.
-    final_norm: float32 [D]; None unless the span is the last. Likewise head.
-    head: Rows of V outputs: [D, V], or [V, D] where it is the embedding.
+    final_norm: float32 [D]; None unless the span is the last.
+    head: Rows of V outputs: [D, V], or [V, D] where it is the embedding; None as for final_norm.
   """
 
   layers: LayerWeights
@@ -83,18 +86,18 @@ class Fused:
 
   @property
   def nbytes(self) -> int:
-    """Of memory: what is shared counts once."""
+    """Bytes of memory; what is shared counts once."""
     return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(self)}.values())
 
   @property
   def step_nbytes(self) -> int:
-    """Read by every step: all but the embedding, of which a step reads a row per token."""
+    """Bytes that every step reads: all but the embedding, of which a step reads a row per token."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.final_norm, self.head)))
 
   def new_cache(
     self, *, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
   ) -> tuple[Array, Array]:
-    """Keys and values [L, B, K, S, H]."""
+    """Make empty keys and values [L, B, K, S, H]."""
     s = self.layers.shape
     cache = KVCache.zeros(
       num_layers=self.layers.num_layers,
@@ -108,7 +111,7 @@ class Fused:
 
 
 def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
-  """The parameters of a model in the form that the programs read.
+  """Put the parameters of a model into the form that the programs read.
 
   Rows of queries and keys are put in the order of rotary style "half"; no score changes.
 
@@ -180,7 +183,10 @@ def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:
 
 
 def check(config: ModelConfig) -> None:
-  """Raises: ValueError: the programs compute another architecture than this one."""
+  """Check that the programs compute an architecture.
+
+  Raises: ValueError: they do not; names what is beyond them.
+  """
   if beyond := config.beyond_plain():
     raise ValueError(
       f"{', '.join(beyond)}: fused programs do not compute that; run the model as it is"
@@ -204,7 +210,7 @@ def shape_of(config: Any) -> Shape:
 
 
 def _half_order(head_dim: int, style: RopeStyle) -> np.ndarray:
-  """For each element of a head in style "half", where `style` has it."""
+  """The index in `style` of each element of a head in style "half"."""
   order = np.arange(head_dim)
   return order if style == "half" else np.concatenate([order[0::2], order[1::2]])
 
@@ -223,7 +229,7 @@ def _half_rows(w: TernaryArray, *, head_dim: int, style: RopeStyle) -> TernaryAr
 
 
 def embed(model: Fused, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-  """float32 rows of the embedding."""
+  """Look up float32 rows of the embedding."""
   return ends.embed(model.embedding, tokens, dtype=jnp.float32)
 
 
@@ -237,11 +243,11 @@ def prefill(
   kernels: Kernels,
   dtype: DTypeLike = jnp.bfloat16,
 ) -> tuple[Float[Array, "B T D"], Array, Array]:
-  """T tokens of each sequence through all layers.
+  """Run T tokens of each sequence through all layers.
 
   Args:
     start_B: Position of each first token; None: all start at 0, and the cache is not read.
-    dtype: Of what passes between kernels.
+    dtype: Dtype of what passes between kernels.
   Returns: float32 [B, T, D] after the last layer, and the caches with the new positions.
   """
   s = model.layers.shape
@@ -254,8 +260,8 @@ def prefill(
     heads_MNH = qkv_MX.astype(jnp.float32).reshape(batch * length, -1, s.h)
     q, k, v = jnp.split(heads_MNH, (s.n, s.n + s.k), axis=1)
     if model.layers.q_norm is not None:
-      q = _normalise(q, model.layers.q_norm[layer], s.norm_eps)
-      k = _normalise(k, model.layers.k_norm[layer], s.norm_eps)
+      q = normalise(q, model.layers.q_norm[layer], s.norm_eps)
+      k = normalise(k, model.layers.k_norm[layer], s.norm_eps)
     q, k = (turn(heads, rotation, "half") for heads in (q, k))
     q_BTNH, k_BTKH, v_BTKH = (
       heads.reshape(batch, length, -1, s.h).astype(dtype) for heads in (q, k, v)
@@ -291,7 +297,7 @@ def decode_batch(
   *,
   kernels: Kernels,
 ) -> tuple[Float[Array, "B D"], Array, Array]:
-  """One token of each sequence through all layers; what passes between kernels is float32.
+  """Run one token of each sequence through all layers; what passes between kernels is float32.
 
   Returns: float32 [B, D] after the last layer, and the caches with `position_B` written.
   """
@@ -312,7 +318,7 @@ def decode_batch(
 
 
 def has_token_kernel(model: Fused, batch: int, kernels: Kernels) -> bool:
-  """Whether `decode_one` takes a token of `batch` sequences, and `decode_batch` does not."""
+  """Tell whether `decode_one`, and not `decode_batch`, takes a token of `batch` sequences."""
   return batch == 1 and kernels.programs > 0 and model.layers.qkv.mode == "w2a8"
 
 
@@ -326,23 +332,19 @@ def decode_one(
   kernels: Kernels,
   head: bool,
 ) -> tuple[Float[Array, "1 D"], Float[Array, "1 V"] | None, Array, Array]:
-  """One token of one sequence through all layers as a single kernel.
+  """Run one token of one sequence through all layers as a single kernel.
 
   Args:
-    head: Through final norm and head too, which the span then has to have.
+    head: Go on through final norm and head, which the span must then have.
   Returns: float32 [1, D] after the last layer, logits or None, and the caches.
   Raises: NotImplementedError: the kernel does not take these shapes.
   """
-  # Imported when needed: it loads the GPU's compiler.
-  from neurojax.kernels.decode import triton
-
   h = model.layers.shape.h
   rotation = attention.rotation(position_B, h, base=model.rope_base, style="half")
-  x_D, logits_V, keys, values = triton.decode(
-    x_BD[0], model.layers, keys, values,
-    rotation[0, 0, : h // 2], rotation[0, 1, h // 2 :], position_B[0],
+  x_D, logits_V, keys, values = token.decode(
+    x_BD[0], model.layers, keys, values, rotation[0], position_B[0],
     final_norm=model.final_norm if head else None, head=model.head if head else None,
-    programs=kernels.programs, interpret=kernels.interpret,
+    implementation="triton", programs=kernels.programs, interpret=kernels.interpret,
   )  # fmt: skip
   return x_D[None], None if logits_V is None else logits_V[None], keys, values
 
@@ -356,7 +358,7 @@ def decode(
   *,
   kernels: Kernels,
 ) -> tuple[Float[Array, "B D"], Array, Array]:
-  """One token of each sequence through all layers, by `decode_one` or `decode_batch`."""
+  """Run one token of each sequence through all layers, by `decode_one` or `decode_batch`."""
   if not has_token_kernel(model, x_BD.shape[0], kernels):
     return decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
   x_BD, _, keys, values = decode_one(
@@ -366,9 +368,9 @@ def decode(
 
 
 def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
-  """float32 logits of what the last layer gave."""
+  """Compute float32 logits from the last layer's output."""
   x_BD = ends.final_norm(x_BD, model.final_norm, model.layers.shape.norm_eps)
-  return multiply(x_BD, model.head, None, kernels)
+  return multiply(x_BD, model.head, None, kernels=kernels)
 
 
 def step(
@@ -380,7 +382,7 @@ def step(
   *,
   kernels: Kernels,
 ) -> tuple[Float[Array, "B V"], Array, Array]:
-  """One token of each sequence, from its id to the logits of the next one, and the caches."""
+  """Run one token of each sequence, from its id to the logits of the next one; returns caches too."""
   x_BD = embed(model, tokens_B)
   if has_token_kernel(model, tokens_B.shape[0], kernels):
     _, logits_BV, keys, values = decode_one(
@@ -403,12 +405,12 @@ def generate(
   temperature: float = 0.0,
   kernels: Kernels,
 ) -> tuple[Int[Array, "B T"], Array, Array]:
-  """`steps` tokens of each sequence, all on the device: each step reads what the last one chose.
+  """Generate `steps` tokens of each sequence on the device: each step reads what the last one chose.
 
   Args:
     tokens_B: The last token of each sequence so far, which is not in the cache yet.
     position_B: Its position; position_B + steps must not exceed the capacity.
-    key: For temperature > 0; 0 takes the likeliest token (ties: the lowest id).
+    key: A random key, for a temperature > 0. At 0 the likeliest token is taken (ties: the lowest id).
   Returns: The tokens, and the caches: donate them, and they are written in place.
   """
   if temperature and key is None:
@@ -436,21 +438,22 @@ def multiply(
   x_MK: Float[Array, "M K"],
   w: TernaryArray,
   layer: Int[Array, ""] | None,
+  *,
   kernels: Kernels,
   dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "M N"]:
-  """x times the rows of a matrix, or of layer `layer` of a stack, in the weight's mode."""
-  if kernels.product == "reference":
-    return reference.matmul(x_MK, w, layer=layer).astype(dtype)
+  """Multiply x by the rows of a matrix, or of layer `layer` of a stack, in the weight's mode."""
   if kernels.product == "dense":
+    # Imported when needed: it loads the GPU's compiler.
     from neurojax.kernels.gemm import triton
 
     return triton.prefill(x_MK, w, layer=layer).astype(dtype)
+  product = functools.partial(gemm.matmul, x_MK, w if layer is None else TernaryLayer(w, layer))
+  if kernels.product == "reference":
+    return product(implementation="reference").astype(dtype)
   if _is_by_triton(x_MK.shape[0], w, kernels.device):
-    from neurojax.kernels.gemm import triton
-
-    return triton.matmul(x_MK, w, layer=layer).astype(dtype)
-  return mosaic.matmul(x_MK, w, layer, dtype=dtype)
+    return product(implementation="triton").astype(dtype)
+  return product(implementation="mosaic", dtype=dtype)
 
 
 def _is_by_triton(m: int, w: TernaryArray, device: str | None) -> bool:
@@ -464,24 +467,18 @@ def _run_layers(
   layers: LayerWeights,
   x_MD: Array,
   cache: Cache,
-  attend: Any,
+  attend: Attend,
   kernels: Kernels,
   dtype: DTypeLike,
   start_B: Array | None,
 ) -> tuple[Array, Cache]:
-  """M tokens through all layers; attend: (qkv, cache, layer) to (attended, cache)."""
-  eps = layers.shape.norm_eps
-  product = functools.partial(multiply, kernels=kernels)
+  """Run M tokens through all layers."""
 
   def layer(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
-    x_MD, cache = carry
-    qkv_MX = product(_normalise(x_MD, layers.attn_norm[i], eps), layers.qkv, i, dtype=dtype)
-    attended_MY, cache = attend(qkv_MX, cache, i)
-    x_MD = x_MD + product(attended_MY, layers.o, i)
-    both = product(_normalise(x_MD, layers.ffn_norm[i], eps), layers.gate_up, i, dtype=dtype)
-    gate_MF, up_MF = jnp.split(both.astype(jnp.float32), 2, axis=1)
-    hidden_MF = (jax.nn.silu(gate_MF) * up_MF).astype(dtype)
-    return x_MD + product(hidden_MF, layers.down, i), cache
+    return run_layer(
+      *carry, layers, i,
+      attend=attend, multiply=functools.partial(multiply, kernels=kernels), dtype=dtype,
+    )  # fmt: skip
 
   start = (x_MD.astype(jnp.float32), cache)
   if not kernels.unroll:
@@ -502,8 +499,3 @@ def _write(cache_LBKSH: Array, new_BTKH: Array, layer: Array, start_B: Array | N
     at = (layer, b, 0, start_B[b], 0)
     cache_LBKSH = lax.dynamic_update_slice(cache_LBKSH, new_BKTH[None, b : b + 1], at)
   return cache_LBKSH
-
-
-def _normalise(x: Float[Array, "... D"], scale_D: Array, eps: float) -> Float[Array, "... D"]:
-  x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-  return x * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from neurojax import config
+from neurojax.kernels.decode import api as decode
 from neurojax.model.cache import Cache, KVCache
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import fused
@@ -233,10 +234,8 @@ def _of_device(whole: Fused, capacity: int) -> Kernels:
   kernels = Kernels(device=_device().device_kind)
   if whole.layers.qkv.mode != "w2a8":
     return kernels
-  from neurojax.kernels.decode import triton
-
   programs = _device().core_count
-  if reason := triton.supports(whole.layers, capacity, programs):
+  if reason := decode.why_not(whole.layers, capacity, programs):
     _say(logging.INFO, f"no single kernel for a token: {reason}")
     return kernels
   return dataclasses.replace(kernels, programs=programs)

@@ -16,14 +16,16 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
+from neurojax.kernels import gpus
+
 TARGET = Path(__file__).with_name("h200.pbtxt")
 """What XLA knew of the device: --xla_dump_to on an H200 writes *.gpu_target_config.pbtxt."""
 
 
 def why_not() -> str | None:
   """Why this machine cannot compile for the GPU, or None if it can."""
-  if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
-    return f"the GPU kernels need jax 0.11.2 or newer (Python 3.12), this is {jax.__version__}"
+  if reason := gpus.why_not_jax():
+    return reason
   if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
     return "the CUDA packages are not installed: pip install -e '.[cuda13]'"
   if os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") != "1":

@@ -292,7 +292,7 @@ def test_on_hopper_the_fused_programs_run(tmp_path, said, hopper):
 def test_a_span_is_asked_about_as_the_whole_model(paths, monkeypatch):
   """Or one of two stages would take a kernel that the whole model cannot."""
   seen = []
-  monkeypatch.setattr(triton, "supports", lambda weights, *_: seen.append(weights.num_layers))
+  monkeypatch.setattr(triton, "why_not", lambda weights, *_: seen.append(weights.num_layers))
   whole = load(paths["qwen3"], "w2a8")
   part = cut(whole, Span(first_layer=1, last_layer=1, num_layers=3))
   choose(part, wanted="fused", kernels=TOKEN_KERNEL)

@@ -42,7 +42,7 @@ def decode(
   norm_eps: float = 1e-6,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B Y"], Float[Array, "L B K S H"], Float[Array, "L B K S H"]]:
-  """One new token per sequence, from the projections to the input of the output projection.
+  """Attend for one new token of each sequence, from the projections to the output projection's input.
 
   Normalises and turns queries and keys, stores the new key and value at `position_B`, and attends
   over keys 0..position_B[b]. For a position outside the cache nothing is stored, so that no other row
@@ -51,7 +51,7 @@ def decode(
   Args:
     qkv_BX: The heads of queries, then of keys, then of values: X = (N + 2K) * H.
     k_LBKSH: All layers' keys; donate them, and they are written in place. Likewise v_LBKSH.
-    layer: Which layer, at least 0. An array of any value shares one compiled kernel.
+    layer: Index of the layer, at least 0. An array of any value shares one compiled kernel.
     rotation_B2H: `rotation(position_B, ...)`, computed once for all layers; None: no rotation.
     norms: RMSNorm scales of queries and of keys, per element of a head (Qwen3); None: no norm.
   Returns: [B, N*H] in the dtype of qkv_BX, and the caches.
@@ -81,7 +81,7 @@ def attend_cache(
   *,
   implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-  """T queries of each sequence over the cache: query t of row b sees keys 0..start_B[b]+t.
+  """Attend with T queries of each sequence over the cache: query t of row b sees keys 0..start_B[b]+t.
 
   Their own keys are in the cache already. Time follows start_B + T, not the capacity.
 
@@ -109,7 +109,7 @@ def attend(
   *,
   implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Causal attention within whole prompts, which start at position 0 and need no cache yet.
+  """Attend causally within whole prompts, which start at position 0 and need no cache yet.
 
   Args:
     length_B: Positions of each row that count; what comes out beyond them has no meaning.
@@ -151,7 +151,7 @@ def _first(
 
 
 _warn = functools.cache(log.warning)
-"""Once for each message."""
+"""Logs each message once."""
 
 
 def _triton():

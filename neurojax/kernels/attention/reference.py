@@ -1,4 +1,4 @@
-"""Attention over the cache in plain jnp: the meaning of every faster implementation here."""
+"""Defines attention over the cache in plain JAX; every faster implementation here equals it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from neurojax.config import RopeStyle
 
-_MASKED = -1e30
+MASKED = -1e30
 """Below any score, yet finite: a row of masked keys gives no NaN."""
 
 
@@ -18,7 +18,7 @@ def attend(
   v_BSKH: Float[Array, "B S K H"],
   length_B: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Causal attention within one sequence, S = T: query t sees keys 0..t.
+  """Attend causally within one sequence, S = T: query t sees keys 0..t.
 
   Args:
     length_B: Positions of each row that count; what comes out beyond them has no meaning.
@@ -38,7 +38,7 @@ def attend_cache(
   layer: Int[Array, ""] | int,
   start_B: Int[Array, "B"],
 ) -> Float[Array, "B T N H"]:
-  """Attention of T queries over one layer's cache: query t of row b sees keys 0..start_B[b]+t."""
+  """Attend with T queries over one layer's cache: query t of row b sees keys 0..start_B[b]+t."""
   last_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
   seen_BTS = jnp.arange(k_LBKSH.shape[3])[None, None] <= last_BT[:, :, None]
   return _softmax_average(q_BTNH, _layer(k_LBKSH, layer), _layer(v_LBKSH, layer), seen_BTS)
@@ -51,7 +51,7 @@ def attend_one(
   layer: Int[Array, ""] | int,
   length_B: Int[Array, "B"],
 ) -> Float[Array, "B N H"]:
-  """Attention of one query per row over keys 0..length_B[b]-1; zeros where there is none."""
+  """Attend with one query per row over keys 0..length_B[b]-1; zeros where there is none."""
   out_BNH = attend_cache(q_BNH[:, None], k_LBKSH, v_LBKSH, layer, length_B - 1)[:, 0]
   return jnp.where(length_B[:, None, None] > 0, out_BNH, 0)
 
@@ -68,7 +68,7 @@ def decode(
   norms: tuple[Float[Array, "H"], Float[Array, "H"]] | None = None,
   norm_eps: float = 1e-6,
 ) -> tuple[Float[Array, "B Y"], Float[Array, "L B K S H"], Float[Array, "L B K S H"]]:
-  """One step of attention from the projections on, see `api.decode`."""
+  """Attend for one new token of each sequence, from the projections on, see `api.decode`."""
   num_kv_heads, capacity, width = k_LBKSH.shape[2:]
   x_BMH = qkv_BX.reshape(qkv_BX.shape[0], -1, width).astype(jnp.float32)
   num_heads = x_BMH.shape[1] - 2 * num_kv_heads
@@ -93,7 +93,7 @@ def decode(
 def rotation(
   position_B: Int[Array, "B"], head_dim: int, *, base: float, style: RopeStyle
 ) -> Float[Array, "B 2 H"]:
-  """Cosine and signed sine of each element of a head: x * cos + x[partner] * sin turns it.
+  """Compute cosine and signed sine for each element of a head: x * cos + x[partner] * sin turns it.
 
   The same for all layers: compute it once in a step.
   Source: arXiv:2104.09864, section 3.4.2; pair i turns by position * base**(-2i/H).
@@ -110,14 +110,14 @@ def rotation(
 
 
 def partner(element_H: Int[Array, "H"], head_dim: int, style: RopeStyle) -> Int[Array, "H"]:
-  """The other element of the pair that each element belongs to. `head_dim` is a power of two."""
+  """Find the other element of each element's pair. `head_dim` is a power of two."""
   return element_H ^ (head_dim // 2 if style == "half" else 1)
 
 
 def turn(
   x_BNH: Float[Array, "B N H"], rotation_B2H: Float[Array, "B 2 H"], style: RopeStyle
 ) -> Float[Array, "B N H"]:
-  """Heads turned by the angles of `rotation`, in float32."""
+  """Turn heads by the angles of `rotation`, in float32."""
   x_BNH = x_BNH.astype(jnp.float32)
   head_dim = x_BNH.shape[-1]
   if style == "half":
@@ -142,7 +142,7 @@ def _softmax_average(
   batch, length, _, width = q_BTNH.shape
   q_BTKGH = q_BTNH.astype(jnp.float32).reshape(batch, length, k_BKSH.shape[1], -1, width)
   score_BKGTS = _dot("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH) * width**-0.5
-  score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, _MASKED)
+  score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, MASKED)
   weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1)
   # A weight of zero does not silence a NaN or an infinity: unseen values must not enter the sum.
   v_BKSH = jnp.where(seen_BTS.any(axis=1)[:, None, :, None], v_BKSH, 0)

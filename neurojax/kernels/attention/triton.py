@@ -1,4 +1,4 @@
-"""Attention over the cache on a GPU, in Pallas kernels for Triton.
+"""Computes attention over the cache on a GPU, in Pallas kernels for Triton.
 
 The cache arrives whole, with the number of a layer: kernels index it, nothing is sliced or copied.
 Scores, softmax and sums are float32; factors of products have the dtype of the cache.
@@ -9,7 +9,6 @@ follows lengths and not the capacity of the cache.
 Sources: FlashAttention-2, arXiv:2307.08691; flash-decoding, pytorch.org/blog/flash-decoding.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -21,47 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import RopeStyle
-from neurojax.kernels.attention.reference import partner
-
-_MASKED = -1e30
-"""Below any score, yet finite: where nothing is seen the result is zero, not NaN."""
-
-_LEAST = 16
-"""Rows and columns of the smallest product that tensor cores do; fewer query heads are padded."""
-
-_MULTIPROCESSORS = 132
-"""Of an H100 or H200; only the number of splits follows from it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """How a kernel is cut. All are powers of two, except num_stages.
-
-  Attributes:
-    block: Keys per step; divides the capacity.
-    splits: Runs that the keys of one sequence are cut into; decode only.
-    rows: Queries (heads times positions) per program; prefill only.
-    num_stages: Depth of the software pipeline that fetches blocks ahead.
-  """
-
-  block: int
-  splits: int = 1
-  rows: int = _LEAST
-  num_warps: int = 4
-  num_stages: int = 3
-
-
-def decode_tiling(batch: int, num_kv_heads: int, capacity: int, head_dim: int) -> Tiling:
-  """Programs enough to fill the GPU a few times over, yet few averages to merge."""
-  block = _block(capacity, head_dim)
-  wanted = 8 * _MULTIPROCESSORS // (batch * num_kv_heads)
-  return Tiling(block, splits=_floor_power_of_two(min(wanted, 32, capacity // block)))
-
-
-def prefill_tiling(length: int, group: int, capacity: int, head_dim: int) -> Tiling:
-  """128 rows and two warpgroups, less for few queries."""
-  rows = min(max(_LEAST, pl.next_power_of_2(length * group)), 128)
-  return Tiling(_block(capacity, head_dim), rows=rows, num_warps=8 if rows == 128 else 4)
+from neurojax.kernels import gpus
+from neurojax.kernels.attention.reference import MASKED, partner
+from neurojax.kernels.attention.tuned import LEAST_ROWS, Tiling, decode_tiling, prefill_tiling
 
 
 def decode(
@@ -78,7 +39,7 @@ def decode(
   tiling: Tiling | None = None,
   interpret: bool = False,
 ) -> tuple[Float[Array, "B Y"], Float[Array, "L B K S H"], Float[Array, "L B K S H"]]:
-  """One step of attention from the projections on, see `api.decode`. At most two kernels.
+  """Attend for one new token of each sequence, see `api.decode`; at most two kernels.
 
   Raises: NotImplementedError: a shape, dtype or version that these kernels do not take.
   """
@@ -111,7 +72,7 @@ def attend_one(
   tiling: Tiling | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B N H"]:
-  """Attention of one query per row over keys 0..length_B[b]-1; zeros where there is none.
+  """Attend with one query per row over keys 0..length_B[b]-1; zeros where there is none.
 
   Raises: NotImplementedError: a shape, dtype or version that these kernels do not take.
   """
@@ -139,9 +100,13 @@ def _split_and_merge(
   tiling: Tiling | None,
   interpret: bool,
 ) -> list[jax.Array]:
-  """[out_BNH] of queries x_BMH over `count_B` keys; with the new caches if fused.
+  """Run the one or two kernels of a step: [out_BNH], and the new caches if fused.
 
-  Under `jit`, so that a step of many layers traces it once.
+  Args:
+    x_BMH: Queries, and with them new keys and values if fused.
+    count_B: Keys of each row in the cache.
+
+  It is jitted, so that a step of many layers traces it once.
   """
   num_layers, batch, num_kv_heads, capacity, width = caches[0].shape
   num_heads = x_BMH.shape[1] - (2 * num_kv_heads if fused else 0)
@@ -225,7 +190,7 @@ def _part_kernel(
   k, run, b = (pl.program_id(axis) for axis in range(3))
   (num_heads, num_kv_heads), (capacity, width) = heads, cache_refs[0].shape[1:]
   group, fused, dtype = num_heads // num_kv_heads, bool(new_refs), cache_refs[0].dtype
-  rows = max(_LEAST, pl.next_power_of_2(group + fused))
+  rows = max(LEAST_ROWS, pl.next_power_of_2(group + fused))
   layer, position = layer_ref[0], count_ref[b]
   count = jnp.clip(position, 0, capacity)
   row_R = lax.iota(jnp.int32, rows)
@@ -242,7 +207,7 @@ def _part_kernel(
     score_R = jnp.sum(jnp.where(key_R[None], score_RR, 0.0), axis=1)
     first_S = lax.iota(jnp.int32, tiling.block) == 0
     total_RS = jnp.broadcast_to((first_S & is_first)[None], (rows, tiling.block))
-    top_R = jnp.where(is_first, score_R, _MASKED)
+    top_R = jnp.where(is_first, score_R, MASKED)
     state = top_R, total_RS.astype(jnp.float32), v_RH.astype(jnp.float32)
     stored_R = key_R & is_first & (position >= 0) & (position < capacity)
     # The interpreter scatters all rows, masked or not: those not stored are sent past the end.
@@ -262,7 +227,7 @@ def _part_kernel(
 
 
 def _merge_kernel(part_ref, lse_ref, out_ref):
-  """The average over all runs from the averages over each."""
+  """Merges the averages over each run into the average over all."""
   lse_P = lse_ref[...]
   weight_P = jnp.exp2(lse_P - jnp.max(lse_P))
   out_H = jnp.sum(weight_P[:, None] * part_ref[...], axis=0) / jnp.sum(weight_P)
@@ -280,7 +245,7 @@ def attend_cache(
   tiling: Tiling | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-  """Attention of T queries over the cache: query t of row b sees keys 0..start_B[b]+t.
+  """Attend with T queries over the cache: query t of row b sees keys 0..start_B[b]+t.
 
   Query heads of one key-value head share a program, and so each block of keys that it reads.
 
@@ -309,7 +274,7 @@ def attend_cache(
 
 
 def _chunk_kernel(layer_ref, start_ref, q_ref, cache_refs, out_ref, *, tiling: Tiling, group: int):
-  """Rows of queries, position after position, each with all heads of the group."""
+  """Attends with rows of queries: position after position, each with all heads of the group."""
   k, b = pl.program_id(1), pl.program_id(2)
   # The last rows see the most keys: their programs start first.
   first_row = (pl.num_programs(0) - 1 - pl.program_id(0)) * tiling.rows
@@ -346,7 +311,7 @@ def _step(q_RH, cache_refs, layer, block, i, state, *, seen=None):
   else:
     seen_R, limit = seen
     key_S = i * block + lax.iota(jnp.int32, block)
-    score_RS = jnp.where(key_S[None] < seen_R[:, None], score_RS, _MASKED)
+    score_RS = jnp.where(key_S[None] < seen_R[:, None], score_RS, MASKED)
     # A weight of zero does not silence a NaN: values that no row sees are not read.
     exists_SH = jnp.broadcast_to((key_S < limit)[:, None], (block, q_RH.shape[1]))
     v_SH = plgpu.load(v_ref.at[layer, at, :], mask=exists_SH, other=0.0)
@@ -359,26 +324,26 @@ def _step(q_RH, cache_refs, layer, block, i, state, *, seen=None):
 
 def _nothing(rows: int, block: int, width: int):
   """The state before the first key."""
-  top_R = jnp.full(rows, _MASKED, jnp.float32)
+  top_R = jnp.full(rows, MASKED, jnp.float32)
   return top_R, jnp.zeros((rows, block), jnp.float32), jnp.zeros((rows, width), jnp.float32)
 
 
 def _average(state):
-  """The average of values, and log2 of the sum of exp2 of scores."""
+  """Compute the average of values, and log2 of the sum of exp2 of scores."""
   top_R, total_RS, sum_RH = state
   total_R = jnp.maximum(jnp.sum(total_RS, axis=1), 1e-30)
   return sum_RH / total_R[:, None], top_R + jnp.log2(total_R)
 
 
 def _scale(width: int) -> float:
-  """Of scores whose softmax is taken to the base 2, which the hardware has."""
+  """The factor of scores for a softmax to the base 2, which the hardware has."""
   return width**-0.5 * math.log2(math.e)
 
 
 def _prepare(
   x_ref, rotation_ref, norm_refs, head_R, query_R, key_R, *, style: RopeStyle, eps: float
 ) -> jax.Array:
-  """Heads of queries and of keys, normalised and turned: float32 [R, H], zeros elsewhere."""
+  """Normalise and turn heads of queries and of keys: float32 [R, H], zeros elsewhere."""
 
   def read(element_H: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_RH = _load_rows(x_ref, (head_R,), query_R | key_R, element_H)
@@ -404,7 +369,7 @@ def _prepare(
 
 
 def _load_rows(ref, index, live_R, element_H=None) -> jax.Array:
-  """float32 [R, H], row r from `ref[index[0][r], ...]`; zeros where not live."""
+  """Load float32 [R, H], row r from `ref[index[0][r], ...]`; zeros where not live."""
   element_H = lax.iota(jnp.int32, ref.shape[-1]) if element_H is None else element_H
   at, live_RH = _spread(index, live_R, element_H)
   return plgpu.load(ref.at[at], mask=live_RH, other=0.0).astype(jnp.float32)
@@ -425,26 +390,15 @@ def _as_array(layer: jax.Array | int) -> jax.Array:
   return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
-def _block(capacity: int, head_dim: int) -> int:
-  return math.gcd(capacity, 64 if head_dim <= 128 else 32)
-
-
-def _floor_power_of_two(x: int) -> int:
-  return 1 << max(0, x.bit_length() - 1)
-
-
 def _check(num_heads: int, k_LBKSH: jax.Array, tiling: Tiling | None, interpret: bool) -> None:
   _, _, num_kv_heads, capacity, width = k_LBKSH.shape
   if num_heads < 1 or num_heads % num_kv_heads:
     raise ValueError(f"{num_heads} query heads over {num_kv_heads} key-value heads: use a multiple")
-  if width & (width - 1) or not _LEAST <= width <= 256:
+  if width & (width - 1) or not LEAST_ROWS <= width <= 256:
     raise NotImplementedError(f"head width {width}: these kernels take powers of two, 16 to 256")
-  if capacity % (tiling.block if tiling else _LEAST):
+  if capacity % (tiling.block if tiling else LEAST_ROWS):
     raise NotImplementedError(f"cache capacity {capacity}: use a multiple of 128")
   if k_LBKSH.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(f"cache of {k_LBKSH.dtype}: these kernels take bfloat16 and float16")
-  version = tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
-  if not interpret and version < (0, 11, 2):
-    raise NotImplementedError(
-      f"jax {jax.__version__}: the GPU kernels need 0.11.2 or newer, which needs Python 3.12"
-    )
+  if not interpret and (reason := gpus.why_not_jax()):
+    raise NotImplementedError(reason)

@@ -1,4 +1,4 @@
-"""Counters by which the programs of a Triton kernel wait for each other.
+"""Lets the programs of a Triton kernel wait for each other, by counters in memory.
 
 One thread of a program counts or looks, and the program's own barrier holds the others. Written in
 PTX, since Triton's atomic hands its result to every thread, and a loop in Triton around a load has all
@@ -50,13 +50,13 @@ def arrive(ref, index: Array | int, *, threads: int) -> None:
   """Add 1 to int32 `ref[index]`; whoever sees the count sees what this program wrote before.
 
   Args:
-    threads: Of this program: 32 for each of its warps.
+    threads: Threads of this program: 32 for each of its warps.
   """
   _bind(ref, index, jnp.int32(1), _ARRIVE, threads)
 
 
 def wait(ref, index: Array | int, target: Array | int, *, threads: int) -> None:
-  """Until int32 `ref[index]` is at least `target`. Arguments as for `arrive`."""
+  """Wait until int32 `ref[index]` is at least `target`. Arguments as for `arrive`."""
   _bind(ref, index, jnp.asarray(target, jnp.int32), _WAIT, threads)
 
 

@@ -43,12 +43,12 @@ _DP4A = _dp4a_asm()
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-  """What differs between the GPU and interpret mode, which has no inline assembly."""
+  """Operations that are inline assembly on the GPU and plain arithmetic in interpret mode."""
 
   interpret: bool
 
   def opaque(self, v: Array) -> Array:
-    """v, of which the compiler knows nothing: its layout is then not derived from v's contents."""
+    """Hide what v is from the compiler: its layout is then not derived from v's contents."""
     if self.interpret:
       return v
     return plgpu.elementwise_inline_asm(
@@ -60,11 +60,11 @@ class Ops:
     )[0]
 
   def dot(self, w_RxW: Array, x: list[Array]) -> Array:
-    """Sums of codes times activations, int32 [R, 32], one for each block of 64 elements.
+    """Sum codes times activations: int32 [R, 32], one for each block of 64 elements.
 
     Args:
       w_RxW: int32 [R, 128], four bytes of codes each.
-      x: For each of the 4 planes int32 [R, 128], four activations each.
+      x: Four planes, int32 [R, 128], four activations to a word.
     """
     if self.interpret:
       total = jnp.zeros(w_RxW.shape, jnp.int32)
@@ -84,7 +84,7 @@ class Ops:
     return (sums >> (2 * lax.broadcasted_iota(jnp.int32, sums.shape, 2))).sum(-1)
 
   def block_sums(self, x: list[Array]) -> Array:
-    """Sums of the activations of each block of 64, int32 [R, 32], every row the same."""
+    """Sum the activations of each block of 64: int32 [R, 32], every row the same."""
     total = jnp.zeros_like(x[0])
     for plane in x:
       if self.interpret:
@@ -101,14 +101,14 @@ class Ops:
 
 
 def words(bytes_: Array) -> Array:
-  """Four uint8 or int8 to an int32, the first in the lowest bits: no instruction on the GPU."""
+  """Pack four uint8 or int8 into an int32, the first lowest; the GPU needs no instruction for it."""
   *lead, count = bytes_.shape
   v = bytes_.astype(jnp.int32).reshape(*lead, count // 4, 4) & 255
   return jnp.sum(v << (8 * lax.broadcasted_iota(jnp.int32, v.shape, v.ndim - 1)), axis=-1)
 
 
 def round_bits(v: Array) -> Array:
-  """float32 |v| < 2**22 to an int32 whose low byte is v rounded half to even, if it fits int8."""
+  """Round float32 |v| < 2**22 half to even: an int32 whose low byte is the result, if it fits int8."""
   return lax.bitcast_convert_type(v + _ROUND, jnp.int32) - _ROUND_BITS
 
 
@@ -138,13 +138,13 @@ class Unit:
     return lax.div(jnp.arange(self.count), self.rows * self.tiles)
 
   def add_up(self, v: Array) -> Array:
-    """[count, 32] to [parts, rows]: tiles first, which a lane does alone."""
+    """Add [count, 32] up to [parts, rows]; tiles come first, as a lane adds those alone."""
     return v.reshape(self.parts, self.tiles, self.rows, _LANES).sum(1).sum(-1)
 
   def load(
     self, codes_ref, scales_ref, layer: Array, first: Array, end: int, tile: Array, group: int
   ) -> tuple[Array, Array]:
-    """Codes int32 [count, 128] and scales [count, 32].
+    """Load codes int32 [count, 128] and scales [count, 32].
 
     Args:
       first: The first row of part 0; part 1 has row `first + end` first, and so on.
@@ -170,7 +170,7 @@ class Unit:
     return words(codes), scales
 
   def load_planes(self, ref, program: Array) -> list[Array]:
-    """Activations that `store_planes` kept: for each plane int32 [count, 128].
+    """Load the activations that `store_planes` kept: for each plane int32 [count, 128].
 
     Loaded in the shape of the codes: every lane gets what it multiplies, and nothing has to be
     exchanged between lanes.

@@ -1,4 +1,4 @@
-"""One token through a span of layers, and through the head, as a single persistent kernel.
+"""Runs one token through a span of layers, and through the head, as a single persistent kernel.
 
 A grid of one program per multiprocessor walks through all layers. A layer is five phases (q, k and
 v; attention; output projection; gate and up; down) with a barrier over the grid after each, since
@@ -24,39 +24,28 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from neurojax.kernels import gpus
+from neurojax.kernels.attention.reference import MASKED
+from neurojax.kernels.decode import tuned
+from neurojax.kernels.decode.shapes import Shape
 from neurojax.kernels.decode.tiles import TILE, Ops, Unit, round_bits, store_planes
-from neurojax.kernels.decode.weights import LayerWeights, Shape
+from neurojax.kernels.decode.weights import LayerWeights
 from neurojax.weights.ternary import TernaryArray
 
-WARPS = 8
-"""Few, so that each thread has many registers: they hold what is requested ahead."""
-_ROWS = 16
-"""Outputs of a unit of work: two for each warp."""
-_AHEAD = 3 << 14
-"""Bytes of codes that a program requests ahead, and fewer of them where registers would be spilled."""
-_AHEAD_QKV = 2 << 14
-_KEYS = 64
-"""Keys that attention takes at once."""
-_LEAST = 64
-"""Keys of a share at least, if there are so many."""
-_SHARE = 16
-"""Keys are dealt out to programs in multiples of this."""
 _HEADS = 16
 """Rows of the smallest product that tensor cores do: the queries of a key-value head, padded."""
 _LOG2E = 1.4426950408889634
-_MASKED = -1e30
-"""Below any score, yet finite: a row of masked keys gives no NaN."""
 _APART = 32
 """Counters of heads start here, on another cache line than the grid's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """How the programs share one matrix: programs of chunk c multiply its columns from c on.
+  """How the programs share one matrix: its columns are cut into chunks, its rows into units.
 
   Attributes:
     n, k: Rows and columns of the matrix.
-    programs: Of the grid.
+    programs: Programs of the grid; those of a chunk share its rows.
     paired: Rows i and i + n/2 go to the same program, and its results are SwiGLU(i, i + n/2).
     ahead: Bytes of codes that a program requests before it has what they are multiplied by.
   """
@@ -66,7 +55,7 @@ class Product:
   group: int
   programs: int
   paired: bool = False
-  ahead: int = _AHEAD
+  ahead: int = tuned.AHEAD_BYTES
 
   @property
   def chunks(self) -> int:
@@ -85,11 +74,11 @@ class Product:
     """Two tiles keep the activations of a chunk in 32 registers."""
     total = -(-self.k // TILE)
     tiles = pl.next_power_of_2(total) if self.programs == 1 else 2 - total % 2
-    return Unit(rows=_ROWS, tiles=tiles, parts=2 if self.paired else 1)
+    return Unit(rows=tuned.ROWS, tiles=tiles, parts=2 if self.paired else 1)
 
   @property
   def rounds(self) -> int:
-    return -(-self.outputs // (_ROWS * self.programs_per_chunk))
+    return -(-self.outputs // (tuned.ROWS * self.programs_per_chunk))
 
   @property
   def slots(self) -> int:
@@ -98,7 +87,7 @@ class Product:
 
 
 class _Kernel:
-  """The body of the kernel: everything that is known when it is compiled, and its references."""
+  """The body of the kernel, with everything that is known when it is compiled."""
 
   def __init__(
     self,
@@ -116,13 +105,13 @@ class _Kernel:
     self.shape, self.layers, self.programs, self.capacity = s, layers, programs, capacity
     self.qk_norm, self.ops = qk_norm, Ops(interpret)
     product = functools.partial(Product, programs=programs)
-    self.qkv = product((s.n + 2 * s.k) * s.h, s.d, groups["qkv"], ahead=_AHEAD_QKV)
+    self.qkv = product((s.n + 2 * s.k) * s.h, s.d, groups["qkv"], ahead=tuned.AHEAD_QKV_BYTES)
     self.o = product(s.d, s.n * s.h, groups["o"])
     self.gate_up = product(2 * s.f, s.d, groups["gate_up"], paired=True)
     self.down = product(s.d, s.f, groups["down"])
     self.head = product(head, s.d, groups["head"]) if head else None
     # A program by itself takes several shares too, or nothing would be joined in interpret mode.
-    self.splits = min(max(3, programs // s.k), -(-capacity // _SHARE))
+    self.splits = min(max(3, programs // s.k), -(-capacity // tuned.SHARE_KEYS))
     self.columns = -(-s.g * s.h // self.splits)
     sizes = {
       "x": s.d,
@@ -143,14 +132,14 @@ class _Kernel:
   # --- weights -----------------------------------------------------------------------------------
 
   def _first(self, p: Product, index: Array | int) -> Array:
-    """The first output of unit `index` of this program; past the last one for a program without."""
+    """The first output of unit `index` of this program; one past the last if it has no such unit."""
     place = jnp.where(
       self.pid < p.chunks * p.programs_per_chunk, lax.div(self.pid, p.chunks), p.outputs
     )
-    return (place + index * p.programs_per_chunk) * _ROWS
+    return (place + index * p.programs_per_chunk) * tuned.ROWS
 
   def _load(self, p: Product, refs, layer: Array, index: Array | int):
-    """Codes and scales of unit `index` of this program."""
+    """Load codes and scales of unit `index` of this program."""
     tile = lax.rem(self.pid, p.chunks) * p.unit.tiles
     return p.unit.load(*refs, layer, self._first(p, index), p.outputs, tile, p.group)
 
@@ -158,19 +147,19 @@ class _Kernel:
     return [self._load(p, refs, layer, i) for i in range(p.slots)]
 
   def _sums(self, p: Product, loaded, x, scale):
-    """Results of one unit, float32 [rows]."""
+    """Compute the results of one unit, float32 [rows]."""
     codes, scales = loaded
     planes, x_sums = x
     sums = (self.ops.dot(codes, planes) - x_sums).astype(jnp.float32) * scales.astype(jnp.float32)
     y = p.unit.add_up(sums) * scale
     if not p.paired:
-      return y.reshape(_ROWS)
+      return y.reshape(tuned.ROWS)
     part = lax.broadcasted_iota(jnp.int32, y.shape, 0)
     gate, up = [jnp.sum(jnp.where(part == i, y, 0), axis=0) for i in range(2)]
     return gate / (1 + jnp.exp2(gate * -_LOG2E)) * up
 
   def multiply(self, p: Product, refs, layer, slots, x, scale, post) -> Array:
-    """Multiply this program's rows by x; the largest |result| of each row of a unit.
+    """Multiply this program's rows by x; returns the largest |result| of each row of a unit.
 
     Args:
       post: Called with indices of results, results, and which of them count.
@@ -180,16 +169,16 @@ class _Kernel:
 
     def put(index, loaded, top):
       y = self._sums(p, loaded, x, scale)
-      rows = self._first(p, index) + jnp.arange(_ROWS)
+      rows = self._first(p, index) + jnp.arange(tuned.ROWS)
       inside = rows < p.outputs
       top = jnp.maximum(top, jnp.where(inside, _magnitude(y), 0))
       if self.ops.interpret:
         post(first + rows, y, inside)
         return top
       # In the layout that the sums have: any other would be a detour through shared memory.
-      wide = jnp.broadcast_to(y[:, None], (_ROWS, 32))
-      row = self.ops.opaque(jnp.broadcast_to(rows[:, None], (_ROWS, 32)))
-      lane = lax.broadcasted_iota(jnp.int32, (_ROWS, 32), 1)
+      wide = jnp.broadcast_to(y[:, None], (tuned.ROWS, 32))
+      row = self.ops.opaque(jnp.broadcast_to(rows[:, None], (tuned.ROWS, 32)))
+      lane = lax.broadcasted_iota(jnp.int32, (tuned.ROWS, 32), 1)
       post(first + row, wide, (row < p.outputs) & (lane == 0))
       return top
 
@@ -203,12 +192,12 @@ class _Kernel:
 
     # Units past the last row request nothing and store nothing.
     turns = -(-p.rounds // depth)
-    return lax.fori_loop(0, turns, body, (slots, jnp.zeros(_ROWS, jnp.float32)))[1]
+    return lax.fori_loop(0, turns, body, (slots, jnp.zeros(tuned.ROWS, jnp.float32)))[1]
 
   # --- what programs tell each other ---------------------------------------------------------------
 
   def post(self, refs, name: str):
-    """Function of indices, float32 values and a mask that writes what others will read."""
+    """Make a function of indices, float32 values and a mask that writes what others will read."""
 
     def write(index: Array | int, value: Array, mask: Array) -> None:
       at = self.starts[name] + index
@@ -220,7 +209,7 @@ class _Kernel:
     return write
 
   def read(self, refs, name: str, index: Array | int, mask: Array) -> Array:
-    """What others wrote before a barrier, float32, zeros where masked out."""
+    """Read what others wrote before a barrier, float32, zeros where masked out."""
     at = refs.scratch.at[self.starts[name] + index]
     return plgpu.load(at, mask=mask, other=0.0, volatile=True)
 
@@ -229,7 +218,7 @@ class _Kernel:
   def _quantise(self, p: Product, refs, v_K: Array, top: Array):
     """Round a chunk of a vector, whose largest magnitude is `top`, to int8.
 
-    Returns: For `Ops.dot`, planes and block sums; and the scale.
+    Returns: Planes and block sums, for `Ops.dot`; and the scale.
     """
     inverse = jnp.where(top > 0, 127 / top, 0.0)
     store_planes(refs.rounded, self.pid, round_bits(v_K * inverse))
@@ -238,10 +227,10 @@ class _Kernel:
     return (planes, self.ops.block_sums(planes)), top * (1 / 127)
 
   def _residual(self, refs, x: str, name: str, parts: Product, keep, live=True) -> Array:
-    """x + sum of a product's chunks, float32, zero from D on; program 0 keeps it.
+    """Add the chunks of a product to x: float32, zero from D on; program 0 keeps it.
 
     Args:
-      keep: Called like what `post` returns.
+      keep: Called as the function that `post` makes.
       live: False in the first layer, whose input has no parts yet.
     """
     i = jnp.arange(_padded(self.shape.d))
@@ -257,7 +246,7 @@ class _Kernel:
     return plgpu.load(ref.at[layer, i], mask=i < self.shape.d, other=0.0)
 
   def _normalise(self, p: Product, refs, v: Array, gain: Array):
-    """RMSNorm, rounded to int8: planes and block sums, and the scale."""
+    """Normalise by RMSNorm and round to int8: planes and block sums, and the scale."""
     scaled = v * gain
     mean = jnp.sum(v * v) / self.shape.d
     x, scale = self._quantise(p, refs, scaled, jnp.max(jnp.abs(scaled)))
@@ -266,7 +255,7 @@ class _Kernel:
   # --- attention ---------------------------------------------------------------------------------
 
   def _turning(self, refs, norm_ref, layer) -> tuple[Array, Array]:
-    """Factors of a head's elements and of their partners, float32 [1, H]: norm's scale, rotation."""
+    """Compute the factors of a head's elements and of their partners, float32 [1, H]: norm and rotation."""
     half = self.shape.h // 2
     i = jnp.arange(self.shape.h)[None, :]
     cos = plgpu.load(refs.cos.at[lax.rem(i, half)])
@@ -282,7 +271,7 @@ class _Kernel:
     return jnp.where(i < half, i + half, i - half)
 
   def _turn(self, own: Array, other: Array, turning: tuple[Array, Array]) -> Array:
-    """Heads [R, H], normalised if the family does that, and rotated; other: elements' partners."""
+    """Normalise heads [R, H] if the family does that, and rotate them; other: elements' partners."""
     out = own * turning[0] + other * turning[1]
     if not self.qk_norm:
       return out
@@ -290,22 +279,22 @@ class _Kernel:
     return out * lax.rsqrt(mean + self.shape.norm_eps)
 
   def _keys(self, refs, layer, head, first, end) -> tuple[Array, Array]:
-    """Keys and values [_KEYS, H] from position `first` on; zeros from `end` on."""
-    key = first + jnp.arange(_KEYS)
+    """Load keys and values [tuned.KEYS, H] from position `first` on; zeros from `end` on."""
+    key = first + jnp.arange(tuned.KEYS)
     column = jnp.arange(self.shape.h)[None, :]
-    mask = jnp.broadcast_to((key < end)[:, None], (_KEYS, self.shape.h))
+    mask = jnp.broadcast_to((key < end)[:, None], (tuned.KEYS, self.shape.h))
     at = (layer, 0, head, key[:, None], column)
     return tuple(plgpu.load(ref.at[at], mask=mask, other=0.0) for ref in (refs.keys, refs.values))
 
   def attention(self, layer, refs, position):
-    """Attention in two parts: what can be requested before q, k and v are there, and the rest.
+    """Attend in two parts: what can be requested before q, k and v are there, and the rest.
 
     Each program takes a share of the keys of one key-value head, then joins some columns of all.
     Returns: A function to call when q, k and v are there.
     """
     s, splits = self.shape, self.splits
-    step = splits * _SHARE
-    share = jnp.maximum(lax.div(position + step - 1, step) * _SHARE, _LEAST)
+    step = splits * tuned.SHARE_KEYS
+    share = jnp.maximum(lax.div(position + step - 1, step) * tuned.SHARE_KEYS, tuned.LEAST_KEYS)
     active = jnp.maximum(lax.div(position + share - 1, share), 1)
     units = s.k * splits
     turning = [self._turning(refs, ref, layer) for ref in (refs.q_norm, refs.k_norm)]
@@ -354,7 +343,7 @@ class _Kernel:
     return run
 
   def _attend_share(self, layer, refs, head, split, first, end, position, tiles, turning):
-    """Keys first .. end of one head; the first share has the new key too, and stores it."""
+    """Attend over keys first .. end of one head; the first share has the new key too, and stores it."""
     s = self.shape
     kind = refs.keys.dtype
     column = jnp.arange(s.h)[None, :]
@@ -379,24 +368,24 @@ class _Kernel:
       plgpu.store(refs.values.at[at], v)
 
     score = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1)
-    top = jnp.where(owner, score, _MASKED)
+    top = jnp.where(owner, score, MASKED)
     total = jnp.where(owner, jnp.ones(_HEADS, jnp.float32), 0.0)
     out = jnp.broadcast_to(jnp.where(owner, v.astype(jnp.float32), 0.0), (_HEADS, s.h))
 
     def block(i, carry):
       (k, v), top, total, out = carry
-      at = first + i * _KEYS
-      seen = at + jnp.arange(_KEYS) < end
-      score = jnp.where(seen[None, :], _dot(q, k.T), _MASKED)
+      at = first + i * tuned.KEYS
+      seen = at + jnp.arange(tuned.KEYS) < end
+      score = jnp.where(seen[None, :], _dot(q, k.T), MASKED)
       new_top = jnp.maximum(top, score.max(1))
       weight = jnp.exp2(score - new_top[:, None])
       weight = jnp.where(seen[None, :], weight, 0.0)
       shrink = jnp.exp2(top - new_top)
       out = out * shrink[:, None] + _dot(weight.astype(kind), v)
-      tiles = self._keys(refs, layer, head, at + _KEYS, end)
+      tiles = self._keys(refs, layer, head, at + tuned.KEYS, end)
       return tiles, new_top, total * shrink + weight.sum(1), out
 
-    count = lax.div(end - first + _KEYS - 1, _KEYS)
+    count = lax.div(end - first + tuned.KEYS - 1, tuned.KEYS)
     _, top, total, out = lax.fori_loop(0, count, block, (tiles, top, total, out))
     r = jnp.arange(_HEADS)
     at = (head * self.splits + split) * s.g
@@ -404,7 +393,7 @@ class _Kernel:
     self.post(refs, "shares")((at + row) * s.h + column, out / total[:, None], live)
 
   def _join(self, layer, refs, head, piece, active):
-    """Averages the shares of one head, for some of its columns."""
+    """Average the shares of one head, for some of its columns."""
     s, width = self.shape, self.shape.g * self.shape.h
     self._wait_for(refs.sync, _APART + layer * s.k + head, active)
     split = jnp.arange(pl.next_power_of_2(self.splits))[:, None]
@@ -415,7 +404,7 @@ class _Kernel:
     share = head * self.splits + split
     sums = self.read(refs, "sums", share * s.g + lax.div(column, s.h)[None, :], used)
     shares = self.read(refs, "shares", share * width + column[None, :], used)
-    sums = jnp.where(used, sums, _MASKED)
+    sums = jnp.where(used, sums, MASKED)
     weight = jnp.where(used, jnp.exp2(sums - jnp.max(sums, axis=0)[None, :]), 0.0)
     total = jnp.where(inside, jnp.sum(weight, axis=0), 1.0)
     joined = jnp.sum(shares * weight, axis=0) / total
@@ -428,29 +417,29 @@ class _Kernel:
       plgpu.debug_barrier()
 
   def _count(self, ref, at) -> None:
-    """Count this program in: what it wrote is there for whoever sees the count."""
+    """Count this program in: whoever sees the count sees what it wrote."""
     if self.ops.interpret:
       ref[at] = ref[at] + 1
       return
     # Imported when needed: it exists where the GPU's compiler does.
     from neurojax.kernels.decode import barrier
 
-    barrier.arrive(ref, at, threads=32 * WARPS)
+    barrier.arrive(ref, at, threads=32 * tuned.WARPS)
 
   def _wait_for(self, ref, at, target: Array) -> None:
-    """Until a counter has come to `target`."""
+    """Wait until a counter has reached `target`."""
     if self.ops.interpret:
       return
     from neurojax.kernels.decode import barrier
 
-    barrier.wait(ref, at, target, threads=32 * WARPS)
+    barrier.wait(ref, at, target, threads=32 * tuned.WARPS)
 
   def arrive(self, refs) -> None:
     """Say that this program has written what the others wait for."""
     self._count(refs.sync, 0)
 
   def wait(self, refs, round_: Array) -> None:
-    """Until all programs have arrived `round_` times."""
+    """Wait until all programs have arrived `round_` times."""
     self._wait_for(refs.sync, 0, round_ * self.programs)
 
   # --- the walk ----------------------------------------------------------------------------------
@@ -527,7 +516,7 @@ class _Kernel:
 
 
 def _padded(width: int) -> int:
-  """Elements of an array that holds whole tiles of `width`; Triton's sizes are powers of two."""
+  """Elements of an array with whole tiles for `width`; Triton's sizes are powers of two."""
   return max(TILE, pl.next_power_of_2(width))
 
 
@@ -540,7 +529,7 @@ def _dot(a: Array, b: Array) -> Array:
   return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def supports(weights: LayerWeights, capacity: int, programs: int) -> str | None:
+def why_not(weights: LayerWeights, capacity: int, programs: int) -> str | None:
   """Why `decode` cannot run these weights on so many programs, or None if it can."""
   s = weights.shape
   for name, width in (("model width", s.d), ("width of all query heads", s.n * s.h)):
@@ -577,24 +566,24 @@ def decode(
   programs: int,
   interpret: bool = False,
 ) -> tuple[Array, Array | None, Array, Array]:
-  """One token through the layers, and through final norm and head if they are given.
+  """Run one token through the layers, and through final norm and head if they are given.
 
   Args:
     x_D: float32 [D], the input of the first layer.
     keys, values: bfloat16 [L, 1, K, S, H]; position `position` of each layer is written.
-    cos, sin: float32 [H / 2], of the rotation at this position.
+    cos, sin: float32 [H / 2]: the rotation at this position.
     position: int32 scalar, below S.
     head: [D, V] or [V, D] as rows of V outputs.
-    programs: Multiprocessors of the device; 1 in interpret mode.
+    programs: Programs of the grid: one for each multiprocessor; 1 in interpret mode.
   Returns: x float32 [D] after the last layer, logits float32 [V] or None, keys, values.
-  Raises: NotImplementedError: `supports` names the reason, or jax is older than 0.11.2.
+  Raises: NotImplementedError: `why_not` or `gpus.why_not_jax` has a reason.
   """
   s = weights.shape
-  if not interpret and jax.__version_info__ < (0, 11, 2):
-    raise NotImplementedError(f"needs jax 0.11.2 or newer, this is {jax.__version__}")
+  if not interpret and (reason := gpus.why_not_jax()):
+    raise NotImplementedError(reason)
   if interpret and programs != 1:
     raise NotImplementedError(f"{programs} programs in interpret mode: they run one after another")
-  if reason := supports(weights, keys.shape[3], programs):
+  if reason := why_not(weights, keys.shape[3], programs):
     raise NotImplementedError(reason)
   matrices = {name: getattr(weights, name) for name in ("qkv", "o", "gate_up", "down")}
   if head is not None:
@@ -646,7 +635,7 @@ def decode(
     grid=(programs,),
     out_shape=tuple(outputs.values()),
     input_output_aliases={len(inputs) + i: i for i in range(len(shared))},
-    compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+    compiler_params=plgpu.CompilerParams(num_warps=tuned.WARPS, num_stages=1),
     interpret=interpret,
     name="ternary_decode",
   )(*inputs.values(), *shared.values())

@@ -1,4 +1,4 @@
-"""The weights of a span of layers, fused as the decode kernel reads them."""
+"""Holds the weights of a span of layers; matrices that share an input are put together."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,24 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from neurojax.kernels.decode.shapes import Shape
 from neurojax.weights.ternary import TernaryArray
-
-
-@dataclass(frozen=True)
-class Shape:
-  """The widths of a layer: D model, F FFN, N query heads, K key-value heads, H head."""
-
-  d: int
-  f: int
-  n: int
-  k: int
-  h: int
-  norm_eps: float
-
-  @property
-  def g(self) -> int:
-    """Query heads per key-value head."""
-    return self.n // self.k
 
 
 @jax.tree_util.register_dataclass
@@ -56,10 +40,10 @@ class LayerWeights:
 
 
 def fuse_rows(*parts: TernaryArray) -> TernaryArray:
-  """One matrix whose output channels are those of all parts, in order.
+  """Put the output channels of all parts, in order, into one matrix.
 
   Args:
-    parts: Of the same contracted width, group size, scale dtype and mode; [D, ...] or [L, D, ...].
+    parts: Matrices of one contracted width, group size, scale dtype and mode; [D, ...] or [L, D, ...].
   Raises: ValueError: the parts differ in one of these.
   """
   first = parts[0]

@@ -1,14 +1,13 @@
-"""Products of activations with ternary weights, by the implementation that suits the machine.
+"""Multiplies activations by ternary weights, by the implementation that suits the machine.
 
 An implementation is a module of this folder with `matmul(x, w, *, layer=None, **parameters)` and
-`supports(m, n, k, w)`, which names a reason or returns None; one that gains from several weights at
+`why_not(m, n, k, w)`, which gives a reason or None; one that gains from several weights at
 once has `matmul_all(x, weights)`.
 """
 
 import functools
 import importlib
 import logging
-import re
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from neurojax.kernels import gpus
 from neurojax.kernels.gemm import tuned
 from neurojax.weights.contraction import contract_rows
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
@@ -25,14 +25,10 @@ log = logging.getLogger(__name__)
 Implementation = Literal["reference", "xla", "cpu", "triton", "mosaic"]
 
 _KERNELS: dict[str, tuple[Implementation, ...]] = {"cpu": ("cpu",), "gpu": ("triton", "mosaic")}
-"""By platform, the first that can being the choice where nothing is measured."""
+"""Kernels by platform. Where nothing was measured, the first that can multiply is taken."""
 
 _PREFILL_ROWS = 128
-"""From here on a GPU is bound by its matrix units: Mosaic is asked first."""
-
-_OLDEST_JAX = (0, 11, 2)
-_CAPABILITIES = {"triton": (8.0, float("inf")), "mosaic": (9.0, 9.0)}
-"""What the GPU kernels need: of JAX, and the least and greatest CUDA compute capability."""
+"""Rows from which on a GPU is bound by its matrix units, so that Mosaic is asked first."""
 
 
 class Choice(NamedTuple):
@@ -47,19 +43,19 @@ def matmul(
   implementation: Implementation | None = None,
   **parameters: Any,
 ) -> Float32[Array, "M N"]:
-  """x times the transposed rows of w, as `reference.matmul` defines it.
+  """Multiply x by the transposed rows of w, as `reference.matmul` defines it.
 
   Args:
     x: float32 or bfloat16; other float dtypes are cast to float32.
     w: A single matrix, or a layer of stacked ones, which is not copied.
     implementation: None: chosen when traced, for the platform that JAX would run on.
-    parameters: Of the implementation, which must be given then.
+    parameters: Keyword arguments of the implementation, which must be named then.
   Raises:
-    ValueError: shapes or dtypes do not fit, or parameters are of no given implementation.
-    NotImplementedError: the given implementation cannot.
+    ValueError: shapes or dtypes do not fit, or parameters come without an implementation.
+    NotImplementedError: the named implementation cannot multiply these.
   """
   if parameters and implementation is None:
-    raise ValueError(f"parameters {sorted(parameters)} are of no implementation: name it")
+    raise ValueError(f"parameters {sorted(parameters)} belong to an implementation: name it")
   x = _check(x, w)
   if implementation is None:
     return matmul_all(x, w)[0]
@@ -71,13 +67,13 @@ def matmul_all(
   *weights: TernaryArray | TernaryLayer,
   implementation: Implementation | None = None,
 ) -> list[Float32[Array, "M N"]]:
-  """`matmul` with each weight; x is prepared once for those that one implementation multiplies."""
+  """Multiply x by each weight; x is prepared once for those that one implementation multiplies."""
   results: dict[int, Array] = {}
   together: dict[str, tuple[Choice, list[int]]] = {}
   for i, weight in enumerate(weights):
     x = _check(x, weight)
     w = _array(weight)
-    choice = Choice(implementation, {}) if implementation else choose(x.shape[0], w)
+    choice = Choice(implementation, {}) if implementation else choice_for(x.shape[0], w)
     together.setdefault(f"{choice} {w.mode}", (choice, []))[1].append(i)
   for choice, members in together.values():
     ys = _multiply(choice, x, [weights[i] for i in members])
@@ -92,7 +88,7 @@ def contract(
   *,
   implementation: Implementation | None = None,
 ) -> Float32[Array, "..."]:
-  """`contract_all` with a single weight."""
+  """Compute `contract_all` for a single weight."""
   return contract_all(x, (spec, w), implementation=implementation)[0]
 
 
@@ -101,7 +97,7 @@ def contract_all(
   *products: tuple[str, TernaryArray | TernaryLayer],
   implementation: Implementation | None = None,
 ) -> list[Float32[Array, "..."]]:
-  """float32 `einsum(spec, x, w)` for each (spec, w), as `matmul` multiplies; none has a batch axis.
+  """Compute float32 `einsum(spec, x, w)` for each (spec, w) by `matmul`; weights have no batch axis.
 
   Args:
     products: specs are like "BTD,DNH->BTNH", "BTNH,NHD->BTD", or "BTD,VD->BTV" if trailing axes
@@ -116,11 +112,11 @@ def contract_all(
   )
 
 
-def choose(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> Choice:
-  """What multiplies m rows by w; the choice of something slow is logged, once for each reason.
+def choice_for(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> Choice:
+  """Choose what multiplies m rows by w; the choice of something slow is logged, once for each reason.
 
   Args:
-    device: To compile for; the one that JAX would run on if absent.
+    device: The device to compile for; None: the one that JAX would run on.
   """
   device = device or _default_device()
   platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
@@ -152,15 +148,12 @@ def _arguments(entry: tuned.Entry) -> dict[str, Any]:
 def _why_not(name: Implementation, m: int, w: TernaryArray, device: jax.Device) -> str | None:
   if name == "reference":
     return None
-  if name in _CAPABILITIES:
-    if jax.__version_info__ < _OLDEST_JAX:
-      return f"needs jax {'.'.join(map(str, _OLDEST_JAX))} or newer, this is {jax.__version__}"
-    capability = str(getattr(device, "compute_capability", None) or "unknown")
-    least, greatest = _CAPABILITIES[name]
-    if not (re.fullmatch(r"\d+\.\d+", capability) and least <= float(capability) <= greatest):
-      return f"needs compute capability {least} to {greatest}, {device.device_kind}: {capability}"
+  if name in gpus.CAPABILITIES and (
+    reason := gpus.why_not_jax() or gpus.why_not_card(name, device)
+  ):
+    return reason
   try:
-    return _module(name).supports(m, w.contraction.n, w.contraction.k, w)
+    return _module(name).why_not(m, w.contraction.n, w.contraction.k, w)
   except ImportError as error:
     return str(error)
 

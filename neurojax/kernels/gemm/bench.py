@@ -1,9 +1,9 @@
-"""How fast each implementation multiplies by ternary weights, beside XLA with bfloat16 weights.
+"""Times each implementation of a product with ternary weights, beside XLA with bfloat16 weights.
 
-All in one call on the device: a loop whose body multiplies by each of several distinct weights, far
-more bytes together than the L2 cache holds. A round's activations depend on the results of the round
-before, so that no product can be dropped, shared or moved out of the loop. Preparing activations
-(rounding, order) is done once a round and counts accordingly little.
+One call on the device is timed: a loop whose body multiplies by each of several distinct weights,
+together far more bytes than the L2 cache holds. The activations of a round depend on the results of
+the round before, so that no product can be dropped, shared or moved out of the loop. Activations are
+prepared (rounded, reordered) once a round, which counts little.
 """
 
 import dataclasses
@@ -17,26 +17,28 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from neurojax.kernels import timing
-from neurojax.kernels.gemm import mosaic, reference, tuned
+from neurojax.kernels.gemm import mosaic, reference, shapes, tuned
 from neurojax.weights.ternary import CODE_BYTES, Mode, TernaryArray
 
 GROUP = 128
 """Weights that share a float16 scale: 2.125 bits per weight."""
 
-SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096))
-"""(n, k): the products of a layer of Qwen3-8B, with what shares an input in one, and its head."""
+ROWS = {"gpu": (1, 8, 64, 2048), "cpu": (1, 8)}
+"""Activation rows that are measured if nothing else is asked for: 1 is decode, many are prefill."""
 
-_CACHED_BYTES = 1 << 28
-"""Of distinct weights at least: several times an L2 cache."""
+_CACHED_BYTES = {"gpu": 1 << 28, "cpu": 1 << 26}
+"""Least bytes of distinct weights: several times a GPU's L2 cache; on a CPU more than most last caches."""
 
 _MOST_WEIGHTS = 64
-"""Each is a product in the program: small matrices may fit a cache, and more would compile long."""
+"""Most distinct weights. Each is a product in the program, and more would compile long; so small
+matrices may fit a cache."""
 
 _SECONDS = 0.01
-"""Of a call at least, by an estimate from the device's own rates."""
+"""Least seconds of a call, by an estimate from the device's own rates."""
 
 _OUTPUT_BYTES = 1 << 30
-"""Of results of a round at most."""
+"""Most bytes of results of a round."""
+
 
 Multiply = Callable[[Array, TernaryArray, Array], Array]
 """(x [M, K], stacked weights, index) to [M, N]."""
@@ -47,9 +49,10 @@ class Row:
   """One line of results.csv; times are medians over the runs, activations standard normal.
 
   Attributes:
-    bytes_per_s: Of codes and scales; for XLA, of bfloat16 weights.
-    read_fraction, matmul_fraction: Of what the device does at best, see `Rates`.
-    speedup: Over XLA with bfloat16 weights, in the same run.
+    bytes_per_s: Bytes of codes and scales read per second; for XLA, of bfloat16 weights.
+    read_fraction, matmul_fraction: bytes_per_s and flops_per_s as shares of what the device does at
+      best, see `Rates`. The larger is the share of the bound.
+    speedup: Time of XLA with bfloat16 weights, in the same run, over this time.
   """
 
   n: int
@@ -71,41 +74,60 @@ class Row:
   jaxlib: str
   date: str
 
+  @property
+  def bound_fraction(self) -> float:
+    """The least time that memory and matrix units allow, over the time taken."""
+    return max(self.read_fraction, self.matmul_fraction)
+
 
 COLUMNS = {
-  "n x k": lambda row: f"{row.n}x{row.k}",
+  "      n x k": lambda row: f"{row.n}x{row.k}",
   "rows": lambda row: str(row.rows),
   "weights": lambda row: row.weights,
-  "by": lambda row: row.implementation,
+  "              by": lambda row: row.implementation,
   "us": lambda row: f"{row.us:.1f}",
   "GB/s": lambda row: f"{row.bytes_per_s / 1e9:.1f}",
   "of read": lambda row: f"{row.read_fraction:.0%}",
   "GFLOP/s": lambda row: f"{row.flops_per_s / 1e9:.0f}",
   "of bf16": lambda row: f"{row.matmul_fraction:.0%}",
+  "bound us": lambda row: f"{row.us * row.bound_fraction:.1f}",
+  "of it": lambda row: f"{row.bound_fraction:.0%}",
   "speedup": lambda row: f"{row.speedup:.2f}x",
 }
 
 
+def defaults() -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+  """The shapes (n, k) and rows that suit the default device: those of an 8B model, or small ones."""
+  on_gpu = jax.default_backend() == "gpu"
+  matrices = shapes.QWEN3_8B if on_gpu else shapes.SMALL
+  return tuple((m.n, m.k) for m in matrices), ROWS["gpu" if on_gpu else "cpu"]
+
+
 def run(
-  shapes: Sequence[tuple[int, int]] = SHAPES,
-  rows: Sequence[int] = (1, 8, 64, 2048),
+  products: Sequence[tuple[int, int]],
+  rows: Sequence[int],
   modes: Sequence[Mode] = ("w2a8", "w2a16"),
   *,
   rates: timing.Rates | None = None,
   runs: int = 5,
+  most_s: float | None = None,
   skipped: Callable[[str], None] = print,
 ) -> Iterator[Row]:
-  """Measure every shape with every number of rows, XLA first.
+  """Measure every product with every number of rows, XLA first.
 
   Args:
+    products: (n, k) of each weight: output channels and contracted elements.
     rates: None: measured now.
-    skipped: Told of each product that an implementation does not do.
-  Raises: ValueError: a number below 1.
+    most_s: Refuse work that takes longer than so many seconds even at the bound; None: any is done.
+    skipped: Called with a line about each product that an implementation does not do.
+  Raises: ValueError: a number below 1, or more work than `most_s` allows.
   """
-  if any(number < 1 for number in (*rows, *(side for shape in shapes for side in shape))):
-    raise ValueError(f"shapes {tuple(shapes)}, rows {tuple(rows)}: positive numbers")
+  if any(number < 1 for number in (*rows, *(side for product in products for side in product))):
+    raise ValueError(f"shapes {tuple(products)}, rows {tuple(rows)}: positive numbers")
   rates = rates or timing.rates()
-  for n, k in shapes:
+  if most_s is not None:
+    _check_work(products, rows, modes, rates, runs, most_s)
+  for n, k in products:
     packed = _weights(n, k)
     dense = _dense(n, k)
     row = functools.partial(_row, n, k, rates)
@@ -156,23 +178,41 @@ def _row(
   )
 
 
-def describe(rows: Sequence[Row]) -> str:
-  """A table, under what it was measured on."""
-  row = rows[0]
-  return (
-    f"{row.device}, jax {row.jax}, jaxlib {row.jaxlib}, {row.date}; GB/s are of weights as stored"
-    f"\nat best: read {row.read_bytes_per_s / 1e9:.1f} GB/s, copy"
-    f" {row.copy_bytes_per_s / 1e9:.1f} GB/s, bf16 product {row.bf16_flops_per_s / 1e9:.0f}"
-    f" GFLOP/s\n{timing.table(rows, COLUMNS)}"
-  )
+def _check_work(
+  products: Sequence[tuple[int, int]],
+  rows: Sequence[int],
+  modes: Sequence[Mode],
+  rates: timing.Rates,
+  runs: int,
+  most_s: float,
+) -> None:
+  """Refuse what would take more than `most_s` even if every call ran at the bound."""
+  work_s = 0.0
+  for n, k in products:
+    for m in rows:
+      for count, nbytes in ((1, 2 * n * k), (2 * len(modes), n * k // 4)):
+        least_s = _bound_s(m, n, k, nbytes, rates)
+        stack = max(1, min(_distinct(nbytes), _OUTPUT_BYTES // (4 * m * n)))
+        work_s += count * (runs + 1) * _rounds(stack * least_s) * stack * least_s
+  if work_s > most_s:
+    raise ValueError(
+      f"this would take {work_s / 60:.0f} minutes on {timing.device_name()} at the very least: name"
+      " fewer or smaller --shapes (2048x2048), fewer --rows, or --repetitions 1"
+    )
+
+
+def report(rows: Sequence[Row]) -> str:
+  """A table, under the device and what it does at best. GB/s are of weights as they are stored."""
+  lines = [timing.line(row, COLUMNS) for row in rows]
+  return "\n".join([timing.headline(rows[0]), timing.titles(COLUMNS), *lines])
 
 
 _TUNED = {"mosaic": "mosaic", "triton": "triton", "dequantise + xla": "triton", "cpu": "cpu"}
-"""What `api` calls an implementation; it writes a weight out for many rows by itself."""
+"""The name that `api` has for each implementation here; its "triton" writes weights out by itself."""
 
 
 def fastest(rows: Sequence[Row]) -> list[tuned.Entry]:
-  """For each product that was measured, the implementation that `api` should choose."""
+  """The implementation that `api` should choose, for each product that was measured."""
   best: dict[tuple[str, int, int, int], Row] = {}
   for row in rows:
     key = (row.weights, row.rows, row.n, row.k)
@@ -185,7 +225,7 @@ def fastest(rows: Sequence[Row]) -> list[tuned.Entry]:
 
 
 def implementations(m: int, w: TernaryArray) -> dict[str, Multiply]:
-  """What the default device can multiply m rows with, by name."""
+  """The implementations that the default device has for m rows, by name."""
   platform = jax.devices()[0].platform
   if platform == "gpu":
     from neurojax.kernels.gemm import triton
@@ -200,13 +240,13 @@ def implementations(m: int, w: TernaryArray) -> dict[str, Multiply]:
   if platform == "cpu":
     from neurojax.kernels.gemm import cpu
 
-    if cpu.supports(m, w.contraction.n, w.contraction.k, w) is None:
+    if cpu.why_not(m, w.contraction.n, w.contraction.k, w) is None:
       found["cpu"] = lambda x, w, i: cpu.matmul(x, w, layer=i)
   return found
 
 
 def dense_s(m: int, n: int, k: int, rates: timing.Rates, runs: int = 5) -> float:
-  """Seconds of XLA's product of m rows with bfloat16 weights of n channels, none in a cache."""
+  """Seconds of XLA's product of m rows with bfloat16 weights of n channels that no cache holds."""
   x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
   return _dense_s(x, _dense(n, k), rates, runs)
 
@@ -228,14 +268,13 @@ def product_s(
   """Seconds of one product.
 
   Args:
-    weights: A stack, or a list, of distinct ones.
-    nbytes, n: Of one weight: bytes and output channels.
+    weights: Distinct weights, stacked or in a list.
+    nbytes, n: Bytes and output channels of one weight.
   """
   m, k = x.shape
   stack = len(weights) if isinstance(weights, list) else weights.codes.shape[0]
   stack = max(1, min(stack, _OUTPUT_BYTES // (4 * m * n)))
-  bound_s = max(nbytes / rates.read_bytes_per_s, 2 * m * n * k / rates.bf16_flops_per_s)
-  rounds = max(2, math.ceil(_SECONDS / (stack * bound_s)))
+  rounds = _rounds(stack * _bound_s(m, n, k, nbytes, rates))
 
   def loop(x: Array, weights: Any) -> Array:
     def body(_: Array, x: Array) -> Array:
@@ -246,6 +285,21 @@ def product_s(
     return lax.fori_loop(0, rounds, body, x)
 
   return timing.seconds(jax.jit(loop), x, weights, runs=runs) / (rounds * stack)
+
+
+def _distinct(nbytes: int) -> int:
+  """The number of distinct weights of `nbytes` that no cache holds together."""
+  return min(_MOST_WEIGHTS, -(-_CACHED_BYTES.get(jax.default_backend(), 1 << 26) // nbytes))
+
+
+def _bound_s(m: int, n: int, k: int, nbytes: float, rates: timing.Rates) -> float:
+  """Seconds of one product at what the device does at best."""
+  return max(nbytes / rates.read_bytes_per_s, 2 * m * n * k / rates.bf16_flops_per_s)
+
+
+def _rounds(round_s: float) -> int:
+  """Rounds of a timed call."""
+  return max(2, math.ceil(_SECONDS / round_s))
 
 
 def _mosaic(x: Array, w: TernaryArray, index: Any) -> Array:
@@ -263,7 +317,7 @@ def random_rows(key: Array, count: int, n: int, k: int) -> tuple[Array, Array]:
   Scales are such that a product keeps the size of its input, and differ by up to a factor of three.
 
   Args:
-    key: Of the generator "rbg", the hardware's: billions of codes in a moment.
+    key: A key of the generator "rbg", the hardware's, which makes billions of codes in a moment.
   Raises: ValueError: k is no multiple of the group of 128.
   """
   if k % GROUP:
@@ -281,13 +335,13 @@ def random_rows(key: Array, count: int, n: int, k: int) -> tuple[Array, Array]:
 
 def _weights(n: int, k: int) -> TernaryArray:
   """Distinct weights, stacked."""
-  count = min(_MOST_WEIGHTS, -(-_CACHED_BYTES // (n * k // 4)))
+  count = _distinct(n * k // 4)
   rows = random_rows(jax.random.key(0, impl="rbg"), count, n, k)
   return TernaryArray(*rows, (k, n), 1, GROUP)
 
 
 def _dense(n: int, k: int) -> list[Array]:
-  """As separate arrays: XLA would copy a slice of a stack for its library's product."""
-  count = max(2, min(_MOST_WEIGHTS, -(-_CACHED_BYTES // (2 * n * k))))
+  """Distinct weights as separate arrays: of a stack, XLA would copy a slice for its library's product."""
+  count = max(2, _distinct(2 * n * k))
   one = jax.jit(lambda key: jax.random.normal(key, (n, k), jnp.bfloat16))
   return [one(key) for key in jax.random.split(jax.random.key(0, impl="rbg"), count)]

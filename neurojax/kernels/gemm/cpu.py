@@ -45,7 +45,7 @@ def unavailable() -> str | None:
   return _kernel()[1]
 
 
-def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
+def why_not(m: int, n: int, k: int, w: TernaryArray) -> str | None:
   """Why x [m, k] cannot be multiplied by w here, or None if it can."""
   del m, n, k, w
   return unavailable()

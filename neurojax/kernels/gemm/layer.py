@@ -1,4 +1,4 @@
-"""One matrix of a stack of them, left where it is."""
+"""Names one matrix of a stack, which stays where it is."""
 
 import jax
 from jax import lax
@@ -8,7 +8,7 @@ from neurojax.weights.ternary import TernaryArray
 
 
 def take_out(w: TernaryArray, layer: Int[Array, ""] | None) -> TernaryArray:
-  """The matrix by itself: a copy, unless it is fused into what follows.
+  """Take one matrix out of a stack: a copy, unless XLA fuses it into what follows.
 
   Raises: ValueError: w is stacked and `layer` is None, or the other way around.
   """

@@ -1,4 +1,4 @@
-"""y = x W for a ternary W on Hopper: warpgroup matrix multiplies over weights unpacked in registers.
+"""Multiplies by ternary weights on Hopper: warpgroup matrix instructions, weights unpacked in registers.
 
 Output channels are the rows of the hardware's tile and tokens its columns ("swap AB"), so that few
 tokens waste nothing and the two-bit codes, unpacked in registers, are the operand that may come
@@ -9,10 +9,10 @@ warpgroup feeds. Needs jax 0.11.2 or newer and compute capability 9.0.
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int8
 
+from neurojax.kernels import gpus
 from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.weights.ternary import BLOCK, TernaryArray
 
@@ -25,8 +25,8 @@ class Tiling:
     n: Output channels of a block, 64 per warpgroup and row of fragments.
     m: Tokens of a block, a multiple of 8, at most 256.
     k: Contracted elements of a pipeline step: 128, 256 or 512.
-    warpgroups: That multiply.
-    stages: Steps in flight.
+    warpgroups: Warpgroups that multiply.
+    stages: Pipeline steps in flight.
     split: Blocks that share a contraction; their partial sums are added afterwards.
     copier: Whether one more warpgroup copies and leaves its registers to the others; without it a
       multiprocessor has room for several blocks.
@@ -42,7 +42,7 @@ class Tiling:
 
 
 def permute(x: Array, itemsize: int) -> Array:
-  """Columns of x in the order in which unpacking finds the weights, within each block of 64.
+  """Put columns of x in the order in which unpacking finds the weights, within each block of 64.
 
   A thread of column c (of 4) holds the bytes 4c .. 4c+3 of a block's 16 as one word. Field j of byte
   b is element k = 16c + 4b + j. It becomes column 16j + 8(b & 1) + 2c + (b >> 1) of a bfloat16
@@ -60,7 +60,7 @@ def permute(x: Array, itemsize: int) -> Array:
   return cols.transpose(*lead, *(len(lead) + axis for axis in order)).reshape(x.shape)
 
 
-def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
+def why_not(m: int, n: int, k: int, w: TernaryArray) -> str | None:
   """Why `matmul` cannot multiply [m, k] by w into [m, n], or None if it can."""
   bytes_k = 4 * w.codes.shape[-1]
   if n % 128:
@@ -74,8 +74,8 @@ def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
   return None
 
 
-def tiling(m: int, n: int, k: int, w: TernaryArray) -> Tiling:
-  """The cut for a shape: an estimate, until a table for the device says more."""
+def tiling_for(m: int, n: int, k: int, w: TernaryArray) -> Tiling:
+  """Cut a product of a shape: an estimate, until a table for the device says more."""
   if m <= 64:
     return Tiling(128, 8 * math.ceil(m / 8), 256 if m > 32 or k % 512 else 512, 2, 4)
   # More steps of int8 with a fold after every 64 would not fit the registers.
@@ -91,33 +91,33 @@ def matmul(
   dtype: jnp.dtype = jnp.float32,
   cut: Tiling | None = None,
 ) -> Float[Array, "M N"]:
-  """x times the weight, sums within a scale group in float32 ("w2a16") or exact ("w2a8").
+  """Multiply x by the weight; sums within a scale group are float32 ("w2a16") or exact ("w2a8").
 
   Args:
-    x: Of float dtype it is rounded as the weight's mode says, to bfloat16 or by `quantize_rows`.
-      int8 is rounded already, and needs `row_scales`.
+    x: Rows. Floats are rounded as the weight's mode says, to bfloat16 or by `quantize_rows`. int8 is
+      rounded already, and needs `row_scales`.
     w: One weight, or a stack of them with one leading axis.
-    layer: Which of the stack; the codes are not copied.
-    row_scales: What one unit of each row of an int8 x is worth.
-    dtype: Of the result, float32 or bfloat16.
-    cut: Overrides `tiling`.
+    layer: Index into the stack; the codes are not copied.
+    row_scales: The number that one unit of each row of an int8 x stands for.
+    dtype: Dtype of the result, float32 or bfloat16.
+    cut: How to cut the product; None: `tiling_for` the shape.
   Raises:
     ValueError: the stack and the layer, or x and its scales, do not go together.
-    NotImplementedError: `supports` names the reason.
+    NotImplementedError: `why_not` has the reason.
   """
   if (layer is None) != (w.codes.ndim == 2):
     raise ValueError(f"codes {w.codes.shape}: a stack needs a layer, one weight none")
   if (x.dtype == jnp.int8) != (row_scales is not None):
     raise ValueError(f"x is {x.dtype}: row_scales go with int8, and only with it")
-  if jax.__version_info__ < (0, 11, 2):
-    raise NotImplementedError(f"needs jax 0.11.2 or newer, this is {jax.__version__}")
+  if reason := gpus.why_not_jax():
+    raise NotImplementedError(reason)
   from neurojax.kernels.gemm import mosaic_kernel
 
   m, k = x.shape
   n = w.codes.shape[-2]
-  if reason := supports(m, n, k, w):
+  if reason := why_not(m, n, k, w):
     raise NotImplementedError(reason)
-  cut = cut or tiling(m, n, k, w)
+  cut = cut or tiling_for(m, n, k, w)
   if x.dtype != jnp.int8:
     x, row_scales = quantize_rows(x) if w.mode == "w2a8" else (x.astype(jnp.bfloat16), None)
   # Whole tiles of 8 rows: the copy engine fills in what is missing of a block, not of a tile.

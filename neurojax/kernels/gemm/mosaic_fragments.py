@@ -1,4 +1,4 @@
-"""How two-bit codes become register operands of the Hopper matrix instruction."""
+"""Says how two-bit codes become register operands of the Hopper matrix instruction."""
 
 from dataclasses import dataclass
 
@@ -25,4 +25,4 @@ FRAGMENTS = {
   2: Fragment(0xC000C000, 0x40004000, -2.0, (14, 6, 12, 4, 10, 2, 8, 0)),
   1: Fragment(0xC0C0C0C0, 0x40404040, -64.0, (6, 4, 2, 0)),
 }
-"""By the bytes of an element: bfloat16 and int8."""
+"""Fragments by the bytes of an element: 2 for bfloat16, 1 for int8."""

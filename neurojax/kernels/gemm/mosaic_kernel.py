@@ -1,4 +1,10 @@
-"""The device side of `mosaic`: one block's pipeline, unpacking, group sums and the transposed store."""
+"""The kernel of `mosaic`: one block's pipeline, unpacking, group sums and the transposed store.
+
+A block computes `cut.n` channels of `cut.m` tokens. One warpgroup copies steps of `cut.k` contracted
+elements into a ring of `cut.stages` slots of shared memory. The others each take a share of the
+channels, unpack its codes into registers and multiply. Two barriers a slot say that it is full and
+that it is free.
+"""
 
 import functools
 import math
@@ -22,7 +28,7 @@ _MAGIC = 0x4B400000
 
 
 def launch(m, group, cut, dtype):
-  """The kernel for m tokens: (x, codes, scales, [layer], [row_scales]) -> y, or its partial sums."""
+  """Make the kernel for m tokens: (x, codes, scales, [layer], [row_scales]) -> y, or its partial sums."""
 
   def call(x, codes, scales, layer, row_scales):
     n, k, size = codes.shape[1], x.shape[1], x.dtype.itemsize
@@ -194,13 +200,13 @@ def _block(x, codes, scales, *refs, m, k, group, cut, stacked, rescaled):
 
 
 def _registers(warpgroups):
-  """What is left for a thread of each multiplying warpgroup, of what the launch allots to a block."""
+  """Registers of a thread that multiplies: what the launch allots to a block, less the copier's."""
   launched = 65536 // (128 * (warpgroups + 1)) // 8 * 8 * (warpgroups + 1)
   return min(240, (launched - _COPY_REGISTERS) // warpgroups // 8 * 8)
 
 
 def _unpack(packed, start, count, dtype):
-  """Contracted elements [start, start + count) of 64 rows of codes, in the order of `permute`."""
+  """Unpack contracted elements [start, start + count) of 64 rows of codes, in the order of `permute`."""
   size = jnp.dtype(dtype).itemsize
   layout = plgpu.Layout.WGMMA if size == 2 else plgpu.Layout.WGMMA_8BIT
   fragment = FRAGMENTS[size]
@@ -228,7 +234,7 @@ def _unpack(packed, start, count, dtype):
 
 
 def _store(y, value, token, channel, tokens):
-  """y[token + j, channel + i] = value[i, j]; only rows of y below `tokens`, if it is given."""
+  """Store y[token + j, channel + i] = value[i, j]; only rows of y below `tokens`, if it is given."""
   splat = plgpu.Layout.WG_SPLAT(())
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, splat, splat))

@@ -1,4 +1,4 @@
-"""What a product with ternary weights is: the definition, in plain JAX, which kernels keep to."""
+"""Defines the product with ternary weights in plain JAX; every kernel keeps to it."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def quantize_rows(x: Float[Array, "M K"]) -> tuple[Int8[Array, "M K"], Float32[A
 def matmul(
   x: Float[Array, "M K"], w: TernaryArray, *, layer: Int[Array, ""] | None = None
 ) -> Float32[Array, "M N"]:
-  """x times the transposed rows of w: float32 `x @ w_NxK.T`.
+  """Multiply x by the transposed rows of w: float32 `x @ w_NxK.T`.
 
   With t the codes - 1, s the scales and q a group of elements that share a scale:
 

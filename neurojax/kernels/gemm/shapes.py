@@ -1,49 +1,64 @@
-"""Products that tests check and benchmarks time: the matrices of models, and numbers of rows."""
+"""Products that benchmarks time and tests check: the matrices of models, as they are multiplied.
+
+Matrices that share an input are one product: q, k and v, and gate and up.
+"""
 
 from typing import NamedTuple
 
-ROWS = {"decode": (1, 8), "batch": (16, 64), "prefill": (256, 1024)}
-"""Rows of activations at once: tokens of one sequence, of many, and of prompts."""
-
 
 class Matrix(NamedTuple):
-  """n output channels of k contracted elements, and how often a token passes such a matrix."""
+  """n output channels of k contracted elements."""
 
+  model: str
   name: str
   n: int
   k: int
-  count: int
+
+  def lower(self, n_most: int) -> "Matrix":
+    """The same product with at most `n_most` channels, for tests that all of them would take too long.
+
+    What an implementation does along k, where sums and scale groups are, stays as it is.
+    """
+    return self._replace(n=min(self.n, n_most))
+
+  def __str__(self) -> str:
+    return f"{self.model} {self.name} {self.n}x{self.k}"
 
 
-MODELS: dict[str, tuple[Matrix, ...]] = {
-  "smollm2-135m": (
-    Matrix("q, o", 576, 576, 60),
-    Matrix("k, v", 192, 576, 60),
-    Matrix("gate, up", 1536, 576, 60),
-    Matrix("down", 576, 1536, 30),
-    Matrix("head", 49152, 576, 1),
-  ),
-  "tinyllama-1.1b": (
-    Matrix("q, o", 2048, 2048, 44),
-    Matrix("k, v", 256, 2048, 44),
-    Matrix("gate, up", 5632, 2048, 44),
-    Matrix("down", 2048, 5632, 22),
-    Matrix("head", 32000, 2048, 1),
-  ),
-  "bitnet-2b4t": (
-    Matrix("q, o", 2560, 2560, 60),
-    Matrix("k, v", 640, 2560, 60),
-    Matrix("gate, up", 6912, 2560, 60),
-    Matrix("down", 2560, 6912, 30),
-  ),
-  "qwen3-8b": (
-    Matrix("q, o", 4096, 4096, 72),
-    Matrix("k, v", 1024, 4096, 72),
-    Matrix("gate, up", 12288, 4096, 72),
-    Matrix("down", 4096, 12288, 36),
-    Matrix("head", 151936, 4096, 1),
-  ),
-}
+QWEN3_8B = (
+  Matrix("qwen3-8b", "qkv", 6144, 4096),
+  Matrix("qwen3-8b", "o", 4096, 4096),
+  Matrix("qwen3-8b", "gate_up", 24576, 4096),
+  Matrix("qwen3-8b", "down", 4096, 12288),
+  Matrix("qwen3-8b", "head", 151936, 4096),
+)
+"""What `neurojax bench gemm` measures on a GPU."""
+
+TINYLLAMA = (
+  Matrix("tinyllama-1.1b", "qkv", 2560, 2048),
+  Matrix("tinyllama-1.1b", "o", 2048, 2048),
+  Matrix("tinyllama-1.1b", "gate_up", 11264, 2048),
+  Matrix("tinyllama-1.1b", "down", 2048, 5632),
+  Matrix("tinyllama-1.1b", "head", 32000, 2048),
+)
+
+SMALL = tuple(m for m in TINYLLAMA if m.name in ("o", "down"))
+"""What `neurojax bench gemm` measures on a CPU."""
+
+SHAPES = (
+  *QWEN3_8B,
+  *TINYLLAMA,
+  Matrix("bitnet-2b4t", "qkv", 3840, 2560),
+  Matrix("bitnet-2b4t", "o", 2560, 2560),
+  Matrix("bitnet-2b4t", "gate_up", 13824, 2560),
+  Matrix("bitnet-2b4t", "down", 2560, 6912),
+  Matrix("smollm2-135m", "qkv", 960, 576),
+  Matrix("smollm2-135m", "o", 576, 576),
+  Matrix("smollm2-135m", "gate_up", 3072, 576),
+  Matrix("smollm2-135m", "down", 576, 1536),
+  Matrix("smollm2-135m", "head", 49152, 576),
+)
+"""All of them: tests take every one, benchmarks some."""
 
 ODD = ((1, 1, 1), (2, 3, 130), (7, 17, 63), (17, 65, 500), (64, 130, 513), (300, 33, 192))
-"""(m, n, k) that no tile divides."""
+"""Further (m, n, k), for tests: no tile divides them."""

@@ -1,4 +1,9 @@
-"""x W for a `TernaryArray` on Pallas' Triton backend: NVIDIA sm_80 and newer, jax 0.11.2 and newer."""
+"""Multiplies activations by ternary weights in Pallas' Triton, on NVIDIA cards of sm_80 and newer.
+
+There are three kernels, by the number of rows. Up to 4 int8 rows: `triton_dp4a`, without tensor
+cores. More: `triton_dot`, whose tensor cores read weights that were unpacked in registers. From
+PREFILL_ROWS on: `triton_dequantize` writes the weights out, and cuBLAS multiplies by them.
+"""
 
 import functools
 from typing import Any
@@ -6,6 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from neurojax.kernels import gpus
 from neurojax.kernels.gemm import triton_dequantize, triton_dot, triton_dp4a
 from neurojax.kernels.gemm.triton_planes import Planes, prepare
 from neurojax.weights.ternary import TernaryArray
@@ -13,10 +19,8 @@ from neurojax.weights.ternary import TernaryArray
 PREFILL_ROWS = 256
 """From this many rows on, writing the weight out and a dense product take less time."""
 
-_MULTIPROCESSORS = 132
 
-
-def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
+def why_not(m: int, n: int, k: int, w: TernaryArray) -> str | None:
   """Why x [m, k] cannot be multiplied by w here, or None if it can."""
   if w.group_size not in (None, 64, 128, 256):
     return f"group_size = {w.group_size}: the kernels know 64, 128, 256 and None"
@@ -35,79 +39,56 @@ def matmul(
   tiles: Any = None,
   interpret: bool = False,
 ) -> Float[Array, "M N"]:
-  """x W in the weight's mode, float32.
+  """Multiply rows by a weight in the weight's mode; float32 results.
 
   Args:
     x: Rows, or rows that `prepare` has split already.
-    w: [..]; with one axis in front (layers) if `layer` is given: that slice is read in place.
-    layer: int32 scalar.
-    tiles: How to cut the work; None: a choice for the shape.
+    w: One weight, or stacked ones with a leading layer axis.
+    layer: int32 scalar: which of the stack, read in place. None for one weight.
+    tiles: How to cut the work; None: `tiles_for` the shape.
     interpret: Run on any backend, slowly.
-  Raises: ValueError: the weight is of a form `supports` rejects.
+  Raises: ValueError: `why_not` has a reason, or the stack and the layer do not go together.
   """
   if not isinstance(x, Planes) and tiles is None and x.shape[0] >= PREFILL_ROWS:
-    if reason := supports(x.shape[0], w.codes.shape[-2], x.shape[1], w):
+    if reason := why_not(x.shape[0], w.codes.shape[-2], x.shape[1], w):
       raise ValueError(reason)
     return prefill(x, w, layer=layer, interpret=interpret)
-  return _product(x, (w,), layer, tiles, interpret)
-
-
-def matmul_swiglu(
-  x: Float[Array, "M K"] | Planes,
-  gate: TernaryArray,
-  up: TernaryArray,
-  *,
-  layer: Array | None = None,
-  tiles: Any = None,
-  interpret: bool = False,
-) -> Float[Array, "M N"]:
-  """silu(x W_gate) * (x W_up), neither factor written to memory. Otherwise as `matmul`."""
-  if (gate.codes.shape, gate.scales.shape, gate.group_size, gate.mode) != (
-    up.codes.shape,
-    up.scales.shape,
-    up.group_size,
-    up.mode,
-  ):
-    raise ValueError(
-      f"gate {gate.codes.shape}, {gate.group_size}, {gate.mode} and up {up.codes.shape},"
-      f" {up.group_size}, {up.mode} differ: call matmul for each"
-    )
-  return _product(x, (gate, up), layer, tiles, interpret)
+  return _product(x, w, layer, tiles, interpret)
 
 
 # jit, so that a program of many layers traces and lowers each form of product once.
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def _product(
   x: Array | Planes,
-  ws: tuple[TernaryArray, ...],
+  w: TernaryArray,
   layer: Array | None,
   tiles: Any,
   interpret: bool,
 ) -> Array:
-  w = ws[0]
   if (w.codes.ndim == 3) != (layer is not None):
     raise ValueError(f"codes of shape {w.codes.shape} with layer = {layer}: give both or neither")
   *_, n, y = w.codes.shape
   if not isinstance(x, Planes):
     k = x.shape[1]
-    if reason := supports(x.shape[0], n, k, w):
+    if reason := why_not(x.shape[0], n, k, w):
       raise ValueError(reason)
     x = prepare(x, y, w.mode)
   m = x.values.shape[1]
-  tiles = tiles or choose(m, n, y, w.mode, w.group_size, len(ws))
+  tiles = tiles or tiles_for(m, n, y, w.mode, w.group_size)
   f = triton_dp4a.dp4a if isinstance(tiles, triton_dp4a.Tiles) else triton_dot.dot
-  pairs = tuple(
-    (a.codes, a.scales) if layer is not None else (a.codes[None], a.scales[None]) for a in ws
-  )
-  return f(x, pairs, w.group_size, layer, tiles, interpret)
+  codes, scales = (w.codes, w.scales) if layer is not None else (w.codes[None], w.scales[None])
+  return f(x, codes, scales, w.group_size, layer, tiles, interpret)
 
 
-def choose(m: int, n: int, y: int, mode: str, group_size: int | None, weights: int = 1) -> Any:
-  """Tiles for a shape: estimates from instruction counts, and few timings on an H200."""
+def tiles_for(m: int, n: int, y: int, mode: str, group_size: int | None) -> Any:
+  """Cut a product of m rows, n channels and y bytes of codes a channel: `Tiles` of dp4a or dot.
+
+  Estimates from counts of instructions, checked by a few timings on an H200.
+  """
   if mode == "w2a8" and m <= triton_dp4a.MAX_ROWS:
     warps = 2 if y >= 1024 else 1
-    rows = 8 if n * weights >= 16384 and m == 1 else 4
-    return triton_dp4a.Tiles(n=rows // weights, y=512 * warps, warps=warps)
+    rows = 8 if n >= 16384 and m == 1 else 4
+    return triton_dp4a.Tiles(n=rows, y=512 * warps, warps=warps)
   if m <= 8:
     tiles_n, tiles_m, warps = 32, 8, 2
   else:
@@ -117,7 +98,7 @@ def choose(m: int, n: int, y: int, mode: str, group_size: int | None, weights: i
     # Every row is two columns here: larger tiles do not fit the shared memory.
     tiles_n, tiles_m = 64, min(tiles_m, 32)
   split = 1
-  while weights == 1 and split < 8 and -(-n // tiles_n) * split < 2 * _MULTIPROCESSORS:
+  while split < 8 and -(-n // tiles_n) * split < 2 * gpus.MULTIPROCESSORS:
     split *= 2
   width = 64 if (tiles_m == 64 and mode == "w2a16") or (group_size == 64 and m > 8) else 128
   return triton_dot.Tiles(n=tiles_n, m=tiles_m, y=width, split=split, warps=warps)
@@ -126,8 +107,8 @@ def choose(m: int, n: int, y: int, mode: str, group_size: int | None, weights: i
 def prefill(
   x: Float[Array, "M K"], w: TernaryArray, *, layer: Array | None = None, interpret: bool = False
 ) -> Float[Array, "M N"]:
-  """x W by writing W out: see `triton_dequantize.prefill`."""
+  """Multiply many rows by a weight that is written out first, see `triton_dequantize.prefill`."""
   return triton_dequantize.prefill(x, w, layer=layer, interpret=interpret)
 
 
-__all__ = ["Planes", "choose", "matmul", "matmul_swiglu", "prefill", "prepare", "supports"]
+__all__ = ["Planes", "matmul", "prefill", "prepare", "tiles_for", "why_not"]

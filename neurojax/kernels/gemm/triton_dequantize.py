@@ -1,4 +1,4 @@
-"""Packed weights written out for a dense product: worth it when many rows share the cost."""
+"""Writes packed weights out for a dense product, which pays when many rows share the cost."""
 
 import functools
 from typing import Any
@@ -22,14 +22,14 @@ _WARPS = 4
 def dequantize(
   w: TernaryArray, dtype: Any = jnp.bfloat16, *, layer: Array | None = None, interpret: bool = False
 ) -> Array:
-  """The weight as [N, 4Y], padding included: code times the scale rounded to `dtype`.
+  """Write a weight out as [N, 4Y], padding included: code times the scale rounded to `dtype`.
 
   Exact where the scales are `dtype` already; a float16 scale becomes bfloat16 with a relative
   error of up to 2**-8.
 
   Args:
     dtype: bfloat16 or float16; int8 for codes without their scale.
-    layer: int32 scalar, of a weight with an axis in front.
+    layer: int32 scalar: index into a stack of weights.
   """
   codes, scales = _stacked(w.codes), _stacked(w.scales)
   return _write(
@@ -45,7 +45,7 @@ def dequantize(
 def prefill(
   x: Float[Array, "M K"], w: TernaryArray, *, layer: Array | None = None, interpret: bool = False
 ) -> Float[Array, "M N"]:
-  """x W through a dense product of the whole weight: float32 sums of exact products.
+  """Multiply by the whole weight written out: float32 sums of exact products.
 
   One scale for the tensor: int8 ("w2a8") or bfloat16 ("w2a16") codes, and the scale afterwards.
   Groups: operands in the type of the scales, so that code times scale is exact. bfloat16 x fits
@@ -100,7 +100,7 @@ def _write(
   layer: Array | None,
   interpret: bool,
 ) -> Array:
-  """[N, 4Y] of code * scale, of codes alone without scales."""
+  """Write [N, 4Y] of code * scale, or of codes alone if there are no scales."""
   _, n, y = codes.shape
   operands = [codes]
   operands += [] if scales is None else [scales]

@@ -1,4 +1,11 @@
-"""x W on tensor cores: two-bit weights are unpacked in registers and never touch memory again."""
+"""Multiplies rows by ternary weights on tensor cores, in Pallas' Triton.
+
+A program computes `n` channels of `m` rows. It walks along the contracted axis, `y` bytes of codes a
+step, unpacks the codes in registers into one operand of the tensor cores, and never writes them to
+memory again. A byte holds four neighbouring elements, so a step is four small products: field j of
+all bytes times every fourth element of the rows, from j on (`triton_planes`). With few channels,
+`split` programs share the contracted axis, or there would be too few to keep the memory busy.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -19,10 +26,11 @@ class Tiles:
   """How the work is cut.
 
   Attributes:
-    n, m: Weight rows and rows of x of one program, powers of two, n >= 16 and m >= 8.
-    y: Packed bytes of a row that one step of the loop reads, a power of two >= 32.
-    split: Programs that share a row of weights; their sums are added afterwards.
-    warps, stages: Of 32 threads; steps whose loads are in flight.
+    n, m: Channels and rows of one program, powers of two, n >= 16 and m >= 8.
+    y: Bytes of codes of a channel that one step of the loop reads, a power of two >= 32.
+    split: Programs that share a channel; their sums are added afterwards.
+    warps: Warps of 32 threads in a program.
+    stages: Steps whose loads are in flight.
   """
 
   n: int = 64
@@ -35,35 +43,34 @@ class Tiles:
 
 def dot(
   x: Planes,
-  weights: tuple[tuple[Array, Array], ...],
+  codes: Array,
+  scales: Array,
   group_size: int | None,
   layer: Array | None,
   tiles: Tiles,
   interpret: bool = False,
 ) -> Array:
-  """x W for one weight, silu(x W0) * (x W1) for two.
+  """Multiply rows by one of stacked weights.
 
   Args:
     x: Prepared rows.
-    weights: Codes uint8 [L, N, Y] and scales [L, N, G] (or [L, 1, 1]) of each.
-    layer: int32 scalar, None: 0.
+    codes, scales: uint8 [L, N, Y], and [L, N, Q] or [L, 1, 1].
+    layer: int32 scalar: which of the stack; None: the first.
   Returns: float32 [M, N].
   """
   _, m, y = x.values.shape
-  n = weights[0][0].shape[1]
-  assert tiles.split == 1 or len(weights) == 1
+  n = codes.shape[1]
   group_y = None if group_size is None else group_size // FIELDS
   values = x.values
   if _halves(group_y) == 2:
     even = (jnp.arange(y) // group_y % 2 == 0)[None, None, :]
     values = jnp.stack([jnp.where(even, values, 0), jnp.where(even, 0, values)], 2)
     values = values.reshape(FIELDS, 2 * m, y)
-  operands = [*(a for w in weights for a in w), values]
+  operands = [codes, scales, values]
   operands += [] if x.row_scales is None else [x.row_scales]
   operands += [] if layer is None else [layer.reshape(1).astype(jnp.int32)]
   kernel = functools.partial(
     _kernel,
-    weights=len(weights),
     has_row_scales=x.row_scales is not None,
     group_y=group_y,
     tiles=tiles,
@@ -81,20 +88,21 @@ def dot(
 
 
 def _kernel(
+  codes_ref: Any,
+  scales_ref: Any,
+  x_ref: Any,
   *refs: Any,
-  weights: int,
   has_row_scales: bool,
   group_y: int | None,
   tiles: Tiles,
   interpret: bool,
 ) -> None:
-  pairs = [refs[2 * i : 2 * i + 2] for i in range(weights)]
-  x_ref, *rest, o_ref = refs[2 * weights :]
+  *rest, o_ref = refs
   row_scales_ref = rest.pop(0) if has_row_scales else None
   layer = rest[0][0] if rest else 0
   _, m, _ = o_ref.shape
   y = x_ref.shape[2]
-  n = pairs[0][0].shape[1]
+  n = codes_ref.shape[1]
   dtype = x_ref.dtype
   # A dot takes 32 bytes of a row: two groups of 16, summed in two columns for each row of x.
   dot_y = tiles.y if group_y is None else max(min(group_y, tiles.y), 32)
@@ -109,11 +117,11 @@ def _kernel(
   first = pl.program_id(1) * (steps * tiles.y)
   x_rows = pl.program_id(2) * columns + jnp.arange(columns)
 
-  def add_dots(pair: Any, at: Any, sums: Array) -> Array:
+  def add_dots(at: Any, sums: Array) -> Array:
     """Adds the sums over dot_y bytes from `at` on."""
     ys = at + jnp.arange(dot_y)
     codes = _load(
-      pair[0],
+      codes_ref,
       (layer, rows[:, None], ys[None, :]),
       (ys < y)[None, :] if ragged_y else None,
       eviction_policy="evict_first",
@@ -130,21 +138,20 @@ def _kernel(
 
   zeros = jnp.zeros((tiles.n, columns), jnp.int32 if dtype == jnp.int8 else jnp.float32)
 
-  def ungrouped(pair: Any) -> Array:
-    step = lambda i, sums: add_dots(pair, first + i * tiles.y, sums)  # noqa: E731
-    return lax.fori_loop(0, steps, step, zeros).astype(jnp.float32) * pair[1][layer, 0, 0].astype(
-      jnp.float32
-    )
+  def ungrouped() -> Array:
+    step = lambda i, sums: add_dots(first + i * tiles.y, sums)  # noqa: E731
+    total = lax.fori_loop(0, steps, step, zeros).astype(jnp.float32)
+    return total * scales_ref[layer, 0, 0].astype(jnp.float32)
 
-  def grouped(pair: Any) -> Array:
+  def grouped() -> Array:
     per_step = tiles.y // dot_y
-    last = pair[1].shape[2] - 1
+    last = scales_ref.shape[2] - 1
 
     def scales(i: Any) -> list[Array]:
       """Of the groups of a step: loaded a step ahead, because these loads are not pipelined."""
       group = _shift(first + i * tiles.y, group_y)
       return [
-        pair[1][layer, rows, jnp.minimum(group + g, last)]
+        scales_ref[layer, rows, jnp.minimum(group + g, last)]
         for g in range(max(1, tiles.y // group_y))
       ]
 
@@ -152,7 +159,7 @@ def _kernel(
       total, now = carry
       later = scales(jnp.minimum(i + 1, steps - 1))
       for d in range(per_step):
-        sums = add_dots(pair, first + i * tiles.y + d * dot_y, zeros).astype(jnp.float32)
+        sums = add_dots(first + i * tiles.y + d * dot_y, zeros).astype(jnp.float32)
         s = [v.astype(jnp.float32)[:, None] for v in now[d * halves : (d + 1) * halves]]
         s = s[0] if halves == 1 else jnp.where((jnp.arange(columns) & 1)[None, :] == 0, *s)
         total = _fma(sums, jnp.broadcast_to(s, sums.shape), total, interpret)
@@ -166,8 +173,7 @@ def _kernel(
   mask = ms < m if m % tiles.m else None
   if has_row_scales:
     unit = (_load(row_scales_ref, (ms,), mask) * unit)[None, :]
-  totals = [(ungrouped if group_y is None else grouped)(pair) * unit for pair in pairs]
-  out = totals[0] if weights == 1 else totals[0] * jax.nn.sigmoid(totals[0]) * totals[1]
+  out = (ungrouped if group_y is None else grouped)() * unit
   plgpu.store(
     o_ref.at[pl.program_id(1), ms[:, None], rows[None, :]],
     out.T,

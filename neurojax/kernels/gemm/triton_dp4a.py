@@ -1,4 +1,9 @@
-"""x W for a few rows of int8 activations without tensor cores: four products an instruction."""
+"""Multiplies a few int8 rows by ternary weights without tensor cores, in Pallas' Triton.
+
+For 1 to 4 rows a tensor core would idle on padding. The instruction dp4a adds four products of int8
+to an int32, for each row anew. A program computes `n` channels and walks along the contracted axis,
+`y` bytes of codes a step; each thread loads 16 bytes, which lie within one scale group.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -21,7 +26,13 @@ _CHUNK = 16
 
 @dataclass(frozen=True)
 class Tiles:
-  """How the work is cut: n weight rows a program, y bytes of a row at a time, powers of two."""
+  """How the work is cut.
+
+  Attributes:
+    n: Channels of one program, a power of two.
+    y: Bytes of codes of a channel that are read at once, a power of two.
+    warps: Warps of 32 threads in a program.
+  """
 
   n: int = 16
   y: int = 512
@@ -30,20 +41,20 @@ class Tiles:
 
 def dp4a(
   x: Planes,
-  weights: tuple[tuple[Array, Array], ...],
+  codes: Array,
+  scales: Array,
   group_size: int | None,
   layer: Array | None,
   tiles: Tiles,
   interpret: bool = False,
 ) -> Array:
-  """As `triton_dot.dot`, for int8 rows."""
+  """Multiply at most MAX_ROWS int8 rows by one of stacked weights; arguments as for `triton_dot.dot`."""
   _, m, _ = x.values.shape
-  n = weights[0][0].shape[1]
-  operands = [*(a for w in weights for a in w), x.values, x.row_scales]
+  n = codes.shape[1]
+  operands = [codes, scales, x.values, x.row_scales]
   operands += [] if layer is None else [layer.reshape(1).astype(jnp.int32)]
   kernel = functools.partial(
     _kernel,
-    weights=len(weights),
     group_y=None if group_size is None else group_size // FIELDS,
     tiles=tiles,
     interpret=interpret,
@@ -58,12 +69,20 @@ def dp4a(
   )(*operands)
 
 
-def _kernel(*refs: Any, weights: int, group_y: int | None, tiles: Tiles, interpret: bool) -> None:
-  pairs = [refs[2 * i : 2 * i + 2] for i in range(weights)]
-  x_ref, row_scales_ref, *rest, o_ref = refs[2 * weights :]
+def _kernel(
+  codes_ref: Any,
+  scales_ref: Any,
+  x_ref: Any,
+  row_scales_ref: Any,
+  *refs: Any,
+  group_y: int | None,
+  tiles: Tiles,
+  interpret: bool,
+) -> None:
+  *rest, o_ref = refs
   layer = rest[0][0] if rest else 0
   _, m, y = x_ref.shape
-  n = pairs[0][0].shape[1]
+  n = codes_ref.shape[1]
   rows = pl.program_id(0) * tiles.n + jnp.arange(tiles.n)
   # Rows past the end repeat the last one: every program that writes it writes the same.
   rows = jnp.minimum(rows, n - 1) if n % tiles.n else rows
@@ -72,48 +91,39 @@ def _kernel(*refs: Any, weights: int, group_y: int | None, tiles: Tiles, interpr
   def load(ref: Any, index: Any, mask: Array | None, **hints: Any) -> Array:
     return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0, **hints)
 
-  totals = [[0 for _ in range(m)] for _ in pairs]
+  totals = [0 for _ in range(m)]
   for start in range(0, y, tiles.y):
     ys = start + jnp.arange(tiles.y)
     mask = None if start + tiles.y <= y else ys < y
-    planes = [
-      unpack(
-        load(
-          codes_ref,
-          (layer, rows[:, None], ys[None, :]),
-          None if mask is None else mask[None, :],
-          eviction_policy="evict_first",
-        ),
-        jnp.int8,
-        interpret,
-      )
-      for codes_ref, _ in pairs
-    ]
+    codes = load(
+      codes_ref,
+      (layer, rows[:, None], ys[None, :]),
+      None if mask is None else mask[None, :],
+      eviction_policy="evict_first",
+    )
+    planes = unpack(codes, jnp.int8, interpret)
     for i in range(m):
       xs = [
         jnp.broadcast_to(load(x_ref, (j, i, ys), mask)[None, :], (tiles.n, tiles.y))
         for j in range(FIELDS)
       ]
-      for p, (_, scales_ref) in enumerate(pairs):
-        sums = _dp4a(planes[p], xs, interpret).reshape(tiles.n, chunks, _CHUNK).sum(-1)
-        if group_y is not None:
-          group = lax.div(start + _CHUNK * jnp.arange(chunks), group_y)
-          group = jnp.minimum(group, scales_ref.shape[2] - 1)
-          scales = scales_ref[layer, rows[:, None], group[None, :]]
-          sums = sums.astype(jnp.float32) * scales.astype(jnp.float32)
-        totals[p][i] += sums
+      sums = _dp4a(planes, xs, interpret).reshape(tiles.n, chunks, _CHUNK).sum(-1)
+      if group_y is not None:
+        group = lax.div(start + _CHUNK * jnp.arange(chunks), group_y)
+        group = jnp.minimum(group, scales_ref.shape[2] - 1)
+        scales = scales_ref[layer, rows[:, None], group[None, :]]
+        sums = sums.astype(jnp.float32) * scales.astype(jnp.float32)
+      totals[i] += sums
   for i in range(m):
     unit = row_scales_ref[i] * jnp.float32(1 / -64)
-    out = []
-    for p, (_, scales_ref) in enumerate(pairs):
-      total = totals[p][i].sum(-1).astype(jnp.float32)
-      scale = 1 if group_y is not None else scales_ref[layer, 0, 0].astype(jnp.float32)
-      out.append(total * (scale * unit))
-    o_ref[i, rows] = out[0] if weights == 1 else out[0] * jax.nn.sigmoid(out[0]) * out[1]
+    total = totals[i].sum(-1).astype(jnp.float32)
+    scale = 1 if group_y is not None else scales_ref[layer, 0, 0].astype(jnp.float32)
+    o_ref[i, rows] = total * (scale * unit)
 
 
 def _dp4a(planes: list[Array], xs: list[Array], interpret: bool) -> Array:
-  """int32 of the planes' shape, whose sum over each chunk is that of the products."""
+  """Products summed four at a time, int32 in the planes' shape; only sums over a whole chunk mean
+  something, as a thread leaves its sum in the first of its four bytes."""
   if interpret:
     return sum(p.astype(jnp.int32) * x.astype(jnp.int32) for p, x in zip(planes, xs, strict=True))
   return plgpu.elementwise_inline_asm(

@@ -1,4 +1,4 @@
-"""Activations as the Triton kernels read them: one plane for each field of a packed byte."""
+"""Splits activations into planes, one for each field of a packed byte, as the Triton kernels read them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class Planes:
 
 
 def unpack(codes: UInt8[Array, "n y"], dtype: Any, interpret: bool = False) -> list[Array]:
-  """Plane j of a block of codes as -64 w (int8) or -2 w (bfloat16, float16), for j = 0 .. 3.
+  """Unpack a block of codes: plane j is -64 w (int8) or -2 w (bfloat16, float16), for j = 0 .. 3.
 
   A field moves to the top of its byte or half word, where 01, 00 and 11 read as 64, 0, -64 in
   int8 and as 2, 0, -2 in both floats: a shift and a mask for four or two weights. Before that,
@@ -54,7 +54,7 @@ def unpack(codes: UInt8[Array, "n y"], dtype: Any, interpret: bool = False) -> l
 
 
 def unpacked_unit(dtype: Any) -> Any:
-  """What `unpack` makes of a weight of one."""
+  """The number that `unpack` gives for a weight of one."""
   return jnp.dtype(dtype).type(-64 if dtype == jnp.int8 else -2)
 
 

@@ -1,12 +1,12 @@
-"""Which implementation is fastest for which product, as measured: tuned/<device>.json.
+"""Reads and writes tables of the fastest implementation for each product: tuned/<device>.json.
 
     {"device": "NVIDIA H200",
      "source": "how the file was made",
      "entries": [{"mode": "w2a8", "m": 8, "n": 4096, "k": 4096,
                   "implementation": "triton", "parameters": {"warps": 2}}]}
 
-An entry is about n channels, k contracted elements, and up to m rows: more than the next smaller m
-of its mode has. Between two numbers of rows that were measured, that is a guess.
+An entry holds for n channels, k contracted elements, and up to m rows, down to the next smaller m of
+its mode. Between two numbers of rows that were measured, that is a guess.
 """
 
 import functools
@@ -28,9 +28,9 @@ class Entry:
   """One line of a table.
 
   Attributes:
-    m: Rows, at most.
-    parameters: Keyword arguments of the implementation's `matmul`; where its module has a function
-      `tuned_arguments`, what that makes of them.
+    m: Most rows that the entry is for.
+    parameters: Keyword arguments of the implementation's `matmul`. A module that has a function
+      `tuned_arguments` makes its arguments of them by that.
   """
 
   mode: Mode
@@ -42,13 +42,13 @@ class Entry:
 
 
 def path_for(device_kind: str, folder: Path = FOLDER) -> Path:
-  """Where the table of a device is, by the name that JAX gives it."""
+  """The path of a device's table, by the name that JAX gives the device."""
   name = re.sub("[^a-z0-9]+", "-", device_kind.lower()).strip("-")
   return folder / f"{name}.json"
 
 
 def write(path: Path, device_kind: str, source: str, entries: Sequence[Entry]) -> None:
-  """A table, in place of the one that was there. Raises: ValueError: no entries."""
+  """Write a table in place of the one that was there. Raises: ValueError: no entries."""
   if not entries:
     raise ValueError(f"no kernel was measured on {device_kind}: its table stays as it is")
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write(path: Path, device_kind: str, source: str, entries: Sequence[Entry]) -
 
 @functools.cache
 def load(device_kind: str, folder: Path = FOLDER) -> tuple[Entry, ...]:
-  """The entries of a device, by the name that JAX gives it; none if nobody measured it.
+  """Read the entries of a device, by the name that JAX gives it; none if nobody measured it.
 
   Raises: ValueError: the file is not a table.
   """
@@ -91,7 +91,7 @@ def _check(entry: Entry) -> None:
 
 
 def find(entries: Sequence[Entry], mode: Mode, m: int, n: int, k: int) -> Entry | None:
-  """The entry for a product: of its number of rows, the one whose n and k are nearest."""
+  """Find the entry for a product: among those for its number of rows, the one of nearest n and k."""
   entries = [entry for entry in entries if entry.mode == mode]
   if not entries:
     return None

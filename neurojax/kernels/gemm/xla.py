@@ -1,6 +1,6 @@
-"""Products with a few rows in a form that XLA:CPU turns into passes over the packed codes alone.
+"""Multiplies a few rows in a form that XLA:CPU turns into passes over the packed codes alone.
 
-Sums are sums of integers: those LLVM may reorder, and so vectorises. "w2a8" has integers already;
+All sums are of integers, which LLVM may reorder and so vectorises. "w2a8" has integers already;
 in "w2a16" a row of x becomes two, of the 15 bits below its absmax and of the 15 bits below those.
 """
 
@@ -16,7 +16,7 @@ from neurojax.kernels.gemm.layer import take_out
 from neurojax.weights.ternary import Mode, TernaryArray
 
 MAX_ROWS: dict[Mode, int] = {"w2a8": 8, "w2a16": 4}
-"""With more rows it is faster to unpack the weights."""
+"""Most rows of each mode: with more it is faster to unpack the weights."""
 
 # Channels that one loop multiplies a row by.
 _LANES = 4
@@ -26,7 +26,7 @@ _BITS = 15
 _MIN_EXPONENT = -80  # 2**(_MIN_EXPONENT - 2 * _BITS) is a normal float32
 
 
-def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
+def why_not(m: int, n: int, k: int, w: TernaryArray) -> str | None:
   """Why the reference is the better choice, or None."""
   del n, k
   return f"{m} rows, more than {MAX_ROWS[w.mode]}" if m > MAX_ROWS[w.mode] else None
@@ -35,7 +35,7 @@ def supports(m: int, n: int, k: int, w: TernaryArray) -> str | None:
 def matmul(
   x: Float[Array, "M K"], w: TernaryArray, *, layer: Int[Array, ""] | None = None
 ) -> Float32[Array, "M N"]:
-  """`reference.matmul`, but in "w2a16" each x is rounded: by less than 2**-28 of the row's absmax.
+  """Multiply as `reference.matmul`, but round each x of "w2a16" by less than 2**-28 of its row's absmax.
 
   More than MAX_ROWS rows are left to the reference.
   """
@@ -58,7 +58,7 @@ def matmul(
 
 
 def _two_levels(x: Float32[Array, "M K"]) -> tuple[Int32[Array, "R K"], Float32[Array, "R 1 1"]]:
-  """Levels and steps of two rows for each: x is the first M levels * steps plus the last M."""
+  """Split each row into two of integers: x is the first M levels * steps plus the last M."""
   absmax = jnp.max(jnp.abs(x), axis=1, keepdims=True)
   finite = jnp.isfinite(absmax)
   exponent = jnp.maximum(jnp.frexp(jnp.where(finite, absmax, 1))[1], _MIN_EXPONENT)
@@ -73,7 +73,7 @@ def _two_levels(x: Float32[Array, "M K"]) -> tuple[Int32[Array, "R K"], Float32[
 def _chunk_sums(
   codes: UInt8[Array, "N Y"], levels: Int32[Array, "R K"], chunk: int
 ) -> Int32[Array, "R N C"]:
-  """levels times (codes - 1), summed over each `chunk` elements."""
+  """Sum levels times (codes - 1) over each `chunk` elements."""
   n, rows = codes.shape[0], levels.shape[0]
   # Field j of a byte stays where it is, 2j bits up: its levels make up for the other 6 - 2j.
   by_field = jnp.moveaxis(levels.reshape(rows, -1, chunk // 4, 4), -1, 0)
@@ -103,7 +103,7 @@ def _chunk_sums(
 
 
 def _sum_groups(sums: Shaped[Array, "R N C"], count: int) -> Shaped[Array, "R N Q"]:
-  """Each `count` of the last axis summed; the last group may be shorter."""
+  """Sum each `count` elements of the last axis; the last group may be shorter."""
   if count == 1:
     return sums
   sums = jnp.pad(sums, ((0, 0), (0, 0), (0, -sums.shape[2] % count)))
@@ -120,7 +120,7 @@ def _sum_last(x: Shaped[Array, "... C"]) -> Shaped[Array, "..."]:
 
 
 def _sum_minor(xs: list[jax.Array]) -> list[jax.Array]:
-  """Each summed over its last axis, in one loop over all of them.
+  """Sum each array over its last axis, all in one loop.
 
   A reduction of several operands is the form that XLA:CPU neither cuts into windows of 32 (which
   writes every product to memory) nor hands to a library.

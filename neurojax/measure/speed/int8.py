@@ -7,7 +7,6 @@ shared.
 """
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from neurojax.kernels import timing
 from neurojax.weights.int8 import Int8Array
 
 LAYERS, D, F, V = 30, 576, 1536, 49152
@@ -94,9 +94,10 @@ def run(rows: Sequence[int], turns: int) -> None:
     "head int8": (head, Int8Array.quantize(table, -1)),
   }
   copy_bytes_per_s = copy_rate()
+  where = timing.origin()
   print(
-    f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind},"
-    f" jax {jax.__version__}; copy {copy_bytes_per_s / 1e9:.1f} GB/s (read and written)"
+    f"{where['device']}, jax {where['jax']}, jaxlib {where['jaxlib']}, {where['date']};"
+    f" bound: copy {copy_bytes_per_s / 1e9:.1f} GB/s (read and written)"
   )
   print(f"{'':16}{'rows':>5}{'ms':>9}{'GB/s':>7}{'of copy':>9}{'speed':>7}")
   for count in rows:
@@ -111,5 +112,6 @@ def run(rows: Sequence[int], turns: int) -> None:
       baseline = seconds[name.replace("int8", "float32")]
       print(
         f"{name:16}{count:5}{seconds[name] * 1e3:9.2f}{bytes_per_s / 1e9:7.1f}"
-        f"{bytes_per_s / copy_bytes_per_s:9.2f}{baseline / seconds[name]:7.2f}"
+        f"{bytes_per_s / copy_bytes_per_s:9.2f}{baseline / seconds[name]:7.2f}",
+        flush=True,
       )

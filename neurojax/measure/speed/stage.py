@@ -1,4 +1,4 @@
-"""How fast a model of a named architecture runs, fused, with random ternary weights."""
+"""Times fused programs of a named architecture with random ternary weights."""
 
 import concurrent.futures
 import dataclasses
@@ -16,17 +16,18 @@ from jax import Array, lax
 from neurojax.config import ModelConfig
 from neurojax.forms import capacity_for
 from neurojax.kernels import timing
-from neurojax.kernels.decode.weights import LayerWeights
+from neurojax.kernels.decode.bench import random_layers
+from neurojax.kernels.gemm import reference as gemm
 from neurojax.kernels.gemm.bench import GROUP, dense_s, random_rows
 from neurojax.stage import fused
 from neurojax.stage.fused import REFERENCE, Fused, Kernels
 from neurojax.weights.ternary import Mode, TernaryArray
 
 STEPS = (16, 144)
-"""Two lengths of the loop over tokens; the difference of their times is of the steps alone."""
+"""Two lengths of the loop over tokens; the difference of their times is that of steps alone."""
 
 _PREFILL_TOKENS = 4096
-"""Of one call at least, in as many prompts as that takes."""
+"""Tokens of one timed call on a GPU at least, in as many prompts as that takes; one prompt on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,15 @@ class Row:
   """One line of results.csv. Rates are medians over the runs.
 
   Attributes:
-    length: decode: positions in the cache before the first timed step; prefill: of the prompt.
-    us: decode: one step of all sequences; prefill: one prompt.
-    bf16_us: What XLA takes, in the same run, for the matrix products of that step or prompt alone, with
+    length: For decode, positions in the cache before the first timed step; for prefill, tokens of the
+      prompt.
+    us: Time of one step of all sequences, or of one prompt.
+    bf16_us: The time that XLA takes, in the same run, for the matrix products of that step or prompt alone, with
       bfloat16 weights of the same shapes; attention and all else left out.
     speedup: bf16_us / us.
-    weight_bytes_per_s: Weights, read once per step, per second (decode only).
-    flops_per_s: Of matrix products, attention not counted (prefill only).
-    read_fraction, copy_fraction, matmul_fraction: Of what the device does at best, see `Rates`.
+    weight_bytes_per_s: Bytes of weights, read once per step, per second (decode only).
+    flops_per_s: FLOP/s of matrix products, attention not counted (prefill only).
+    read_fraction, copy_fraction, matmul_fraction: Shares of what the device does at best, see `Rates`.
   """
 
   what: str
@@ -68,6 +70,13 @@ class Row:
   jaxlib: str
   date: str
 
+  @property
+  def bound_fraction(self) -> float:
+    """The least time over the time taken: reading the weights for decode, matrix products for prefill."""
+    fraction = self.read_fraction if self.what == "decode" else self.matmul_fraction
+    assert fraction is not None
+    return fraction
+
 
 COLUMNS = {
   "what": lambda row: row.what,
@@ -82,6 +91,8 @@ COLUMNS = {
   "of copy": lambda row: _show(row.copy_fraction, 1, ".0%"),
   "GFLOP/s": lambda row: _show(row.flops_per_s, 1e9, ".0f"),
   "of bf16": lambda row: _show(row.matmul_fraction, 1, ".0%"),
+  "bound us": lambda row: f"{row.us * row.bound_fraction:,.0f}",
+  "of it": lambda row: f"{row.bound_fraction:.0%}",
   "kernels": lambda row: row.kernels,
 }
 
@@ -98,6 +109,7 @@ def run(
   rates: timing.Rates | None = None,
   steps: tuple[int, int] = STEPS,
   runs: int = 5,
+  most_s: float | None = None,
 ) -> Iterator[Row]:
   """Measure decode for each batch and context, and prefill for each length of a prompt.
 
@@ -105,11 +117,16 @@ def run(
     arch: The configuration's name, for the rows.
     kernels: None: what suits the device, the mode and the batch.
     rates: None: measured now.
-  Raises: ValueError: a number below 1, or activations that are not finite.
+    most_s: Refuse work that the reference kernels would take longer for; None: any is done.
+  Raises: ValueError: a number below 1, activations that are not finite, or more work than `most_s`
+    allows.
   """
   for name, numbers in (("batch", batches), ("context", contexts), ("prefill", prompts)):
     if any(number < 1 for number in numbers):
       raise ValueError(f"{name} {tuple(numbers)}: positive numbers")
+  fused.check(config)
+  if most_s is not None:
+    _check_work(config, batches, contexts, prompts, steps, runs, most_s)
   rates = rates or timing.rates()
   model = random_model(config, mode)
   common = {
@@ -160,19 +177,61 @@ def run(
     )
 
 
-def describe(rows: Sequence[Row]) -> str:
-  """A table, under what it was measured on."""
-  row = rows[0]
-  return (
-    f"{row.arch} {row.weights}, {row.weight_gib:.2f} GiB of weights; {row.device}, jax {row.jax},"
-    f" jaxlib {row.jaxlib}, {row.date}\nat best: read {row.read_bytes_per_s / 1e9:.1f} GB/s, copy"
-    f" {row.copy_bytes_per_s / 1e9:.1f} GB/s, bf16 product {row.bf16_flops_per_s / 1e9:.0f}"
-    f" GFLOP/s\n{timing.table(rows, COLUMNS)}"
+def defaults() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]:
+  """Contexts, prompts and `steps` that suit the default device: few and short on a CPU."""
+  if jax.default_backend() == "gpu":
+    return (128, 2048), (512,), STEPS
+  return (32,), (64,), (2, 10)
+
+
+def _check_work(
+  config: ModelConfig,
+  batches: Sequence[int],
+  contexts: Sequence[int],
+  prompts: Sequence[int],
+  steps: tuple[int, int],
+  runs: int,
+  most_s: float,
+) -> None:
+  """Refuse what the reference kernels would take more than `most_s` for, by a small product's time."""
+  side = 1024
+  w = TernaryArray(
+    *random_rows(jax.random.key(0, impl="rbg"), 1, side, side), (side, side), 1, GROUP
   )
+  w = jax.tree.map(lambda leaf: leaf[0], w)
+
+  def rows_s(m: int) -> float:
+    """Seconds of m rows times one weight."""
+    return timing.seconds(jax.jit(gemm.matmul), jnp.ones((m, side)), w, runs=3) / side**2
+
+  c, s = config, fused.shape_of(config)
+  per_layer = s.d * (2 * s.n + 2 * s.k) * s.h + 3 * s.d * s.f
+  weights = c.num_layers * per_layer + c.vocab_size * c.model_dim
+  tokens = (runs + 1) * sum(steps) * len(contexts)
+  work_s = sum(tokens * weights * rows_s(batch) for batch in batches)
+  work_s += sum((runs + 1) * weights * rows_s(length) for length in prompts)
+  if work_s > most_s:
+    raise ValueError(
+      f"{weights / 1e9:.1f} billion weights would take {timing.device_name()} about {max(1, round(work_s / 60))}"
+      " minutes with the reference kernels: name a smaller --arch (neurollm-10m), fewer --batch,"
+      " --context and --prefill, or --repetitions 1"
+    )
+
+
+def headline(row: Row) -> str:
+  """The weights of a row, the device, and what it does at best."""
+  weights = f"{row.arch} {row.weights}, {row.weight_gib:.2f} GiB of weights; "
+  return weights + timing.headline(row)
+
+
+def report(rows: Sequence[Row]) -> str:
+  """A table, under the device and what it does at best."""
+  lines = [timing.line(row, COLUMNS) for row in rows]
+  return "\n".join([headline(rows[0]), timing.titles(COLUMNS), *lines])
 
 
 def kernels_for(mode: Mode, rows: int) -> Kernels:
-  """What suits the default device."""
+  """Choose the kernels that suit the default device."""
   device = jax.devices()[0]
   if device.platform != "gpu":
     return REFERENCE
@@ -181,7 +240,7 @@ def kernels_for(mode: Mode, rows: int) -> Kernels:
 
 
 Loops = dict[int, Any]
-"""By its number of steps, a compiled loop over tokens."""
+"""Compiled loops over tokens, by their number of steps."""
 
 
 def _compile_loops(
@@ -191,7 +250,7 @@ def _compile_loops(
   kernels: Kernels | None,
   steps: tuple[int, int],
 ) -> dict[int, Loops]:
-  """For each batch, loops of `steps` tokens after at most `longest` positions, compiled at once."""
+  """Compile, all at once, loops of `steps` tokens after at most `longest` positions for each batch."""
   capacity = capacity_for(longest + max(steps))
   jobs = {}
   for batch in batches:
@@ -209,13 +268,13 @@ def _compile_loops(
 
 
 def decode_s(model: Fused, batch: int, context: int, loops: Loops, runs: int = 5) -> float:
-  """Seconds of one step of `batch` sequences after `context` positions each.
+  """Time one step of `batch` sequences after `context` positions each, in seconds.
 
   The loop over tokens runs on the device and takes the likeliest token. Keys and values so far are
   random.
 
   Args:
-    loops: Two; the difference of their times is of the steps alone.
+    loops: Two loops; the difference of their times is that of steps alone.
   Raises: ValueError: activations are not finite, or times make no sense.
   """
   few, many = sorted(loops)
@@ -241,11 +300,11 @@ def decode_s(model: Fused, batch: int, context: int, loops: Loops, runs: int = 5
 
 
 def prefill_s(model: Fused, length: int, kernels: Kernels, runs: int = 5) -> float:
-  """Seconds of a prompt of `length` tokens, from ids to the logits that follow it.
+  """Time a prompt of `length` tokens, from ids to the logits that follow it, in seconds.
 
   Raises: ValueError: activations are not finite.
   """
-  count = -(-_PREFILL_TOKENS // length)
+  count = -(-_PREFILL_TOKENS // length) if jax.default_backend() == "gpu" else 1
   vocab = model.embedding.shape[0]
   dtype = jnp.float32 if kernels.attention == "reference" else jnp.bfloat16
 
@@ -277,7 +336,7 @@ def prefill_s(model: Fused, length: int, kernels: Kernels, runs: int = 5) -> flo
 
 
 def prefill_flops(model: Fused, length: int) -> int:
-  """Of the matrix products of a prompt: every layer for each token, the head for the last one."""
+  """FLOPs of the matrix products of a prompt: every layer for each token, the head for the last one."""
   per_token = sum(n * k for n, k in _layer_shapes(model)) * model.layers.num_layers
   return 2 * (length * per_token + model.head.contraction.n * model.head.contraction.k)
 
@@ -285,7 +344,7 @@ def prefill_flops(model: Fused, length: int) -> int:
 def products_bf16_s(
   model: Fused, rows: int, head_rows: int, rates: timing.Rates, runs: int = 5
 ) -> float:
-  """Seconds of a model's matrix products by XLA with bfloat16 weights of the same shapes: `rows` rows
+  """Time a model's matrix products by XLA with bfloat16 weights of the same shapes: `rows` rows
   through every layer, `head_rows` through the head."""
   layer_s = sum(dense_s(rows, n, k, rates, runs) for n, k in _layer_shapes(model))
   head = model.head.contraction
@@ -299,49 +358,27 @@ def _layer_shapes(model: Fused) -> list[tuple[int, int]]:
 
 
 def random_model(config: ModelConfig, mode: Mode, *, seed: int = 0) -> Fused:
-  """A model of `random_rows`, embedding and head included, made on the device.
+  """Make a model of `random_rows`, embedding and head included, on the device.
 
   Raises: ValueError: a contracted width that is no multiple of the group of 128, or what `fused.check` refuses.
   """
   fused.check(config)
-  c, s, layers = config, fused.shape_of(config), config.num_layers
-  keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 6))
+  c, shape = config, fused.shape_of(config)
+  *of_layers, of_embedding, of_head = jax.random.split(jax.random.key(seed, impl="rbg"), 6)
 
-  def matrix(n: int, k: int) -> TernaryArray:
-    return TernaryArray(*random_rows(next(keys), layers, n, k), (k, n), 1, GROUP, mode)
+  def table(key: Array) -> TernaryArray:
+    rows = (rows[0] for rows in random_rows(key, 1, c.vocab_size, shape.d))
+    return TernaryArray(*rows, (c.vocab_size, shape.d), -1, GROUP, mode)
 
-  def table() -> TernaryArray:
-    rows = (rows[0] for rows in random_rows(next(keys), 1, c.vocab_size, s.d))
-    return TernaryArray(*rows, (c.vocab_size, s.d), -1, GROUP, mode)
-
-  def ones(*shape: int) -> Array:
-    return jnp.ones(shape, jnp.float32)
-
-  weights = LayerWeights(
-    qkv=matrix((s.n + 2 * s.k) * s.h, s.d),
-    o=matrix(s.d, s.n * s.h),
-    gate_up=matrix(2 * s.f, s.d),
-    down=matrix(s.d, s.f),
-    attn_norm=ones(layers, s.d),
-    ffn_norm=ones(layers, s.d),
-    q_norm=ones(layers, s.h) if c.qk_norm else None,
-    k_norm=ones(layers, s.h) if c.qk_norm else None,
-    shape=s,
-  )
-  embedding = table()
+  weights = random_layers(shape, c.num_layers, mode, jnp.stack(of_layers), qk_norm=bool(c.qk_norm))
+  embedding = table(of_embedding)
   return Fused(
     layers=weights,
     embedding=embedding,
-    final_norm=ones(s.d),
-    head=embedding if c.tied_embedding else table(),
+    final_norm=jnp.ones(shape.d, jnp.float32),
+    head=embedding if c.tied_embedding else table(of_head),
     rope_base=c.rope_base,
   )
-
-
-def abstract_model(config: ModelConfig, mode: Mode, *, num_layers: int) -> Fused:
-  """Shapes in place of arrays, of the first layers."""
-  config = dataclasses.replace(config, num_layers=num_layers)
-  return jax.eval_shape(lambda: random_model(config, mode))
 
 
 def _random_cache(shape: tuple[int, ...], seed: int) -> Array:

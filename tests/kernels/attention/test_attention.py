@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.kernels.attention import api, reference, triton
-from neurojax.kernels.attention.triton import Tiling
+from neurojax.kernels.attention import api, reference, triton, tuned
+from neurojax.kernels.attention.tuned import Tiling
 from neurojax.model.attention import attend as model_attend
 from neurojax.model.attention import attend_cache as model_attend_cache
 from neurojax.model.cache import KVCache
@@ -267,7 +267,7 @@ def test_a_slow_way_is_taken_only_unasked_and_said_once(monkeypatch, caplog):
 @pytest.mark.parametrize("capacity", [16, 128, 640, 2048, 40960])
 def test_tilings_fit(batch: int, capacity: int):
   for head_dim in (64, 128, 256):
-    tiling = triton.decode_tiling(batch, 8, capacity, head_dim)
+    tiling = tuned.decode_tiling(batch, 8, capacity, head_dim)
     assert capacity % tiling.block == 0
     assert tiling.block * tiling.splits <= capacity
     # Powers of two, and at least a program for each multiprocessor where there are keys enough.

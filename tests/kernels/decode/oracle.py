@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from neurojax.kernels.decode.weights import LayerWeights, Shape
+from neurojax.kernels.decode.shapes import Shape
+from neurojax.kernels.decode.weights import LayerWeights
 from neurojax.weights.ternary import TernaryArray
 
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from neurojax.kernels.decode import triton
-from neurojax.kernels.decode.weights import LayerWeights, Shape
+from neurojax.kernels.decode.shapes import QWEN3_8B
+from neurojax.kernels.decode.weights import LayerWeights
 from neurojax.weights.ternary import TernaryArray
 from tests.kernels import aot
 
 pytestmark = pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))
 
 VOCAB, CAPACITY = 4096, 2176
-QWEN3_8B = Shape(4096, 12288, 32, 8, 128, 1e-6)
 
 # A tenth more than measured with jax 0.11.2.
 INSTRUCTIONS = {"dp4a.u32.s32": 1.40}

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.kernels.decode import triton
-from neurojax.kernels.decode.weights import Shape, fuse_rows
+from neurojax.kernels.decode import triton, tuned
+from neurojax.kernels.decode.shapes import Shape
+from neurojax.kernels.decode.weights import fuse_rows
 from tests.kernels.decode import oracle
 
 
@@ -42,7 +43,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_step_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr(triton, "_LEAST", case.least)
+  monkeypatch.setattr(tuned, "LEAST_KEYS", case.least)
   s = case.shape
   w = oracle.weights(s, layers=case.layers, group=case.group, qk_norm=case.qk_norm, seed=1)
   rng = np.random.default_rng(2)
@@ -80,14 +81,14 @@ def test_a_step_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch):
 def test_what_does_not_fit_is_named():
   s = Shape(128, 256, 4, 2, 32, 1e-6)
   w = oracle.weights(s, layers=1, group=64, qk_norm=False, seed=0)
-  assert triton.supports(w, 128, 132) is None
+  assert triton.why_not(w, 128, 132) is None
   wide = dataclasses.replace(w, shape=dataclasses.replace(s, d=5120))
-  assert "5120" in triton.supports(wide, 128, 132)
+  assert "5120" in triton.why_not(wide, 128, 132)
   odd = dataclasses.replace(w, shape=dataclasses.replace(s, h=48))
-  assert "48" in triton.supports(odd, 128, 132)
+  assert "48" in triton.why_not(odd, 128, 132)
   floats = dataclasses.replace(w, o=dataclasses.replace(w.o, mode="w2a16"))
-  assert "w2a16" in triton.supports(floats, 128, 132)
-  assert "positions" in triton.supports(w, 2**26, 132)
+  assert "w2a16" in triton.why_not(floats, 128, 132)
+  assert "positions" in triton.why_not(w, 2**26, 132)
 
 
 def test_rows_are_fused_in_order_and_only_if_alike():

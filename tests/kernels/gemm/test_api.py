@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from neurojax.kernels import gpus
 from neurojax.kernels.gemm import api, cpu, tuned
-from neurojax.kernels.gemm.shapes import ODD
+from neurojax.kernels.gemm.shapes import ODD, SHAPES
 from neurojax.model.project import project, project_all
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
 from tests.kernels.gemm import problem
@@ -47,6 +48,21 @@ def test_products_are_those_of_float64(implementation, mode, group_size, shape):
     bound = bound + 2.0**-28 * np.abs(x).max(1, keepdims=True) * mass
   got = matmul(x, w, implementation=implementation)
   assert got.dtype == jnp.float32 and got.shape == (m, n)
+  assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("matrix", SHAPES, ids=str)
+def test_every_benchmarked_product_is_that_of_float64(implementation, mode, matrix):
+  """At the full contracted width; of the channels 100, or float64 would take minutes."""
+  matrix = matrix.lower(100)
+  w = problem.weight(matrix.n, matrix.k, 128, mode)
+  x = problem.rows(3, matrix.k)
+  want, bound = problem.float64_product(x, w)
+  if implementation == "xla" and mode == "w2a16":
+    mass = np.abs(np.asarray(w.dequantize(), np.float64)).sum(0)
+    bound = bound + 2.0**-28 * np.abs(x).max(1, keepdims=True) * mass
+  got = matmul(x, w, implementation=implementation)
   assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
 
 
@@ -200,7 +216,7 @@ def test_what_does_not_fit_is_named():
 
 @pytest.fixture
 def fresh_choice(monkeypatch):
-  monkeypatch.setattr(api, "_OLDEST_JAX", (0, 0, 0))
+  monkeypatch.setattr(gpus, "OLDEST_JAX", (0, 0, 0))
   for cached in (api._module, api._warn_once, tuned.load):
     cached.cache_clear()
   return monkeypatch
@@ -213,7 +229,7 @@ def _gpu(capability: str = "9.0") -> SimpleNamespace:
 def _kernels(monkeypatch, **reasons):
   """Implementations that refuse for a reason, or do not."""
   modules = {
-    name: SimpleNamespace(supports=lambda m, n, k, w, reason=reason: reason)
+    name: SimpleNamespace(why_not=lambda m, n, k, w, reason=reason: reason)
     for name, reason in reasons.items()
   }
 
@@ -228,33 +244,33 @@ def _kernels(monkeypatch, **reasons):
 def test_a_cpu_gets_the_compiled_kernel_or_xla_and_is_told_once(fresh_choice, caplog):
   w = problem.weight(8, 100, 64, "w2a8")
   _kernels(fresh_choice, cpu=None, xla=None)
-  assert api.choose(1, w).implementation == "cpu"
+  assert api.choice_for(1, w).implementation == "cpu"
   assert not caplog.records
   _kernels(fresh_choice, cpu="no compiler", xla=None)
   with caplog.at_level(logging.WARNING):
-    assert [api.choose(1, w).implementation for _ in range(3)] == ["xla"] * 3
+    assert [api.choice_for(1, w).implementation for _ in range(3)] == ["xla"] * 3
   assert len(caplog.records) == 1 and "no compiler" in caplog.text
   _kernels(fresh_choice, cpu="no compiler", xla="too many rows")
-  assert api.choose(1, w).implementation == "reference"
+  assert api.choice_for(1, w).implementation == "reference"
 
 
 def test_a_gpu_gets_a_kernel_and_never_silently_none(fresh_choice, caplog):
   w = problem.weight(8, 100, 64, "w2a8")
   _kernels(fresh_choice, triton=None, mosaic=None)
-  assert api.choose(8, w, device=_gpu()).implementation == "triton"
-  assert api.choose(512, w, device=_gpu()).implementation == "mosaic"
-  assert api.choose(512, w, device=_gpu("8.0")).implementation == "triton"
+  assert api.choice_for(8, w, device=_gpu()).implementation == "triton"
+  assert api.choice_for(512, w, device=_gpu()).implementation == "mosaic"
+  assert api.choice_for(512, w, device=_gpu("8.0")).implementation == "triton"
   _kernels(fresh_choice, triton="n is odd")
   with caplog.at_level(logging.WARNING):
-    assert api.choose(8, w, device=_gpu()).implementation == "reference"
-    assert api.choose(9, w, device=_gpu()).implementation == "reference"
+    assert api.choice_for(8, w, device=_gpu()).implementation == "reference"
+    assert api.choice_for(9, w, device=_gpu()).implementation == "reference"
   assert len(caplog.records) == 1
   assert "n is odd" in caplog.text and "no mosaic here" in caplog.text
   _kernels(fresh_choice, triton=None, mosaic=None)
   with caplog.at_level(logging.WARNING):
-    assert api.choose(8, w, device=_gpu("7.5")).implementation == "reference"
-    fresh_choice.setattr(api, "_OLDEST_JAX", (99, 0))
-    assert api.choose(8, w, device=_gpu()).implementation == "reference"
+    assert api.choice_for(8, w, device=_gpu("7.5")).implementation == "reference"
+    fresh_choice.setattr(gpus, "OLDEST_JAX", (99, 0))
+    assert api.choice_for(8, w, device=_gpu()).implementation == "reference"
   assert "7.5" in caplog.text and "needs jax 99.0 or newer" in caplog.text
 
 
@@ -271,7 +287,7 @@ def test_what_was_measured_is_chosen(fresh_choice, tmp_path):
 
   def chosen(m, n, mode="w2a8"):
     w = problem.weight(n, 4096, 64, mode)
-    return api.choose(m, w, device=_gpu())
+    return api.choice_for(m, w, device=_gpu())
 
   assert chosen(1, 4096) == ("triton", {"warps": 1})
   assert chosen(2, 4096) == chosen(64, 3000) == chosen(999, 4096) == ("mosaic", {"warps": 2})

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.kernels.gemm.mosaic import matmul, permute, supports
+from neurojax.kernels import gpus
+from neurojax.kernels.gemm import shapes
+from neurojax.kernels.gemm.mosaic import matmul, permute, why_not
 from neurojax.kernels.gemm.mosaic_fragments import FRAGMENTS
 from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.weights.ternary import TernaryArray
@@ -74,13 +76,14 @@ def test_columns_stay_in_their_block_of_64(itemsize: int):
 def test_what_it_cannot_multiply_is_named(m: int, w: dict, named: str):
   w = abstract(**w)
   k, n = w.weight_shape
-  assert named in supports(m, n, k, w)
+  assert named in why_not(m, n, k, w)
 
 
 @pytest.mark.parametrize("group", [None, 64, 128, 256, 512])
 def test_shapes_of_models_are_supported(group: int | None):
-  for n, k in ((6144, 4096), (4096, 12288), (151936, 4096), (2560, 6656)):
-    assert supports(1, n, k, abstract(n, k, group)) is None
+  for n, k in ((m.n, m.k) for m in (*shapes.QWEN3_8B, *shapes.TINYLLAMA)):
+    assert why_not(1, n, k, abstract(n, k, group)) is None
+  assert why_not(1, 2560, 6656, abstract(2560, 6656, group)) is None
 
 
 def test_a_stack_needs_a_layer_and_int8_needs_scales():
@@ -91,7 +94,7 @@ def test_a_stack_needs_a_layer_and_int8_needs_scales():
     matmul(jax.ShapeDtypeStruct((8, 4096), jnp.int8), abstract(mode="w2a8"))
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernel needs jax 0.11.2")
+@pytest.mark.skipif(gpus.why_not_jax() is not None, reason=str(gpus.why_not_jax()))
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_floats_are_rounded_as_the_weights_mode_says(dtype, monkeypatch: pytest.MonkeyPatch):
   from neurojax.kernels.gemm import mosaic_kernel
@@ -130,16 +133,16 @@ INSTRUCTIONS = {
 """By mode and rows, in groups of 128: at most so many for a weight."""
 
 
-def assembled(m, group, mode, monkeypatch, capfd) -> tuple[str, str]:
+def assembled(m, group, mode, monkeypatch, capfd, n=4096, k=4096) -> tuple[str, str]:
   """PTX, and what ptxas says of it."""
   monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
   monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
   rows = jax.ShapeDtypeStruct((m,), jnp.float32) if mode == "w2a8" else None
-  x = jax.ShapeDtypeStruct((m, 4096), jnp.int8 if mode == "w2a8" else jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((m, k), jnp.int8 if mode == "w2a8" else jnp.bfloat16)
   layer = jax.ShapeDtypeStruct((), jnp.int32)
   aot.compile_for_h200(
     lambda x, w, layer, rows: matmul(x, w, layer, row_scales=rows),
-    x, abstract(group=group, mode=mode, lead=(2,)), layer, rows,
+    x, abstract(n, k, group=group, mode=mode, lead=(2,)), layer, rows,
   )  # fmt: skip
   said = capfd.readouterr()
   ptx, mark, report = said.out.partition("ptxas ")
@@ -154,6 +157,14 @@ def test_it_compiles_without_spills_and_the_products_overlap(m, group, mode, mon
   _, report = assembled(m, group, mode, monkeypatch, capfd)
   assert aot.spills(report) == 0
   assert "serialized" not in report, report[-2000:]
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
+@pytest.mark.parametrize("matrix", shapes.QWEN3_8B, ids=str)
+def test_every_benchmarked_product_compiles_without_spills(matrix, mode, monkeypatch, capfd):
+  _, report = assembled(64, 128, mode, monkeypatch, capfd, n=matrix.n, k=matrix.k)
+  assert aot.spills(report) == 0
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
