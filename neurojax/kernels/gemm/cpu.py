@@ -1,13 +1,16 @@
-"""Products on a CPU by the C++ kernel in cpu.cc, compiled for this machine when first wanted.
+"""Multiplies on a CPU by the C++ kernel in cpu.cc, which is compiled for this machine when first wanted.
 
-The library lies in the cache folder under a hash of all that it was made from. Without a compiler,
-or where it fails, `unavailable` says why and nothing else happens.
+The library lies in the cache folder. Its name has a hash of all that it was made from and a digest
+of its own bytes: a file that was cut short or damaged since is not loaded, which would end the
+process by SIGBUS, but built anew. Without a compiler, or where it fails, `unavailable` gives the
+reason and nothing else happens.
 """
 
 import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -28,15 +31,18 @@ from neurojax.folders import cache_dir
 from neurojax.kernels.gemm.layer import take_out
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
 
+log = logging.getLogger(__name__)
+
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cc", "cpu_vectors.h"))
-# No -ffast-math and no contraction: the same bits from every instruction set.
+# Without -ffast-math and contraction every instruction set gives the same bits.
 _FLAGS = (
   *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w"),
   *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-# What this machine can do; not every compiler knows the first, or any.
+# Flags for the instructions of this machine; not every compiler knows the first, or any.
 _NATIVE = (("-march=native",), ("-mcpu=native",), ())
-_TIMEOUT_S = 120
+_TIMEOUT_S = 600
+"""Seconds that the compiler may take: it needs about ten, and many times that on a busy machine."""
 _LOCK = threading.Lock()
 
 
@@ -68,10 +74,10 @@ def matmul_all(
   not depend on the instruction set, the number of threads or what else is computed in the call.
 
   Args:
-    weights: Of one mode. A layer's stack is read in place.
+    weights: All of one mode. A layer's stack is read in place.
   Raises:
     NotImplementedError: `unavailable` gives the reason.
-    ValueError: x or the weights do not go together.
+    ValueError: x and the weights do not go together.
   """
   name, reason = _kernel()
   if name is None:
@@ -112,9 +118,7 @@ def _build_once() -> tuple[str | None, str | None]:
     command = _compiler()
     key = _key(command)
     with _folder() as folder:
-      library = folder / f"gemm-{key}.so"
-      if not library.exists():
-        _compile(command, library)
+      library = _whole(folder, key) or _compile(command, folder, key)
       handler = ctypes.CDLL(str(library)).NeurojaxGemm
   except subprocess.CalledProcessError as error:
     message = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
@@ -146,13 +150,29 @@ def _key(command: list[str]) -> str:
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _compile(command: list[str], library: Path) -> None:
+def _whole(folder: Path, key: str) -> Path | None:
+  """The library of a key whose bytes are those that were written; damaged ones are removed."""
+  for library in sorted(folder.glob(f"gemm-{key}*.so")):
+    if library == _path(folder, key, library.read_bytes()):
+      return library
+    log.info("%s is damaged or of an older version: removed", library)
+    library.unlink(missing_ok=True)
+  return None
+
+
+def _path(folder: Path, key: str, content: bytes) -> Path:
+  return folder / f"gemm-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _compile(command: list[str], folder: Path, key: str) -> Path:
   # Into a file of this process's own, moved to its place: others see all of it or nothing.
-  handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
+  handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
   os.close(handle)
   try:
     _run([*command, str(SOURCES[0]), "-o", temporary])
+    library = _path(folder, key, Path(temporary).read_bytes())
     os.replace(temporary, library)
+    return library
   finally:
     Path(temporary).unlink(missing_ok=True)
 

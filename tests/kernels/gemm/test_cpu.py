@@ -243,6 +243,26 @@ def test_processes_at_once_share_one_library(tmp_path):
 
 
 @needs_kernel
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed"])
+def test_a_damaged_library_is_built_anew_once(tmp_path, damage):
+  env = {**os.environ, "NEUROJAX_CACHE_DIR": str(tmp_path)}
+  run = [sys.executable, "-c", CHILD]
+  subprocess.run(run, env=env, check=True)
+  (library,) = (tmp_path / "kernels").iterdir()
+  content = library.read_bytes()
+  changed = bytearray(content)
+  changed[len(content) // 2] ^= 1
+  library.write_bytes(
+    {"cut": content[: len(content) // 2], "emptied": b"", "changed": bytes(changed)}[damage]
+  )
+  subprocess.run(run, env=env, check=True)
+  (library,) = (tmp_path / "kernels").iterdir()
+  healed = library.stat().st_mtime_ns
+  subprocess.run(run, env=env, check=True)
+  assert library.stat().st_mtime_ns == healed
+
+
+@needs_kernel
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path):
   (tmp_path / "file").write_text("")
   env = {**os.environ, "NEUROJAX_CACHE_DIR": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
