@@ -46,6 +46,7 @@ PURPOSES: dict[str, dict[str, Entry]] = {
     "eval logits": Entry("evaluate:Logits", "write logits, to compare implementations"),
     "bench decode": Entry("bench:Decode", "speed of prefill and decode"),
     "bench gemm": Entry("bench:Gemm", "speed of matrix products by ternary weights"),
+    "bench attention": Entry("bench:Attention", "speed of attention over the cache"),
     "bench int8": Entry("bench:Int8", "speed of matrix products by int8 weights"),
     "bench train": Entry("bench_train:Train", "speed of a training step"),
   },

@@ -46,7 +46,7 @@ def test_a_reader_of_help_who_has_seen_enough_sees_no_trace():
 
 @pytest.mark.parametrize("verb", [
   ["demo"], ["inspect"], ["pull"], ["convert"], ["tokenize"], ["generate"], ["chat"], ["stage"], ["eval", "golden"], ["eval", "ppl"], ["eval", "logits"],
-  ["bench", "decode"], ["bench", "gemm"], ["bench", "int8"], ["size"], ["plan"], ["simulate"], ["probe"], ["export"],
+  ["bench", "decode"], ["bench", "gemm"], ["bench", "attention"], ["bench", "int8"], ["size"], ["plan"], ["simulate"], ["probe"], ["export"],
 ], ids=" ".join)  # fmt: skip
 def test_every_verb_has_help_with_an_example(capsys, verb: list[str]):
   with pytest.raises(SystemExit) as caught:
