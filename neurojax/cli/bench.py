@@ -162,7 +162,7 @@ class Decode(EngineOptions):
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
       return 0
     title = (
-      f"{rows[0].device}, jax {rows[0].jax}, jaxlib {rows[0].jaxlib}, {rows[0].date};"
+      f"{rows[0].device}, jax {rows[0].jax}, jaxlib {timing.origin()['jaxlib']}, {rows[0].date};"
       " GB/s are of weights and cache"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

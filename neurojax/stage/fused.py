@@ -342,7 +342,7 @@ def decode_one(
   h = model.layers.shape.h
   rotation = attention.rotation(position_B, h, base=model.rope_base, style="half")
   x_D, logits_V, keys, values = token.decode(
-    x_BD[0], model.layers, keys, values, rotation[0], position_B[0],
+    x_BD[0], model.layers, keys, values, rotation, position_B[0],
     final_norm=model.final_norm if head else None, head=model.head if head else None,
     implementation="triton", programs=kernels.programs, interpret=kernels.interpret,
   )  # fmt: skip

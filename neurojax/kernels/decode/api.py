@@ -30,7 +30,7 @@ def decode(
   weights: LayerWeights,
   keys: Float[Array, "L 1 K S H"],
   values: Float[Array, "L 1 K S H"],
-  rotation_2H: Float[Array, "2 H"],
+  rotation_B2H: Float[Array, "1 2 H"],
   position: Int[Array, ""],
   *,
   final_norm: Float[Array, "D"] | None = None,
@@ -47,7 +47,7 @@ def decode(
   Args:
     x_D: float32, the input of the first layer.
     keys, values: All layers' caches; donate them, and they are written in place.
-    rotation_2H: `attention.api.rotation` of the position, style "half".
+    rotation_B2H: `attention.api.rotation` of the position, style "half".
     position: int32, below S.
     final_norm: float32; given with the head.
     head: [D, V] or [V, D] as rows of V outputs.
@@ -75,12 +75,12 @@ def decode(
         _warn(f"a token takes the slow reference in place of one kernel: {reason}")
   if implementation == "reference":
     return reference.decode(
-      x_D, weights, keys, values, rotation_2H, position, final_norm=final_norm, head=head
+      x_D, weights, keys, values, rotation_B2H, position, final_norm=final_norm, head=head
     )
   h = weights.shape.h
   return _triton().decode(
     x_D, weights, keys, values,
-    rotation_2H[0, : h // 2], rotation_2H[1, h // 2 :], position,
+    rotation_B2H[0, 0, : h // 2], rotation_B2H[0, 1, h // 2 :], position,
     final_norm=final_norm, head=head, programs=programs, interpret=interpret,
   )  # fmt: skip
 

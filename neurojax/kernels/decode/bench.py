@@ -119,7 +119,7 @@ def step_s(
   """Seconds of one token through the layers after `length - 1` others."""
   s = weights.shape
   position = jnp.int32(length - 1)
-  rotation_2H = rotation(position[None], s.h, base=1e6, style="half")[0]
+  rotation_B2H = rotation(position[None], s.h, base=1e6, style="half")
   cache = (weights.num_layers, 1, s.k, capacity_for(length), s.h)
 
   def loop(x_D: Array, weights: LayerWeights, keys: Array, values: Array) -> Array:
@@ -127,7 +127,7 @@ def step_s(
       x_D, keys, values = carry
       # The result is the next input, so that no step can be left out; its size is brought back.
       x_D, _, keys, values = api.decode(
-        x_D, weights, keys, values, rotation_2H, position, implementation=implementation
+        x_D, weights, keys, values, rotation_B2H, position, implementation=implementation
       )
       return x_D * lax.rsqrt(jnp.mean(x_D * x_D) + 1e-6), keys, values
 

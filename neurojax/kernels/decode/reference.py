@@ -64,7 +64,7 @@ def decode(
   weights: LayerWeights,
   keys: Float[Array, "L 1 K S H"],
   values: Float[Array, "L 1 K S H"],
-  rotation_2H: Float[Array, "2 H"],
+  rotation_B2H: Float[Array, "1 2 H"],
   position: Int[Array, ""],
   *,
   final_norm: Float[Array, "D"] | None = None,
@@ -80,7 +80,7 @@ def decode(
     norms = None if layers.q_norm is None else (layers.q_norm[layer], layers.k_norm[layer])
     out_MY, keys, values = attention.decode(
       qkv_MX, *cache, layer, position[None],
-      rotation_B2H=rotation_2H[None], norms=norms, norm_eps=s.norm_eps,
+      rotation_B2H=rotation_B2H, norms=norms, norm_eps=s.norm_eps,
     )  # fmt: skip
     return out_MY, (keys, values)
 

@@ -32,13 +32,11 @@ class Shape:
 
 
 QWEN3_8B = Shape(4096, 12288, 32, 8, 128, 1e-6)
-QWEN3_4B = Shape(2560, 9728, 32, 8, 128, 1e-6)
 QWEN3_1_7B = Shape(2048, 6144, 16, 8, 128, 1e-6)
 TINYLLAMA = Shape(2048, 5632, 32, 4, 64, 1e-5)
 
 SHAPES = {
   "qwen3-8b": QWEN3_8B,
-  "qwen3-4b": QWEN3_4B,
   "qwen3-1.7b": QWEN3_1_7B,
   "tinyllama-1.1b": TINYLLAMA,
 }

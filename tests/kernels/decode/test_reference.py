@@ -25,7 +25,7 @@ def problem(shape: Shape):
   angle = POSITION * 1e4 ** (-np.arange(0, s.h, 2) / s.h)
   cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
   wanted = oracle.step(x, w, *cache, cos, sin, POSITION, final_norm, head)
-  turn = rotation(jnp.array([POSITION]), s.h, base=1e4, style="half")[0]
+  turn = rotation(jnp.array([POSITION]), s.h, base=1e4, style="half")
   w, head = jax.tree.map(jnp.asarray, (w, head))
   args = (jnp.asarray(x), w, *jnp.asarray(cache), turn, jnp.int32(POSITION))
   return args, {"final_norm": jnp.asarray(final_norm), "head": head}, wanted
