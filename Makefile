@@ -27,13 +27,15 @@ test: setup $(STAMP)-dev $(STAMP)-smollm2
 	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Compiles the GPU kernels for an H200 on a machine without a GPU, and fails on spilled registers.
-# The numeric tests of kernels run along on the newer jax, by Triton's interpreter on the CPU.
+# Their numeric tests run along on the newer jax, in Triton's interpreter on the CPU.
 test-gpu-compile: .venv-gpu/.stamp
 	@JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 JAX_PLATFORMS=cpu \
 	  .venv-gpu/bin/python -m pytest -n auto --dist worksteal -rs $(GPU_TESTS)
 
-GPU_TESTS := tests/kernels tests/stage/test_fused.py tests/stage/test_fused_compiled.py \
-  tests/stage/test_compile.py
+GPU_TESTS := tests/kernels/attention tests/kernels/decode tests/kernels/gemm/test_mosaic.py \
+  tests/kernels/gemm/test_triton.py tests/kernels/gemm/test_gemm_on_gpu.py tests/kernels/test_aot.py \
+  tests/stage/test_fused.py tests/stage/test_fused_compiled.py tests/stage/test_fused_on_gpu.py \
+  tests/stage/test_compile.py::test_on_hopper_the_fused_programs_run
 
 has-python312:
 	@test -n "$(PYTHON312)" || \

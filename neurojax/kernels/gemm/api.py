@@ -127,7 +127,7 @@ def choice_for(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> 
   if entry is not None:
     reason = _why_not(entry.implementation, m, w, device)
     if reason is None:
-      return Choice(entry.implementation, _arguments(entry))
+      return Choice(entry.implementation, dict(entry.parameters))
     reasons.append(f"{entry.implementation}: {reason}")
   kernels = _KERNELS.get(platform, ())
   for name in kernels if m < _PREFILL_ROWS else kernels[::-1]:
@@ -138,11 +138,6 @@ def choice_for(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> 
   name = "xla" if platform == "cpu" and _why_not("xla", m, w, device) is None else "reference"
   _warn_once(f"no kernel multiplies by ternary weights on {platform}", "; ".join(reasons))
   return Choice(name, {})
-
-
-def _arguments(entry: tuned.Entry) -> dict[str, Any]:
-  translate = getattr(_module(entry.implementation), "tuned_arguments", dict)
-  return translate(entry.parameters)
 
 
 def _why_not(name: Implementation, m: int, w: TernaryArray, device: jax.Device) -> str | None:

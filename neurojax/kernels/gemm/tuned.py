@@ -29,8 +29,7 @@ class Entry:
 
   Attributes:
     m: Most rows that the entry is for.
-    parameters: Keyword arguments of the implementation's `matmul`. A module that has a function
-      `tuned_arguments` makes its arguments of them by that.
+    parameters: Keyword arguments of the implementation's `matmul`.
   """
 
   mode: Mode
