@@ -51,7 +51,7 @@ def test_a_row_is_shown_and_stored_before_the_next_is_measured(capsys, monkeypat
   [
     (["gemm", "--shapes", "24576x4096", "--rows", "2048"], "fewer --rows"),
     (
-      ["attention", "--shape", "qwen3-8b", "--batch", "512", "--context", "32768"],
+      ["attention", "--shape", "qwen3-8b", "--batch", "512", "--context", "131072"],
       "shorter --context",
     ),
     (["attention", "--shape", "gpt-9"], "qwen3-8b, llama3.2-1b"),
