@@ -25,6 +25,7 @@ ELSEWHERE = {
   "pull": "it downloads: tests/files/test_hub.py does so from loopback",
   "chat": "smollm2 does not come along: tests/test_real_models.py",
   "bench gemm": "an 8B model's products take minutes on a CPU: tests/kernels/gemm/test_bench.py",
+  "bench attention": "an 8B model's heads are for a GPU: tests/kernels/attention/test_bench.py",
   "bench train": "a model of 350 million parameters takes a GPU: tests/train",
 }
 """Verbs whose examples only parse here, with the reason and where they run."""
