@@ -78,7 +78,7 @@ def overview() -> str:
 
 
 def listed(entries: dict[str, Entry]) -> str:
-  return "\n".join(f"  {name:<14}{entry.does}" for name, entry in entries.items())
+  return "\n".join(f"  {name:<17}{entry.does}" for name, entry in entries.items())
 
 
 def members(group: str) -> dict[str, Entry]:
