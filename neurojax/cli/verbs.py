@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 
 PURPOSES: dict[str, dict[str, Entry]] = {
   "Run a model": {
-    "demo": Entry("demo:Demo", "cut the packaged model into stages and compare with one process"),
+    "demo": Entry("demo:Demo", "cut the packaged model into stages; compare with one process"),
     "generate": Entry("generate:Generate", "continue a text"),
     "chat": Entry("chat:Chat", "talk with a model"),
     "stage": Entry("stage:Stage", "serve layers of a model to a pipeline, on each host"),
