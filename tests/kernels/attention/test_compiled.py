@@ -88,6 +88,6 @@ def test_a_spill_would_be_an_error():
     triton.attend_cache, tiling=triton.Tiling(128, rows=128, num_warps=4, num_stages=2)
   )
   q = abstract(1, 512, QWEN3_8B.num_heads, QWEN3_8B.head_dim)
-  number = abstract(1, dtype=jnp.int32)
+  layer, start_B = abstract(dtype=jnp.int32), abstract(1, dtype=jnp.int32)
   with pytest.raises(jax.errors.JaxRuntimeError, match="spill"):
-    compile_without_spills(attend, q, *caches(QWEN3_8B, 1), number, number)
+    compile_without_spills(attend, q, *caches(QWEN3_8B, 1), layer, start_B)
