@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from neurojax.api.notebook import Bar, in_notebook
 from neurojax.api.opening import (
   OnProgress,
   Where,
@@ -63,7 +64,8 @@ def load(
     devices: JAX devices such as "cpu" or "cuda:1": one for each stage, or one for all.
     tokenizer: A tokenizer file, for formats that keep it apart (llama2.c).
     step_timeout_s: Longest wait for a stage server to get on with a step.
-    progress: Called with an `opening.Progress` while files are read and programs compiled.
+    progress: Called with a `Progress` while files are read and programs compiled; a notebook draws a
+      bar if absent.
   Returns: A `Model`, which is also a context manager.
   Raises:
     FileNotFoundError: there is no such model; the message names the nearest ones.
@@ -166,12 +168,16 @@ class Model:
     except BaseException:
       file.close()
       raise
+    bar = Bar() if progress is None and in_notebook() else None
     try:
-      engine = open_engine(file, serving, progress=progress or (lambda _: None), **how)
+      engine = open_engine(file, serving, progress=progress or bar or (lambda _: None), **how)
       model._engine = model._runner.call(model._exit.enter_async_context(engine))
     except BaseException:
       model.close()
       raise
+    finally:
+      if bar is not None:
+        bar.end()
     _OPEN.add(model)
     return model
 
@@ -431,7 +437,16 @@ class AsyncStream(_Collecting):
 
 @dataclasses.dataclass(frozen=True)
 class AsyncModel:
-  """The methods of a `Model` as coroutines, for programs with an event loop of their own."""
+  """The methods of a `Model` as coroutines, for programs with an event loop of their own.
+
+  Example:
+    >>> import asyncio, neurojax as nj
+    >>> async def answer():
+    ...   with nj.load("neurollm") as model:
+    ...     return await model.aio.generate("The sea was", max_tokens=4)
+    >>> len(asyncio.run(answer()).tokens)
+    4
+  """
 
   _model: Model
 

@@ -31,6 +31,11 @@ class Progress:
     what: The work under way, such as "reading layers".
     done: Units of it that are done.
     total: All of them; None where that is not known.
+
+  Example:
+    >>> import neurojax as nj
+    >>> nj.Progress("reading layers", 3, 12).done
+    3
   """
 
   what: str

@@ -18,6 +18,11 @@ class Piece:
     token: The id of the token.
     logprob: Natural logarithm of the token's probability under the model's own logits.
     finish_reason: "stop" or "length" on the last piece, else None.
+
+  Example:
+    >>> import neurojax as nj
+    >>> print(nj.Piece(" sea", token=480, logprob=-0.1), end="")
+     sea
   """
 
   text: str
@@ -55,6 +60,13 @@ class Completion:
     logprobs: Natural logarithm of each token's probability under the model's own logits.
     finish_reason: "stop" for a stop token or stop string, "length" for `max_tokens`.
     times: How long it took.
+
+  Example:
+    >>> import neurojax as nj
+    >>> with nj.load("neurollm") as model:
+    ...   answer = model.generate("The sea was", max_tokens=4)
+    >>> len(answer.tokens), answer.finish_reason, str(answer) == answer.text
+    (4, 'length', True)
   """
 
   text: str
@@ -88,6 +100,11 @@ class Score:
     tokens: Ids of the text.
     logprobs: log p(tokens[i] | tokens[:i]) for i from `first` on.
     first: Index of the first token that is scored.
+
+  Example:
+    >>> import neurojax as nj
+    >>> round(nj.Score(tokens=(0, 480, 1469), logprobs=(-1.0, -2.0)).perplexity, 3)
+    4.482
   """
 
   tokens: tuple[int, ...]
@@ -111,6 +128,12 @@ class Report:
     model: The path of the model file.
     serving: How the model is held and run, every choice made.
     stages: One entry for each stage, in the order of the layers.
+
+  Example:
+    >>> import neurojax as nj
+    >>> with nj.load("neurollm") as model:
+    ...   print([stage.last_layer for stage in model.report().stages])
+    [11]
   """
 
   model: str

@@ -1,6 +1,7 @@
 """One event loop in a thread of its own, so that blocking calls work beside a running loop too."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import queue
@@ -16,24 +17,35 @@ class Runner:
 
   def __init__(self) -> None:
     self._loop = asyncio.new_event_loop()
+    self._is_open, self._lock = True, threading.Lock()
     self._thread = threading.Thread(target=self._run, name="neurojax-face", daemon=True)
     self._thread.start()
 
   def _run(self) -> None:
     asyncio.set_event_loop(self._loop)
     self._loop.run_forever()
-    with contextlib.suppress(RuntimeError):
-      self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+    # Nothing new comes in any more; what came in before is cancelled and ends in order.
+    while tasks := self._loop.run_until_complete(_others()):
+      for task in tasks:
+        task.cancel()
+      self._loop.run_until_complete(asyncio.wait(tasks))
+    self._loop.run_until_complete(self._loop.shutdown_asyncgens())
     self._loop.close()
 
+  def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+    with self._lock:
+      if self._is_open:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    work.close()
+    raise _closed()
+
   def call(self, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for a coroutine. An interrupt (Ctrl-C) cancels it, waits until it has cleaned up, and goes on."""
-    if not self._thread.is_alive():
-      work.close()
-      raise ValueError("the model is closed: load it again")
-    future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    """Wait for a coroutine. An interrupt (Ctrl-C) cancels it."""
+    future = self._submit(work)
     try:
       return future.result()
+    except concurrent.futures.CancelledError:
+      raise _closed() from None
     except BaseException:
       if not future.done():
         future.cancel()
@@ -41,10 +53,13 @@ class Runner:
 
   async def wait(self, work: Coroutine[Any, Any, T]) -> T:
     """Await a coroutine from another loop; cancelling the caller cancels it."""
-    if not self._thread.is_alive():
-      work.close()
-      raise ValueError("the model is closed: load it again")
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+    future = self._submit(work)
+    try:
+      return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+      if future.cancelled() and not self._is_open:
+        raise _closed() from None
+      raise
 
   def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
     """The items of an asynchronous generator; leaving early closes it."""
@@ -55,7 +70,7 @@ class Runner:
       while (item := items.get()) is not None:
         yield item.get()
     finally:
-      if self._thread.is_alive():
+      with contextlib.suppress(ValueError):
         self.call(_end(pump))
 
   async def follow(self, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
@@ -73,19 +88,27 @@ class Runner:
       while (item := await items.get()) is not None:
         yield item.get()
     finally:
-      if self._thread.is_alive():
+      with contextlib.suppress(ValueError):
         await asyncio.shield(self.wait(_end(pump)))
 
   def stop(self) -> None:
     """End the loop. What still runs on it is cancelled."""
-    if self._thread.is_alive():
-      self._loop.call_soon_threadsafe(self._cancel)
-      self._thread.join(5.0)
+    with self._lock:
+      if not self._is_open:
+        return
+      self._is_open = False
+      self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join(5.0)
 
-  def _cancel(self) -> None:
-    for task in asyncio.all_tasks(self._loop):
-      task.cancel()
-    self._loop.call_soon(self._loop.stop)
+
+def _closed() -> ValueError:
+  return ValueError("the model is closed: load it again")
+
+
+async def _others() -> set[asyncio.Task[Any]]:
+  """Tasks of this loop beside the one that asks, after what was scheduled has begun."""
+  await asyncio.sleep(0)
+  return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +138,7 @@ async def _pump(stream: AsyncGenerator[T, None], put: Callable[[_Item[T] | None]
         put(_Item(item))
     put(None)
   except asyncio.CancelledError:
-    put(_Item(None, ValueError("the model was closed while it answered: load it again")))
+    put(_Item(None, _closed()))
     raise
   except Exception as error:
     put(_Item(None, error))

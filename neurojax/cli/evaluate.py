@@ -231,7 +231,7 @@ class Logits(ModelOptions):
   """Cut the layers into N stages, all in this process."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Floating-point type of activations and caches, and of dense weights."""
-  weights: Weights = "dense"
+  weights: Weights | Literal["auto"] = "auto"
   """Form of the matrices, as for `neurojax generate`."""
   programs: Literal["auto", "model", "fused"] = "auto"
   """Programs that run the stages, as for `neurojax generate`."""
@@ -241,7 +241,8 @@ class Logits(ModelOptions):
     import jax.numpy as jnp
     import numpy as np
 
-    from neurojax.config import Span
+    from neurojax.api.opening import resolve
+    from neurojax.config import Serving, Span
     from neurojax.files.load import load_span
     from neurojax.files.put import stored
     from neurojax.folders import cache_dir
@@ -251,6 +252,7 @@ class Logits(ModelOptions):
     tokens = read_tokens(self.tokens)
     if self.decode_from is not None and not 0 <= self.decode_from <= len(tokens):
       raise ValueError(f"--decode-from {self.decode_from}: there are {len(tokens)} tokens")
+    asked = Serving(dtype=self.dtype, weights=self.weights, sequences=1, programs=self.programs)
     with self.open() as file:
       config = file.config
       check_tokens(tokens, config.vocab_size, where=str(self.tokens))
@@ -260,14 +262,15 @@ class Logits(ModelOptions):
         stderr.print(
           f"{len(tokens)} tokens: the model was made for {config.context_length} positions"
         )
+      serving = resolve(file, asked)
       use_compilation_cache(cache_dir() / "xla")
       bounds = [config.num_layers * i // self.stages for i in range(self.stages + 1)]
       made = []
       with stderr.status("reading layers and compiling"):
         for first, after in itertools.pairwise(bounds):
           span = Span(first_layer=first, last_layer=after - 1, num_layers=config.num_layers)
-          model = load_span(file, span, dtype=jnp.dtype(self.dtype), weights=self.weights)
-          made.append(CompiledStage(model, context_length=len(tokens), programs=self.programs))
+          model = load_span(file, span, dtype=jnp.dtype(serving.dtype), weights=serving.weights)
+          made.append(CompiledStage(model, context_length=len(tokens), programs=serving.programs))
       found = logits(made, tokens, decode_from=self.decode_from)
     # np.save would append .npy to a name that does not end so.
     with stored(self.out) as out:

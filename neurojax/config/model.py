@@ -45,6 +45,12 @@ class ModelConfig:
     conv_width: Positions that a gated short convolution sees, its own included (LFM2).
     layer_kinds, layer_pattern: Layer i is of kind `layer_kinds[layer_pattern[i % length]]`; empty
       where all are alike. rope_scaling and sliding_window are then each kind's own.
+
+  Example:
+    >>> import neurojax as nj
+    >>> config = nj.ModelConfig.named("bonsai-8b")
+    >>> config.num_layers, config.model_dim
+    (36, 4096)
   """
 
   vocab_size: int

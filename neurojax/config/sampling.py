@@ -22,6 +22,11 @@ class Sampling:
     presence_penalty, frequency_penalty: Subtracted once, and once per occurrence, from tokens
       of the answer so far (the OpenAI API's definition); 0 is off.
     seed: With the index of the token in the answer it determines the random draw, 64 bits.
+
+  Example:
+    >>> import neurojax as nj
+    >>> nj.Sampling(temperature=0.8, top_p=0.95, seed=7).top_k is None
+    True
   """
 
   temperature: float = 0.0

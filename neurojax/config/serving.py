@@ -39,6 +39,11 @@ class Serving:
     programs: "fused" runs a few large GPU kernels, for ternary weights in bfloat16; "model" runs any
       model anywhere; "auto" is fused where it can be.
   Raises: ValueError: a value that no engine takes.
+
+  Example:
+    >>> import neurojax as nj
+    >>> nj.Serving(weights="int8", context=4096).resolve(nj.ModelConfig.named("llama-3.1-8b")).capacity
+    4096
   """
 
   dtype: Dtype = "float32"

@@ -130,7 +130,16 @@ class Engine(Limits, Protocol):
 
 
 class EngineError(RuntimeError):
-  """Serving a request failed; the message says where and why."""
+  """Serving a request failed; the message says where and why.
+
+  Example:
+    >>> import neurojax as nj
+    >>> try:
+    ...   nj.connect("127.0.0.1:9")
+    ... except nj.EngineError as error:
+    ...   print("cannot be reached" in str(error))
+    True
+  """
 
 
 def check_request(request: Request, limits: Limits) -> None:

@@ -207,6 +207,13 @@ class Fleet:
     latency_s, bytes_per_s: The link of every pair of hosts that has none of its own.
     local_latency_s, local_bytes_per_s: The link between two stages on one host.
     coordinator: Label of the host that tokens start from and return to; outside the fleet if absent.
+
+  Example:
+    >>> import neurojax as nj
+    >>> from neurojax.plan.fleet import Device, Host
+    >>> gpu = Device(kind="cuda", memory_bytes=24 * 10**9)
+    >>> nj.Fleet(hosts=(Host(name="desk", devices=(gpu,)),)).places()[0].label
+    'desk'
   """
 
   hosts: tuple[Host, ...]

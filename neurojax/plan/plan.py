@@ -98,6 +98,12 @@ class Plan:
     gap: Distance from the bound, as a fraction of it; 0 proves that the plan is the best.
     reasons: For every place, its layers and the reason.
     limits: Sentences that say what limits the speed.
+
+  Example:
+    >>> import neurojax as nj
+    >>> plan = nj.plan("llama-8b", "lab", weights="w2a8")
+    >>> plan.stages[0].first_layer, plan.stages[-1].last_layer
+    (0, 31)
   """
 
   objective: Objective

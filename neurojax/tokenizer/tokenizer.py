@@ -36,6 +36,15 @@ class Tokenizer:
   their text; decoding keeps every space of "bpe" text.
 
   Raises: ValueError: the spec contradicts itself. NotImplementedError: unknown pre-tokenizer.
+
+  Example:
+    >>> import neurojax as nj
+    >>> from neurojax.files.find import model_path
+    >>> from neurojax.files.open import open_model
+    >>> with open_model(model_path("neurollm")) as file:
+    ...   tokenizer = nj.Tokenizer(file.tokenizer)
+    >>> tokenizer.decode(tokenizer.encode("The sea"))
+    'The sea'
   """
 
   def __init__(self, spec: TokenizerSpec):

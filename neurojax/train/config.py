@@ -148,6 +148,12 @@ class TrainConfig:
       which data without a held-out split need.
     keep: Number of checkpoints that are kept.
     init_from: A model file whose weights are the initial ones, in place of random ones.
+
+  Example:
+    >>> import neurojax as nj
+    >>> from neurojax.train.settings import read_config
+    >>> isinstance(read_config("tiny"), nj.TrainConfig)
+    True
   """
 
   model: ModelConfig

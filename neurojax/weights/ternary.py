@@ -63,6 +63,12 @@ class TernaryArray(RowMatrix):
     contracted_axes: c > 0 when the first c axes are contracted, c < 0 when the last -c are.
     group_size: Contracted elements that share a scale, a multiple of 64; None: one for the tensor.
     mode: The treatment of activations, see `Mode`.
+
+  Example:
+    >>> import numpy as np, neurojax as nj
+    >>> w = nj.quantize(np.ones((256, 8), np.float32))
+    >>> w.weight_shape, w.codes.shape, w.scales.shape
+    ((256, 8), (8, 64), (8, 2))
   """
 
   # Any, because tree maps put shapes, shardings and None in an array's place.

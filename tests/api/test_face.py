@@ -67,11 +67,8 @@ def test_another_name_is_none():
     nj.lode  # noqa: B018
 
 
-@pytest.mark.parametrize(
-  "name", ["connect", "convert", "export", "inspect", "load", "plan", "quantize", "simulate", "size",
-           "ternary_matmul", "train", "Model"],
-)  # fmt: skip
-def test_the_example_of_a_function_runs(name: str):
+@pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
+def test_the_example_of_a_public_name_runs(name: str):
   value = getattr(nj, name)
   value = value._function if isinstance(value, type(nj.plan)) else value
   runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
@@ -162,13 +159,18 @@ def test_what_cannot_be_is_refused_in_words(model: nj.Model):
 
 
 def test_closing_ends_an_answer_in_an_error():
-  model = nj.load("neurollm", context=1024)
-  stream = model.stream("The sea", max_tokens=1000, ignore_eos=True)
-  next(stream)
-  threading.Thread(target=model.close).start()
-  with pytest.raises((ValueError, nj.EngineError), match="closed"):
-    for _ in stream:
-      pass
+  for taken in (1, 2, 5):
+    model = nj.load("neurollm", context=1024)
+    stream = model.stream("The sea", max_tokens=1000, ignore_eos=True)
+    for _ in range(taken):
+      next(stream)
+    closing = threading.Thread(target=model.close)
+    closing.start()
+    with pytest.raises((ValueError, nj.EngineError), match="closed"):
+      for _ in stream:
+        pass
+    closing.join(10.0)
+    assert not closing.is_alive()
 
 
 def test_a_plan_from_python_is_that_of_the_verb():
@@ -290,6 +292,8 @@ def test_a_notebook_shows_answers_and_reports():
   NotebookClient(
     book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
   ).execute()
+  bars = [output for output in book.cells[1].outputs if output.output_type == "display_data"]
+  assert len(bars) == 1 and not bars[0].data["text/html"]
   shown = [cell.outputs[0].data for cell in book.cells[2:6]]
   assert "tokens" in shown[0]["text/html"] and "<table>" in shown[1]["text/html"]
   assert "neurollm" in shown[2]["text/html"] and shown[3]["text/plain"] == "True"
