@@ -105,6 +105,13 @@ class _Verb(types.ModuleType):
     return self._function(*args, **kwargs)
 
   @property
+  def __doc__(self) -> str:  # type: ignore[override]
+    return f"{self.__name__}{self.__signature__}\n\n{self._function.__doc__}"
+
+  def __repr__(self) -> str:
+    return f"<{self.__name__}: function and package>"
+
+  @property
   def __signature__(self) -> Any:
     return importlib.import_module("inspect").signature(self._function)
 

@@ -3,26 +3,29 @@
 import atexit
 import contextlib
 import dataclasses
+import operator
 import time
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 from neurojax.api.notebook import Bar, in_notebook
 from neurojax.api.opening import (
   OnProgress,
   Where,
+  check_opening,
   open_engine,
   open_file,
   open_tokenizer,
   resolve,
 )
+from neurojax.api.options import ChatOptions, GenerateOptions, check_options, shows
 from neurojax.api.results import Completion, Piece, Report, Score, Times
 from neurojax.api.runner import Runner
 from neurojax.config import Dtype, ModelConfig, Programs, Sampling, Serving
-from neurojax.engine.api import Engine, Request
+from neurojax.engine.api import Engine, Request, check_request
 from neurojax.engine.text import stream_text
 from neurojax.files.model_file import ModelFile
 from neurojax.forms import Weights
@@ -81,6 +84,7 @@ def load(
   serving = Serving(
     dtype=dtype, weights=weights, context=context, sequences=sequences, programs=programs
   )
+  check_opening(stages=stages, step_timeout_s=step_timeout_s)
   chosen = (devices,) if isinstance(devices, str) else tuple(devices)
   file = open_file(model, tokenizer)
   return Model._open(
@@ -120,6 +124,8 @@ def connect(
     Traceback (most recent call last):
     neurojax.pipeline.errors.StageLost: 127.0.0.1:9: cannot be reached
   """
+  if where is None:
+    raise TypeError('where = None: give stage servers as "host:port,...", a fleet or a plan')
   serving = Serving(
     dtype=dtype, weights=weights, context=context, sequences=sequences, programs=programs
   )
@@ -179,13 +185,18 @@ class Model:
       if bar is not None:
         bar.end()
     _OPEN.add(model)
+    # A model that is dropped without `close` frees what it holds all the same.
+    model._finalizer = weakref.finalize(model, model._runner.abandon, model._exit, file)
+    model._finalizer.atexit = False
     return model
 
   _engine: Engine
+  _finalizer: weakref.finalize | None = None
 
   # ---- what it does
 
-  def generate(self, prompt: Prompt, **options: Any) -> Completion:
+  @shows(GenerateOptions)
+  def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
     """Continue a text.
 
     Args:
@@ -197,20 +208,23 @@ class Model:
       stop: Texts before which the answer ends.
       ignore_eos: Whether to go on past an end-of-sequence token.
       special: Whether control tokens spelled in the prompt (such as <|im_start|>) are recognised.
-    Raises: ValueError: a prompt that is empty or too long, or an option out of range.
+    Raises: ValueError: a prompt without any token (an empty text is the beginning of a new one) or too
+      long, or an option out of range. TypeError: an option that there is not.
       EngineError: a stage failed; the message names it.
     """
-    stream = self.stream(prompt, **options)
-    for _ in stream:
-      pass
-    return stream.completion
+    with contextlib.closing(self.stream(prompt, **options)) as stream:
+      for _ in stream:
+        pass
+      return stream.completion
 
-  def stream(self, prompt: Prompt, **options: Any) -> "Stream":
+  @shows(GenerateOptions)
+  def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> "Stream":
     """Continue a text piece by piece. Arguments as for `generate`."""
     request, stops = self._request(prompt, **options)
     return Stream(self, request, stops)
 
-  def chat(self, messages: Messages, **options: Any) -> Completion:
+  @shows(ChatOptions)
+  def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Completion:
     """Answer a conversation through the model's own chat template.
 
     Args:
@@ -221,12 +235,13 @@ class Model:
       temperature, ..., stop: As for `generate`.
     Raises: ValueError: as for `generate`; also if the model has no chat template.
     """
-    stream = self.stream_chat(messages, **options)
-    for _ in stream:
-      pass
-    return stream.completion
+    with contextlib.closing(self.stream_chat(messages, **options)) as stream:
+      for _ in stream:
+        pass
+      return stream.completion
 
-  def stream_chat(self, messages: Messages, **options: Any) -> "Stream":
+  @shows(ChatOptions)
+  def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> "Stream":
     """Answer a conversation piece by piece. Arguments as for `chat`."""
     request, stops = self._chat_request(messages, **options)
     return Stream(self, request, stops)
@@ -262,6 +277,8 @@ class Model:
     if self._is_closed:
       return
     self._is_closed = True
+    if self._finalizer is not None:
+      self._finalizer.detach()
     _OPEN.discard(self)
     try:
       self._runner.call(self._exit.aclose())
@@ -303,38 +320,33 @@ class Model:
 
   # ---- how
 
-  def _request(
-    self,
-    prompt: Prompt,
-    *,
-    max_tokens: int = 128,
-    stop: str | Sequence[str] = (),
-    ignore_eos: bool = False,
-    special: bool = False,
-    sampling: Sampling | None = None,
-    **fields: Any,
-  ) -> tuple[Request, tuple[str, ...]]:
+  def _request(self, prompt: Prompt, **options: Any) -> tuple[Request, tuple[str, ...]]:
+    check_options(options, GenerateOptions)
+    if self._is_closed:
+      raise ValueError("the model is closed: load it again")
     if isinstance(prompt, str):
+      special = options.pop("special", False)
       ids = self.tokenizer.encode(prompt, parse_special=special, add_special=True)
     else:
-      ids = [int(token) for token in prompt]
+      ids = _ids(prompt)
+    stop = options.pop("stop", ())
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if bad := [text for text in stops if not isinstance(text, str) or not text]:
+      raise ValueError(f"stop = {bad[0]!r}: give texts that are not empty")
+    ignores = options.pop("ignore_eos", False)
+    options.pop("special", None)
     request = Request(
       prompt=ids,
-      max_tokens=max_tokens,
-      sampling=_sampling(sampling, fields),
-      stop_ids=frozenset() if ignore_eos else self.tokenizer.stop_ids,
+      max_tokens=options.pop("max_tokens", 128),
+      stop_ids=frozenset() if ignores else self.tokenizer.stop_ids,
+      sampling=_sampling(options.pop("sampling", None), options),
     )
-    return request, (stop,) if isinstance(stop, str) else tuple(stop)
+    check_request(request, self._engine)
+    return request, stops
 
-  def _chat_request(
-    self,
-    messages: Messages,
-    *,
-    system: str | None = None,
-    max_tokens: int = 256,
-    template: Mapping[str, Any] | None = None,
-    **options: Any,
-  ) -> tuple[Request, tuple[str, ...]]:
+  def _chat_request(self, messages: Messages, **options: Any) -> tuple[Request, tuple[str, ...]]:
+    check_options(options, ChatOptions)
+    system, template = options.pop("system", None), options.pop("template", None)
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system is not None:
       turns = [{"role": "system", "content": system}, *turns]
@@ -345,7 +357,8 @@ class Model:
         f"the conversation has {len(prompt)} tokens and the context is"
         f" {self._engine.context_length}: {self._longer('begin a new one')}"
       )
-    return self._request(prompt, max_tokens=min(max_tokens, room), **options)
+    most = options.pop("max_tokens", 256)
+    return self._request(prompt, max_tokens=min(most, room) if _is_count(most) else most, **options)
 
   def _longer(self, otherwise: str) -> str:
     most = self.config.context_length
@@ -360,7 +373,7 @@ class Model:
         yield Piece(piece.text, piece.token.id, piece.token.logprob, piece.finish_reason)
 
   async def _score(self, text: Prompt, first: int) -> Score:
-    tokens = self.tokenize(text, add_special=True) if isinstance(text, str) else list(text)
+    tokens = self.tokenize(text, add_special=True) if isinstance(text, str) else _ids(text)
     if len(tokens) < 2:
       raise ValueError(f"{len(tokens)} tokens: at least two, the first of which is only given")
     logprobs = await self._engine.score(tokens, first=first)
@@ -413,8 +426,8 @@ class Stream(_Collecting, Iterator[Piece]):
     return self._take(next(self._iterator))
 
   def close(self) -> None:
-    """End the answer now."""
-    self._iterator.close()  # type: ignore[attr-defined]
+    """End the answer now, and wait until its place is free."""
+    self._iterator.close()
 
 
 class AsyncStream(_Collecting):
@@ -450,19 +463,23 @@ class AsyncModel:
 
   _model: Model
 
-  async def generate(self, prompt: Prompt, **options: Any) -> Completion:
+  @shows(GenerateOptions)
+  async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
     """As `Model.generate`."""
     return await _collect(self.stream(prompt, **options))
 
-  def stream(self, prompt: Prompt, **options: Any) -> AsyncStream:
+  @shows(GenerateOptions)
+  def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
     """As `Model.stream`, for `async for`."""
     return AsyncStream(self._model, *self._model._request(prompt, **options))
 
-  async def chat(self, messages: Messages, **options: Any) -> Completion:
+  @shows(ChatOptions)
+  async def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Completion:
     """As `Model.chat`."""
     return await _collect(self.stream_chat(messages, **options))
 
-  def stream_chat(self, messages: Messages, **options: Any) -> AsyncStream:
+  @shows(ChatOptions)
+  def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncStream:
     """As `Model.stream_chat`, for `async for`."""
     return AsyncStream(self._model, *self._model._chat_request(messages, **options))
 
@@ -482,16 +499,29 @@ async def _collect(stream: AsyncStream) -> Completion:
 
 
 def _sampling(sampling: Sampling | None, fields: dict[str, Any]) -> Sampling:
-  known = {field.name for field in dataclasses.fields(Sampling)}
-  if unknown := sorted(set(fields) - known):
-    raise TypeError(
-      f"unknown option {unknown[0]!r}: sampling options are {', '.join(sorted(known))}"
-    )
   if sampling is None:
     return Sampling(**fields)
+  if not isinstance(sampling, Sampling):
+    raise TypeError(f"sampling = {sampling!r}: give a Sampling")
   if fields:
     raise ValueError(f"sampling = ... and {next(iter(fields))} = ...: give one of them")
   return sampling
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+  """Raises: TypeError: no whole numbers."""
+  if isinstance(tokens, bytes | bytearray):
+    raise TypeError("the prompt is bytes: decode it to text, or give token ids")
+  try:
+    return [operator.index(token) for token in tokens]
+  except TypeError:
+    raise TypeError(
+      f"prompt {str(tokens)[:40]}: give text, or whole numbers that are ids"
+    ) from None
+
+
+def _is_count(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
 
 
 @atexit.register

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,22 @@ Where = str | Path | Fleet | Plan
 """Stage servers: "host:port,...", a fleet or its file, a plan or its file."""
 
 
+def check_opening(*, stages: int = 1, step_timeout_s: float = 60.0) -> None:
+  """Raises: ValueError: a number of stages or a wait that cannot be."""
+  if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+    raise ValueError(f"stages = {stages!r}: a whole number, at least 1")
+  is_number = isinstance(step_timeout_s, int | float) and not isinstance(step_timeout_s, bool)
+  if not is_number or not 0 < step_timeout_s < math.inf:
+    raise ValueError(f"step_timeout_s = {step_timeout_s!r}: a positive number of seconds")
+
+
 def open_file(model: str | Path, tokenizer: str | Path | None = None) -> ModelFile:
   """Open the model file that a path, an alias or a hub name means. Nothing is downloaded.
 
   Raises: FileNotFoundError, ValueError, NotImplementedError: as `model_path` and `open_model` do.
   """
+  if not isinstance(model, str | Path):
+    raise TypeError(f"model = {model!r}: give a path or a name")
   return open_model(model_path(str(model)), tokenizer)
 
 
@@ -92,8 +104,11 @@ async def open_engine(
     ValueError: what does not go together, or does not fit.
     EngineError: a stage server failed; the message names it.
   """
-  if stages < 1:
-    raise ValueError(f"stages = {stages}: at least 1")
+  check_opening(stages=stages, step_timeout_s=step_timeout_s)
+  if stages > file.config.num_layers:
+    raise ValueError(
+      f"stages = {stages}: the model has {file.config.num_layers} layers, so at most as many stages"
+    )
   if where is not None and (stages != 1 or devices):
     raise ValueError("running stage servers have their own devices: give no stages and no devices")
   if len(devices) not in (0, 1, stages):

@@ -7,7 +7,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -18,6 +18,8 @@ class Runner:
   def __init__(self) -> None:
     self._loop = asyncio.new_event_loop()
     self._is_open, self._lock = True, threading.Lock()
+    self._dropped: list[asyncio.Task[None]] = []
+    self._tasks: list[asyncio.Task[None]] = []
     self._thread = threading.Thread(target=self._run, name="neurojax-face", daemon=True)
     self._thread.start()
 
@@ -61,17 +63,9 @@ class Runner:
         raise _closed() from None
       raise
 
-  def iterate(self, stream: AsyncGenerator[T, None]) -> Iterator[T]:
-    """The items of an asynchronous generator; leaving early closes it."""
-    items: queue.SimpleQueue[_Item[T] | None] = queue.SimpleQueue()
-    pump = self.call(_spawn(stream, items.put))
-    try:
-      # The caller's thread does nothing but wait, so that Ctrl-C hits nothing else.
-      while (item := items.get()) is not None:
-        yield item.get()
-    finally:
-      with contextlib.suppress(ValueError):
-        self.call(_end(pump))
+  def iterate(self, stream: AsyncGenerator[T, None]) -> "Items[T]":
+    """The items of an asynchronous generator; the iterator's `close` ends it early."""
+    return Items(self, stream)
 
   async def follow(self, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """The same from another loop."""
@@ -83,13 +77,49 @@ class Runner:
       with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(items.put_nowait, item)
 
-    pump = await self.wait(_spawn(stream, put))
+    pump = await self.wait(self._spawn(stream, put))
     try:
       while (item := await items.get()) is not None:
         yield item.get()
     finally:
       with contextlib.suppress(ValueError):
         await asyncio.shield(self.wait(_end(pump)))
+
+  async def _spawn(
+    self, stream: AsyncGenerator[T, None], put: "Callable[[_Item[T] | None], object]"
+  ) -> asyncio.Task[None]:
+    # Streams that were dropped first give back their places.
+    if ending := [pump for pump in self._dropped if not pump.done()]:
+      await asyncio.wait(ending)
+    self._dropped.clear()
+    return asyncio.create_task(_pump(stream, put))
+
+  def drop(self, pump: asyncio.Task[None]) -> None:
+    """End a stream without waiting: for finalizers, which run in any thread, at any moment."""
+
+    def cancel() -> None:
+      self._dropped.append(pump)
+      pump.cancel()
+
+    self._soon(cancel)
+
+  def abandon(self, stack: contextlib.AsyncExitStack, file: "Closable") -> None:
+    """Free what was opened, and end the loop, without waiting: for finalizers."""
+
+    async def shut() -> None:
+      try:
+        await stack.aclose()
+      finally:
+        file.close()
+        self._is_open = False
+        self._loop.stop()
+
+    self._soon(lambda: self._tasks.append(self._loop.create_task(shut())))
+
+  def _soon(self, work: Callable[[], object]) -> None:
+    # The loop may be closed by now; no lock is taken.
+    with contextlib.suppress(RuntimeError):
+      self._loop.call_soon_threadsafe(work)
 
   def stop(self) -> None:
     """End the loop. What still runs on it is cancelled."""
@@ -99,6 +129,45 @@ class Runner:
       self._is_open = False
       self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join(5.0)
+
+
+class Closable(Protocol):
+  def close(self) -> None: ...
+
+
+class Items(Iterator[T]):
+  """An iterator over what an asynchronous generator on the runner's loop gives."""
+
+  def __init__(self, runner: Runner, stream: AsyncGenerator[T, None]):
+    self._runner, self._stream = runner, stream
+    self._items: queue.SimpleQueue[_Item[T] | None] = queue.SimpleQueue()
+    self._pump: asyncio.Task[None] | None = None
+    self._is_over = False
+
+  def __next__(self) -> T:
+    if self._is_over:
+      raise StopIteration
+    if self._pump is None:
+      self._pump = self._runner.call(self._runner._spawn(self._stream, self._items.put))
+    # The caller's thread does nothing but wait, so that Ctrl-C hits nothing else.
+    item = self._items.get()
+    if item is None:
+      self._is_over = True
+      raise StopIteration
+    self._is_over = item.error is not None
+    return item.get()
+
+  def close(self) -> None:
+    """End the generator, and wait until it has cleaned up."""
+    if self._pump is not None and not self._is_over:
+      self._is_over = True
+      with contextlib.suppress(ValueError):
+        self._runner.call(_end(self._pump))
+    self._is_over = True
+
+  def __del__(self) -> None:
+    if self._pump is not None and not self._is_over:
+      self._runner.drop(self._pump)
 
 
 def _closed() -> ValueError:
@@ -122,12 +191,6 @@ class _Item(Generic[T]):
     if self.error is not None:
       raise self.error
     return self.value  # type: ignore[return-value]
-
-
-async def _spawn(
-  stream: AsyncGenerator[T, None], put: Callable[[_Item[T] | None], object]
-) -> asyncio.Task[None]:
-  return asyncio.create_task(_pump(stream, put))
 
 
 async def _pump(stream: AsyncGenerator[T, None], put: Callable[[_Item[T] | None], object]) -> None:

@@ -1,13 +1,14 @@
 """Functions of the face: sizing, planning, training, and files."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from neurojax.config import Dtype, ModelConfig, Serving
+from neurojax.config.serving import check_choice
 from neurojax.forms import TERNARY_FORMATS, Weights
 from neurojax.plan.fleet import Fleet, read_fleet
 from neurojax.plan.plan import Objective, Plan
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
   from jax import Array
 
   from neurojax.files.write.gguf import Converted
-  from neurojax.plan.simulate import Result
+  from neurojax.plan.simulate import Failure, Result
   from neurojax.scaling.size import Sized
   from neurojax.train.config import TrainConfig
   from neurojax.train.exported import Exported
@@ -34,7 +35,12 @@ def size(
   form: str = "ternary-g128",
   context: int = 2048,
   sequences: int = 1,
-  **options: Any,
+  headroom: float = 0.1,
+  current: ModelConfig | None = None,
+  most_parameters: float | None = None,
+  tokens: float | None = None,
+  days: float | None = None,
+  time_limit_s: float = 5.0,
 ) -> "Sized":
   """The largest architecture that fits the machines at hand, with a placement and predicted speed and loss.
 
@@ -45,7 +51,12 @@ def size(
       "ternary-g128" or "TQ2_0". Training holds float32 master weights.
     context: Positions of a sequence.
     sequences: Sequences in memory at the same time.
-    options: As for `neurojax.scaling.size.size`: headroom, most_parameters, tokens, days, law, ....
+    headroom: Part of each place's free memory that stays free.
+    current: The architecture in use: it stays while it fits and nothing 1.3 times as large does.
+    most_parameters: Largest architecture to consider.
+    tokens: Tokens of training, for the predicted loss; None: as many as suit the size.
+    days: Days of training on these machines, in place of tokens.
+    time_limit_s: Seconds for the search of a placement.
   Raises: ValueError: nothing fits; says what is missing and what would fit.
 
   Example:
@@ -58,7 +69,16 @@ def size(
   from neurojax.scaling.size import size as largest
 
   wanted = purpose_of(purpose, form=form, context=context, sequences=sequences)
-  return largest(memory, wanted, **options)
+  return largest(
+    memory,
+    wanted,
+    headroom=headroom,
+    current=current,
+    most_parameters=most_parameters,
+    tokens=tokens,
+    days=days,
+    time_limit_s=time_limit_s,
+  )
 
 
 def plan(
@@ -71,7 +91,10 @@ def plan(
   sequences: int | None = None,
   objective: Objective = "latency",
   form: str = "ternary-g128",
-  **options: Any,
+  batch: int = 1,
+  pins: Mapping[str, int] | None = None,
+  replicas: int | None = 1,
+  time_limit_s: float = 5.0,
 ) -> Plan:
   """Which machine should hold which layers of a model, with the time a token takes and why.
 
@@ -82,7 +105,11 @@ def plan(
     sequences: Sequences at the same time; None: 4, or for throughput as many as help.
     objective: "latency" for the least time a token, "throughput" for the most tokens.
     form: Form of ternary matrices, for an architecture without a file.
-    options: As for `neurojax.plan.in_flight.planned`: batch, pins, replicas, time_limit_s.
+    batch: Sequences that each decode step computes together.
+    pins: Number of layers that a host or place has to hold, by its label; 0 keeps it out.
+    replicas: 1 gives every layer one place, a larger number that many whole pipelines side by side; None,
+      for throughput, gives the same layers to several places wherever that brings more.
+    time_limit_s: Seconds for the search, where the best plan cannot be computed.
   Raises: ValueError: the model does not fit; which limit, by how much, what would fit.
 
   Example:
@@ -95,6 +122,7 @@ def plan(
   from neurojax.plan.in_flight import planned
 
   if isinstance(model, ModelConfig):
+    check_choice("form", form, tuple(TERNARY_FORMATS))
     forms = uniform_ternary(model, TERNARY_FORMATS[form]) if weights in ("w2a8", "w2a16") else None
     found = Described(model, forms)
   else:
@@ -109,7 +137,10 @@ def plan(
     found.forms,
     objective=objective,
     choose_sequences=sequences is None,
-    **options,
+    batch=batch,
+    pins=pins,
+    replicas=replicas,
+    time_limit_s=time_limit_s,
   )
 
 
@@ -120,7 +151,11 @@ def simulate(
   concurrency: int = 4,
   prompt: int = 128,
   answer: int = 128,
-  **options: Any,
+  failures: "Sequence[Failure]" = (),
+  failures_per_hour: float = 0.0,
+  repair_s: float = 60.0,
+  retry: bool = True,
+  seed: int = 0,
 ) -> "Result":
   """Send requests, and failures if you like, through a plan on paper.
 
@@ -129,7 +164,11 @@ def simulate(
     requests: Requests in all.
     concurrency: Requests at the same time.
     prompt, answer: Tokens of each request.
-    options: As for `neurojax.plan.simulate.simulate`: failures, failures_per_hour, repair_s, retry, seed.
+    failures: Hosts that fail, each a `neurojax.plan.simulate.Failure(host=..., at_s=...)`.
+    failures_per_hour: Failures of each host in an hour while it is up, at random times.
+    repair_s: Seconds from a failure until a replacement serves the same layers.
+    retry: Whether a request whose attempt failed is sent again.
+    seed: Seed of the times of random failures.
   Returns: Tokens per second, and how long first tokens, later tokens and requests took.
 
   Example:
@@ -147,7 +186,11 @@ def simulate(
     prompt=prompt,
     answer=answer,
     within_plan=True,
-    **options,
+    failures=failures,
+    failures_per_hour=failures_per_hour,
+    repair_s=repair_s,
+    retry=retry,
+    seed=seed,
   )
 
 

@@ -9,8 +9,9 @@ FAILED, USAGE, ENGINE, INTERRUPTED = 1, 2, 3, 130
 
 def entry() -> None:
   """Run this process's command line, and end the process."""
-  code = main()
-  process.leave(code)
+  from neurojax.cli import process
+
+  process.leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,6 +45,12 @@ class Sampling:
 
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
+      whole = field.name in ("top_k", "seed")
+      if field.name == "top_k" and value is None:
+        continue
+      if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        rule = "a whole number" if whole else "a number"
+        raise ValueError(f"{field.name} = {value!r}: it must be {rule}")
       if field.name != "top_k" and not math.isfinite(value):
         raise ValueError(f"{field.name} = {value!r}: it must be finite")
     # Bounds beyond which float32 would turn a factor into 0 or infinity.

@@ -119,9 +119,9 @@ def made_for(forms: Mapping[str, Form], activations: Activations | None = None) 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
   if value not in choices:
-    raise ValueError(f"{name} = {str(value)[:40]!r}: choose one of {', '.join(choices)}")
+    raise ValueError(f"{name} = {repr(value)[:40]}: choose one of {', '.join(choices)}")
 
 
 def _check_range(name: str, value: object, most: int) -> None:
   if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-    raise ValueError(f"{name} = {value!r}: between 1 and {most}")
+    raise ValueError(f"{name} = {value!r}: a whole number between 1 and {most}")

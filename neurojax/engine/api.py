@@ -150,8 +150,8 @@ def check_request(request: Request, limits: Limits) -> None:
   if not request.prompt:
     raise ValueError("the prompt is empty: give at least one token (a BOS token, say)")
   _check_ids("prompt token", request.prompt, limits)
-  if request.max_tokens < 1:
-    raise ValueError(f"max_tokens = {request.max_tokens}: it must be at least 1")
+  if not _is_count(request.max_tokens):
+    raise ValueError(f"max_tokens = {request.max_tokens!r}: it must be a whole number, at least 1")
   if request.prefill_chunk is not None and request.prefill_chunk < 1:
     raise ValueError(f"prefill_chunk = {request.prefill_chunk}: it must be at least 1")
   total = len(request.prompt) + request.max_tokens
@@ -160,6 +160,10 @@ def check_request(request: Request, limits: Limits) -> None:
       f"prompt ({len(request.prompt)}) and answer (max_tokens = {request.max_tokens}) need {total} "
       f"positions, the context is {limits.context_length}: shorten one{_or_longer(limits)}"
     )
+
+
+def _is_count(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_score(tokens: Sequence[int], first: int, limits: Limits) -> None:

@@ -1,10 +1,13 @@
 """Plans a model over a fleet, and how many sequences are to be in flight."""
 
+import math
 import time
+import typing
 from collections.abc import Mapping
 
 from neurojax import count
 from neurojax.config import MOST_SEQUENCES, ModelConfig, Serving
+from neurojax.config.serving import check_choice
 from neurojax.count.serving import Load, layer_bytes
 from neurojax.forms import Forms
 from neurojax.plan.best import best
@@ -59,6 +62,11 @@ def planned(
     >>> [stage.layers for stage in plan.stages]
     [32]
   """
+  check_choice("objective", objective, typing.get_args(Objective))
+  if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    raise ValueError(f"batch = {batch!r}: a whole number, at least 1")
+  if not 0 < time_limit_s < math.inf:
+    raise ValueError(f"time_limit_s = {time_limit_s!r}: a positive number of seconds")
   load = Load(serving=serving.resolve(config, forms), forms=forms)
 
   def plan(load: Load, in_flight: int | None) -> Plan:

@@ -228,6 +228,12 @@ def simulate(
   Raises: ValueError: a number that makes no sense, a failure of a host that the plan does not use, or so
     many failures that nothing can be served.
   """
+  if not isinstance(retry, bool):
+    raise ValueError(f"retry = {retry!r}: True or False")
+  if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    raise ValueError(f"seed = {seed!r}: a whole number, 0 or more")
+  if bad := [failure for failure in failures if not isinstance(failure, Failure)]:
+    raise ValueError(f"failures: {bad[0]!r} is no Failure(host=..., at_s=...)")
   if within_plan:
     _check_memory(plan, min(requests, concurrency), prompt, answer)
   for name, value in (

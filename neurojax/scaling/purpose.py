@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from neurojax import count
 from neurojax.config import ModelConfig, Serving, Span
+from neurojax.config.serving import check_choice
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.count.training import Optimizer, TrainBytes, train_bytes
 from neurojax.count.working import DeviceKind
@@ -124,6 +125,7 @@ def purpose_of(
     optimizer, remat, diloco: For training: as in `count.training.train_bytes`.
   Raises: ValueError: an unknown form.
   """
+  check_choice("purpose", purpose, ("serve", "train"))
   serving: dict[str, Any]
   if form in ("bf16", "float32"):
     serving = {"dtype": {"bf16": "bfloat16"}.get(form, "float32")}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from neurojax import count
@@ -171,8 +172,16 @@ def fleet_for(given: "Fleet | str | int") -> Fleet:
   """
   if isinstance(given, Fleet):
     return given
-  if isinstance(given, int):
+  if isinstance(given, int) and not isinstance(given, bool):
+    if given < 1:
+      raise ValueError(f"memory = {given}: a positive number of bytes")
     return one_host(given)
+  if isinstance(given, Path):
+    given = str(given)
+  if not isinstance(given, str):
+    raise TypeError(
+      f'memory = {given!r}: give bytes as a whole number, text such as "64GB", or a fleet'
+    )
   return (
     one_host(parse_bytes(given))
     if given[:1].isdecimal() and ":" not in given

@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -316,3 +317,86 @@ def test_stages_and_servers_give_the_tokens_of_one_process(model: nj.Model):
       assert [stage.first_layer for stage in far.report().stages] == [0, 6]
     with nj.connect(servers.fleet(), "neurollm", context=256) as far:
       assert far.generate("The sea was", max_tokens=1).tokens
+
+
+# ---- what a stranger tried
+
+
+def test_streams_in_circles_are_collected_without_a_hang(model: nj.Model):
+  class Session:
+    def __init__(self):
+      self.stream, self.me = model.stream("The sea", max_tokens=200), self
+      next(self.stream)
+
+  async def collect():
+    gc.collect()
+
+  for _ in range(3 * model.serving.sequences):
+    Session()
+    model._runner.call(collect())
+    gc.collect()
+  assert len(model.generate("The sea", max_tokens=3).tokens) == 3
+
+
+def test_a_model_that_is_dropped_ends_its_thread():
+  before = threading.active_count()
+  for _ in range(3):
+    nj.load("neurollm", context=128)
+    gc.collect()
+  deadline_s = time.monotonic() + 20
+  while threading.active_count() > before and time.monotonic() < deadline_s:
+    time.sleep(0.05)
+  assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize(
+  ("options", "error", "named"),
+  [
+    ({"prompt": b"abc"}, TypeError, "the prompt is bytes"),
+    ({"prompt": [1.7]}, TypeError, "whole numbers"),
+    ({"max_tokens": 1.5}, ValueError, "max_tokens = 1.5"),
+    ({"max_tokens": None}, ValueError, "max_tokens = None"),
+    ({"top_k": 1.5}, ValueError, "top_k = 1.5"),
+    ({"seed": "1"}, ValueError, "seed = '1'"),
+    ({"temperature": None}, ValueError, "temperature = None"),
+    ({"stop": ("",)}, ValueError, "stop = ''"),
+    ({"sampling": 5}, TypeError, "give a Sampling"),
+    ({"foo": 1}, TypeError, "options are .*ignore_eos.*max_tokens"),
+  ],
+  ids=str,
+)
+def test_a_wrong_option_is_named(model: nj.Model, options: dict, error: type, named: str):
+  with pytest.raises(error, match=named):
+    model.generate(**{"prompt": "The sea", "max_tokens": 3, **options})
+
+
+@pytest.mark.parametrize(
+  ("call", "error", "named"),
+  [
+    (lambda: nj.load(None), TypeError, "model = None"),
+    (lambda: nj.load("neurollm", stages="2"), ValueError, "stages = '2'"),
+    (lambda: nj.load("neurollm", stages=13), ValueError, "the model has 12 layers"),
+    (lambda: nj.load("neurollm", step_timeout_s=float("nan")), ValueError, "step_timeout_s = nan"),
+    (lambda: nj.load("neurollm", context="5"), ValueError, "context = '5': a whole number"),
+    (lambda: nj.connect(None), TypeError, "where = None"),
+    (lambda: nj.plan("llama-8b", "lab", objective="latncy"), ValueError, "objective = 'latncy'"),
+    (lambda: nj.plan("llama-8b", "lab", batch=0), ValueError, "batch = 0"),
+    (lambda: nj.size("64GB", purpose="trian"), ValueError, "purpose = 'trian'"),
+    (lambda: nj.size(None), TypeError, "memory = None"),
+    (lambda: nj.size(True), TypeError, "memory = True"),
+    (
+      lambda: nj.plan(nj.ModelConfig.named("llama-8b"), "lab", weights="w2a8", form="x"),
+      ValueError, "form = 'x'",
+    ),
+  ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named(call, error: type, named: str):
+  with pytest.raises(error, match=named):
+    call()
+
+
+def test_help_and_completion_show_arguments():
+  assert "fleet" in nj.plan.__doc__ and "overrides" in nj.train.__doc__
+  for method in (nj.Model.generate, nj.Model.stream_chat, nj.AsyncModel.chat):
+    shown = inspect.signature(method).parameters
+    assert {"max_tokens", "temperature", "stop"} <= set(shown)
