@@ -186,7 +186,9 @@ async def _local(
   import jax
 
   from neurojax.engine.local import LocalEngine
+  from neurojax.stage.backend import devices
 
+  devices()
   chosen = None if device is None else jax_device(device)
   enter = None if chosen is None else jax.default_device(chosen).__enter__
   thread = concurrent.futures.ThreadPoolExecutor(
@@ -238,6 +240,8 @@ def jax_device(name: str):
   """
   import jax
 
+  from neurojax.stage.backend import devices
+
   platform, _, number = name.partition(":")
   index = int(number) if number.isdecimal() else 0
   try:
@@ -245,6 +249,6 @@ def jax_device(name: str):
   except RuntimeError:
     found = []
   if (number and not number.isdecimal()) or index >= len(found):
-    known = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+    known = ", ".join(f"{d.platform}:{d.id}" for d in devices())
     raise ValueError(f"device {name!r}: this process has {known}")
   return found[index]

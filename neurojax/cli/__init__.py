@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.discard_output()
     return 0
   except (ValueError, OSError) as error:
-    print(f"neurojax: {error}", file=sys.stderr)
+    process.say_error(error)
     return USAGE
 
 
@@ -74,17 +74,25 @@ def _run(arguments: list[str]) -> int:
   except BrokenPipeError:
     raise
   except EngineError as error:
-    print(f"neurojax: {error}", file=sys.stderr)
+    process.say_error(error)
     return ENGINE
   except (ValueError, NotImplementedError, OSError, OverflowError, RecursionError) as error:
-    print(f"neurojax: {error}", file=sys.stderr)
+    process.say_error(error)
     return USAGE
   except (MemoryError, RuntimeError, AssertionError) as error:
-    if line := process.without_backend(error):
-      print(f"neurojax: {line}", file=sys.stderr)
+    if line := _without_backend(error):
+      process.say_error(line)
       return USAGE
     # JAX's own name for what a device refuses; importing JAX to name the class would take seconds.
     if not isinstance(error, MemoryError) and type(error).__name__ != "JaxRuntimeError":
       raise
-    print(f"neurojax: {type(error).__name__}: {error}", file=sys.stderr)
+    process.say_error(f"{type(error).__name__}: {error}")
     return ENGINE
+
+
+def _without_backend(error: BaseException) -> str | None:
+  if "jax" not in sys.modules:
+    return None
+  from neurojax.stage.backend import without_backend
+
+  return without_backend(error)

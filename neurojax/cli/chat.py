@@ -42,8 +42,18 @@ class Chat(ModelOptions, EngineOptions, SamplingOptions):
   def run(self) -> int:
     sampling = self.sampling()
     check_max_tokens(self.max_tokens)
+    self._check_template()
     with open_face(self) as model:
       return asyncio.run(self._talk(model, sampling))
+
+  def _check_template(self) -> None:
+    """Raises: ValueError: the model has no chat template."""
+    with self.open() as file:
+      spec = file.tokenizer
+    if spec is not None and spec.chat_template is None:
+      raise ValueError(
+        f"{self.model} has no chat template: `neurojax generate` continues texts with it"
+      )
 
   async def _talk(self, model: "Model", sampling: Sampling) -> int:
     messages = [{"role": "system", "content": self.system}] if self.system is not None else []

@@ -18,8 +18,15 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, UseAppendAction, subcommand
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors import (
+  ConstructorRegistry,
+  PrimitiveConstructorSpec,
+  PrimitiveTypeInfo,
+  StructConstructorSpec,
+  StructTypeInfo,
+)
 
+from neurojax.cli.process import discard_errors
 from neurojax.cli.verbs import VERBS
 
 _METAVARS = {str: "TEXT", int: "N", float: "NUMBER", Path: "FILE"}
@@ -63,6 +70,10 @@ def parse(name: str, arguments: list[str]) -> Verb:
         verb, rest = parsed(return_unknown_args=True)
         return dataclasses.replace(verb, overrides=tuple(rest))
       return parsed()
+  except BrokenPipeError:
+    # Standard output is held back here: nobody reads what tyro writes on standard error.
+    discard_errors()
+    raise SystemExit(2) from None
   finally:
     if text := held.getvalue():
       usage, _, options = text.partition("\n")
@@ -117,9 +128,26 @@ def _registry() -> ConstructorRegistry:
 
   Required options come first, then those of the class itself, then those of its bases. An
   option's text is one paragraph, whatever the lines of its docstring. Absent and false defaults are
-  not printed.
+  not printed. Choices are listed in the order of their type, and None is not offered.
   """
   registry, inner = ConstructorRegistry(), False
+
+  @registry.primitive_rule
+  def union(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    # tyro lists the choices of a union in the order of a set, which differs from run to run.
+    nonlocal inner
+    if inner or get_origin(info.type) not in (Union, types.UnionType):
+      return None
+    inner = True
+    try:
+      spec = ConstructorRegistry.get_primitive_spec(info)
+    finally:
+      inner = False
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.choices is None:
+      return None
+    order = [str(value) for kind in get_args(info.type) for value in get_args(kind)]
+    choices = tuple(value for value in order if value in spec.choices)
+    return dataclasses.replace(spec, choices=choices) if choices else None
 
   @registry.struct_rule
   def dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import MutableMapping
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -63,11 +63,14 @@ def open_streams() -> None:
 
 
 def flush_output() -> None:
-  """Raises: BrokenPipeError: nobody reads standard output any more; OSError: it takes no more."""
+  """Write what standard output still holds; it is dropped if nobody reads any more.
+
+  Raises: OSError: standard output takes no more.
+  """
   try:
     sys.stdout.flush()
   except BrokenPipeError:
-    raise
+    discard_output()
   except OSError as error:
     discard_output()
     raise OSError(f"standard output: {error.strerror}") from error
@@ -75,8 +78,25 @@ def flush_output() -> None:
 
 def discard_output() -> None:
   """Send what standard output still holds to the null device: its reader is gone, or it is full."""
+  _discard(sys.stdout)
+
+
+def say_error(error: BaseException | str) -> None:
+  """Print one line on standard error. The line is dropped if nobody reads it: the exit code remains."""
+  try:
+    print(f"neurojax: {error}", file=sys.stderr, flush=True)
+  except OSError:
+    discard_errors()
+
+
+def discard_errors() -> None:
+  """Send what standard error still holds to the null device: its reader is gone, or it is full."""
+  _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
   null = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(null, sys.stdout.fileno())
+  os.dup2(null, stream.fileno())
   os.close(null)
 
 
@@ -96,19 +116,3 @@ def leave(code: int) -> NoReturn:
         stream.flush()
     os._exit(code)
   sys.exit(code)
-
-
-def without_backend(error: BaseException) -> str | None:
-  """What to say of an error that means: JAX has no device of the kind that JAX_PLATFORMS names."""
-  platforms, trace = os.environ.get("JAX_PLATFORMS"), error.__traceback__
-  while trace is not None and trace.tb_next is not None:
-    trace = trace.tb_next
-  if not platforms or trace is None:
-    return None
-  if not trace.tb_frame.f_code.co_filename.endswith(os.path.join("jax", "_src", "xla_bridge.py")):
-    return None
-  reason = str(error).partition(" (set JAX_PLATFORMS")[0]
-  return (
-    f"JAX_PLATFORMS={platforms}: JAX finds no such device here{': ' + reason if reason else ''}. "
-    "Unset JAX_PLATFORMS, or install JAX for the device (docs.jax.dev/en/latest/installation.html)"
-  )

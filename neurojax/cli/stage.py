@@ -15,6 +15,8 @@ import tyro
 
 from neurojax.cli.options import ModelOptions
 
+_REFUSED = 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(ModelOptions):
@@ -39,7 +41,7 @@ class Stage(ModelOptions):
   share: Annotated[int, tyro.conf.arg(metavar="N")] = 1
   """Number of stage servers on this machine; each offers an equal part of what is free."""
   json: bool = False
-  """Print the address as one line of JSON, and no log."""
+  """Print the address as one line of JSON, and no log. A server without a device prints its error so."""
   end_with_stdin: bool = False
   """End when standard input closes: the server then never outlives the process that started it."""
 
@@ -58,9 +60,18 @@ class Stage(ModelOptions):
       # JAX takes seconds to import: only after everything that can be wrong was looked at.
       from neurojax.folders import cache_dir
       from neurojax.pipeline.server import StageServer
+      from neurojax.stage.backend import devices
       from neurojax.stage.compile import use_compilation_cache
 
       use_compilation_cache(cache_dir() / "xla")
+      try:
+        devices()
+      except ValueError as error:
+        if not self.json:
+          raise
+        # For the process that started this one: it raises the same error.
+        print(json.dumps({"error": str(error)}), flush=True)
+        return _REFUSED
       if not self.json:
         logging.getLogger("neurojax").setLevel(logging.INFO)
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from neurojax.cli.process import discard_output, say_error
 
 if TYPE_CHECKING:
   from neurojax.train.config import TrainConfig
@@ -115,7 +116,7 @@ class Train:
     try:
       outcome = train(config, workdir, overwrite=self.overwrite, say=_say)
     except TrainingError as error:
-      print(f"neurojax: {error}", file=sys.stderr)
+      say_error(error)
       return FAILED
     if outcome.stopped_by is None:
       return 0
@@ -134,4 +135,8 @@ def launched_in_parallel() -> bool:
 
 
 def _say(line: str) -> None:
-  print(line, flush=True)
+  """Print a line; a run goes on to its end when nobody reads its lines any more."""
+  try:
+    print(line, flush=True)
+  except OSError:
+    discard_output()

@@ -97,7 +97,10 @@ class LocalStages:
     if not line:
       raise EngineError(f"a stage server ended at its start with exit code {await process.wait()}")
     self._drains.append(asyncio.create_task(_drain(process.stdout)))
-    return json.loads(line)["listening"]
+    said = json.loads(line)
+    if "error" in said:
+      raise ValueError(said["error"])
+    return said["listening"]
 
   async def _end(self) -> None:
     for process in self.processes:

@@ -2,10 +2,12 @@
 
 import jax
 
+from neurojax.stage.backend import devices
+
 
 def free_memory_bytes(device: jax.Device | None = None) -> int:
   """Bytes that weights and caches could take now, on a device; the first of this process if absent."""
-  stats = (device or jax.devices()[0]).memory_stats()
+  stats = (device or devices()[0]).memory_stats()
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]
   with open("/proc/meminfo", encoding="ascii") as lines:

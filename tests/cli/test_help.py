@@ -130,6 +130,24 @@ def test_a_wrong_option_is_answered_with_options_of_its_verb(capsys):
   assert "golden" not in err
 
 
+@pytest.mark.parametrize(
+  ("argv", "choices"),
+  [
+    (
+      "generate --model a --prompt b --weights no",
+      "('dense', 'int8', 'w2a16', 'w2a8', 'stored', 'auto')",
+    ),
+    (
+      "export --workdir a --out b --type no",
+      "('TQ2_0', 'TQ1_0', 'Q2_0', 'Q2_0_g128', 'F32', 'F16', 'BF16')",
+    ),
+  ],
+)
+def test_choices_are_listed_in_order_and_without_none(capsys, argv: str, choices: str):
+  err = " ".join(refused(capsys, *argv.split()).replace("│", " ").split())
+  assert f"Expected one of {choices}" in err
+
+
 def test_help_in_an_encoding_without_boxes():
   ran = subprocess.run(
     [sys.executable, "-m", "neurojax", "tokenize", "--help"],

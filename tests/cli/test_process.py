@@ -47,6 +47,23 @@ def test_streams_that_are_closed_or_full_leave_no_trace(tmp_path: Path, shell: s
   assert ran.returncode == code and ran.stderr.count("\n") == (code != 0), ran.stderr
 
 
+@pytest.mark.parametrize("argv", [("generate",), ("tokenize", "--model", "a", "--file", "/no")])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(argv: tuple[str, ...]):
+  ran = done(*argv, shell="2>&1 | head -c 0; exit ${PIPESTATUS[0]}")
+  assert ran.returncode == 2 and ran.stderr == ""
+
+
+def test_training_goes_on_when_nobody_reads_its_lines():
+  script = (
+    "import sys\nfrom neurojax.cli.train import _say\n"
+    "for step in range(1000): _say(f'step {step}')\n"
+    "print('the end', file=sys.stderr)\n"
+  )
+  command = ["bash", "-c", '"$@" | head -c 0; exit ${PIPESTATUS[0]}', "bash", sys.executable, "-c"]
+  ran = subprocess.run([*command, script], capture_output=True, text=True, timeout=60, check=False)
+  assert (ran.returncode, ran.stderr) == (0, "the end\n")
+
+
 def test_a_closed_stream_leaves_its_number_to_no_file(tmp_path: Path):
   script = (
     "import os\nfrom neurojax.cli.process import open_streams\nopen_streams()\n"
@@ -87,11 +104,40 @@ def test_jax_is_kept_to_32_bits_and_says_so(model: str):
   assert wide.stdout.partition("first_token_s")[0] == plain.stdout.partition("first_token_s")[0]
 
 
-@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
-def test_a_device_that_jax_has_not_is_one_line(model: str, platforms: str):
-  ran = done("generate", "--model", model, "--prompt", "abc", JAX_PLATFORMS=platforms)
+@pytest.mark.parametrize(
+  ("platforms", "argv"),
+  [
+    ("cuda", ["generate", "--prompt", "abc"]),
+    ("nonsense", ["generate", "--prompt", "abc"]),
+    ("cuda", ["generate", "--prompt", "abc", "--stages", "2"]),
+    ("cuda", ["stage", "--listen", "127.0.0.1:0"]),
+  ],
+  ids=str,
+)
+def test_a_device_that_jax_has_not_is_one_line(model: str, platforms: str, argv: list[str]):
+  ran = done(*argv, "--model", model, JAX_PLATFORMS=platforms)
   assert ran.returncode == 2 and f"JAX_PLATFORMS={platforms}" in ran.stderr
   assert ran.stderr.count("\n") == 1 and "Unset JAX_PLATFORMS" in ran.stderr
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_device_that_jax_has_not_is_a_value_error_in_python(model: str, stages: int):
+  script = (
+    "import neurojax as nj\n"
+    "try:\n"
+    f"  nj.load({model!r}, stages={stages})\n"
+    "except ValueError as error:\n"
+    "  print(error)\n"
+  )
+  ran = subprocess.run(
+    [sys.executable, "-c", script],
+    env=os.environ | {"JAX_PLATFORMS": "cuda"},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert ran.stdout.startswith("JAX_PLATFORMS=cuda: JAX finds no such device"), ran.stderr
 
 
 WRONG = (
@@ -102,6 +148,7 @@ WRONG = (
   "generate --model /nowhere/model.gguf --prompt a",
   "generate --model neurollm --prompt a --plan /nowhere/plan.toml",
   "chat --model neurollm --top-p 0",
+  "chat --model neurollm",
   "demo --temperature -1",
   "eval logits --model neurollm --tokens ids.json --out /nowhere/logits.npy",
   "size --memory 8GB --out-config /nowhere/size.toml",
