@@ -174,7 +174,7 @@ class Perplexity(ModelOptions, EngineOptions):
     check_windows(ctx=self.ctx, stride=self.stride, chunks=self.chunks)
     if self.context is not None and self.ctx > self.context:
       raise ValueError(f"--ctx {self.ctx}: the engine's context is {self.context} (--context)")
-    text = read_text(self.text)
+    text = read_text(self.text, "--text")
     with self.open() as file:
       tokenizer = open_tokenizer(file)
       if self.ctx > file.config.context_length:

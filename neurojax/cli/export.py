@@ -72,7 +72,7 @@ class Export:
     from neurojax.files.write.transformers_config import CLASSES
     from neurojax.train.exported import export
 
-    text = None if self.text is None else read_text(self.text)
+    text = None if self.text is None else read_text(self.text, "--text")
     with progress() as bars:
       bar = bars.add_task("reading the checkpoint", total=None)
 

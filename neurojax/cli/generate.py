@@ -74,5 +74,5 @@ class Generate(ModelOptions, EngineOptions, SamplingOptions):
     if (self.prompt is None) == (self.prompt_file is None):
       raise ValueError("give --prompt TEXT or --prompt-file FILE")
     if self.prompt_file is not None:
-      return read_text(self.prompt_file)
+      return read_text(self.prompt_file, "--prompt-file")
     return read_stdin() if self.prompt == "-" else self.prompt or ""

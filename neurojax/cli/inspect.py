@@ -37,7 +37,7 @@ class Inspect:
 
     if (self.file is None) == (self.model is None):
       raise ValueError("name one model: neurojax inspect --model MODEL")
-    path = model_path(str(self.model or self.file))
+    path = model_path(str(self.file if self.model is None else self.model))
     try:
       with open_model(path, self.tokenizer) as file:
         description = describe(file, sha256=self.sha256)

@@ -16,12 +16,20 @@ MAX_LINE_BYTES = 16 << 20
 _STDIN = "standard input"
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, flag: str) -> str:
   """Reads a UTF-8 file as it is, line endings included.
 
-  Raises: ValueError: it is not UTF-8, or longer than `MAX_BYTES` (as a device without an end is).
+  Args:
+    flag: The option that names the file, for errors.
+  Raises:
+    ValueError: it is not UTF-8, or longer than `MAX_BYTES` (as a device without an end is).
+    OSError: it cannot be read.
   """
-  with path.open("rb") as file:
+  try:
+    file = path.open("rb")
+  except OSError as error:
+    raise OSError(f"{flag} {str(path)[:200]}: {error.strerror}") from error
+  with file:
     return _decoded(read_bounded(file, str(path), MAX_BYTES), str(path))
 
 

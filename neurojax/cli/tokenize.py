@@ -41,7 +41,7 @@ class Tokenize:
   def run(self) -> int:
     from neurojax.cli.text import read_stdin, read_text
 
-    text = read_stdin() if self.file == "-" else read_text(Path(self.file))
+    text = read_stdin() if self.file == "-" else read_text(Path(self.file), "--file")
     tokenizer = _open(self.model, self.tokenizer)
     ids = tokenizer.encode(text, add_special=self.special, parse_special=self.parse_special)
     if self.json:

