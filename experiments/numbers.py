@@ -49,7 +49,7 @@ def readme_table() -> str:
   out.append(
     f"| training step, ternary | neurollm-1b | {row['device']}"
     f" | {float(row['tokens_per_s']):,.0f} tokens/s"
-    f" | {float(row['mfu']):.0%} of the data sheet's FLOP/s; {float(row['overhead']):+.1%} time over bfloat16 |"
+    f" | {float(row['mfu']):.0%} of the data sheet's FLOP/s; {_as_long(float(row['overhead']))} |"
   )
   ternary, twin = (_row("embedded/results.csv", weights=name) for name in ("ternary", "bf16"))
   out.append(
@@ -57,6 +57,17 @@ def readme_table() -> str:
     f" | its bfloat16 twin: {float(twin['valid_loss']):.2f} |"
   )
   return "\n".join(out) + "\n"
+
+
+def _as_long(overhead: float) -> str:
+  """A step's time beside that of a bfloat16 step.
+
+  Args:
+    overhead: The part by which the step is longer; negative if it is shorter.
+  """
+  if abs(overhead) < 0.01:
+    return "as long as a bfloat16 step, within 1%"
+  return f"{abs(overhead):.0%} {'longer' if overhead > 0 else 'shorter'} than a bfloat16 step"
 
 
 def weights_table() -> str:

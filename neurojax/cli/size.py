@@ -233,7 +233,10 @@ class Size:
 def render(found: "Sized", console: Console) -> None:
   console.print(f"{found.summary()}\n", highlight=False)
   stages = Table(box=None, pad_edge=False)
-  for column in ("stage", "layers", "memory", "of", "stays free", "step"):
+  columns = ["stage", "layers", "memory", "of", "stays free"]
+  if has_steps := any(stage.step_s is not None for stage in found.stages):
+    columns.append("step")
+  for column in columns:
     stages.add_column(column, justify="left" if column in ("stage", "layers") else "right")
   for stage in found.stages[:32]:
     free = stage.free_bytes - stage.memory_bytes
@@ -243,7 +246,7 @@ def render(found: "Sized", console: Console) -> None:
       _gb(stage.memory_bytes),
       _gb(stage.free_bytes),
       f"{_gb(free)} ({free / stage.free_bytes:.0%})",
-      "" if stage.step_s is None else _seconds(stage.step_s),
+      *([_step(stage.step_s)] if has_steps else []),
     )
   console.print(stages)
   if len(found.stages) > 32:
@@ -332,6 +335,10 @@ def _text(table: dict[str, Any], *, toml: bool) -> str:
 
 def _gb(size: int) -> str:
   return f"{size / 1e9:,.2f} GB"
+
+
+def _step(seconds: float | None) -> str:
+  return "" if seconds is None else _seconds(seconds)
 
 
 def _seconds(seconds: float) -> str:

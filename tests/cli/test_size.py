@@ -56,6 +56,9 @@ def test_the_table_says_what_fits_and_how_it_was_counted(capsys, fleet: str):
   for said in ("billion parameters", "decode", "prefill", "loss, bf16", "loss, ternary", "weights",
                "bits a parameter", "next larger", "unverified", "a ", "b "):  # fmt: skip
     assert said in out
+  assert "step" in next(line for line in out.splitlines() if line.startswith("stage "))
+  _, out, _ = run(capsys, "--memory", "8GB")
+  assert "step" not in next(line for line in out.splitlines() if line.startswith("stage "))
   code, out, err = run(capsys, "--fleet", fleet, "--for", "train", "--days", "30")
   assert code == 0 and "training days" in out and "optimizer" in out, err
 
