@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex
 
 from jaxtyping import Array, Float
 
@@ -21,10 +22,13 @@ class Contraction:
   contracted_axes: int
 
   def __post_init__(self) -> None:
-    if not 0 < abs(self.contracted_axes) < len(self.weight_shape):
+    c = self.contracted_axes
+    is_integer = isinstance(c, SupportsIndex) and not isinstance(c, bool)
+    if not is_integer or not 0 < abs(c) < len(self.weight_shape):
       raise ValueError(
         f"contracted_axes={self.contracted_axes} of shape {self.weight_shape}: at least one axis"
-        " must be contracted and at least one must stay"
+        " must be contracted and at least one must stay: choose c > 0 for the first c axes, c < 0 for"
+        " the last -c"
       )
 
   @property

@@ -38,6 +38,15 @@ def row_bytes(k: int) -> int:
   return -(-k // BLOCK) * BLOCK // 4
 
 
+def check_group_size(group_size: int | None) -> None:
+  """Raises: ValueError: the size is neither None nor a positive integer multiple of `BLOCK`."""
+  if group_size is None:
+    return
+  is_integer = isinstance(group_size, int | np.integer) and not isinstance(group_size, bool)
+  if not is_integer or group_size < 1 or group_size % BLOCK:
+    raise ValueError(f"group_size = {group_size!r}: a positive multiple of {BLOCK}, or None")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TernaryArray(RowMatrix):
@@ -81,8 +90,7 @@ class TernaryArray(RowMatrix):
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "weight_shape", tuple(self.weight_shape))
-    if self.group_size is not None and (self.group_size < 1 or self.group_size % BLOCK):
-      raise ValueError(f"group_size = {self.group_size}: a multiple of {BLOCK}, or None")
+    check_group_size(self.group_size)
 
   @classmethod
   def from_rows(

@@ -85,12 +85,6 @@ def test_groups_of_zeros_have_the_scale_zero():
     array = convert(w, 1, group_size=64)
     np.testing.assert_array_equal(array.scales, [[0, 0], [0, 0.5]])
     np.testing.assert_array_equal(array.dequantize(), w)
-  # A mean below what the dtype has is a zero as well.
-  faint = absmean(np.full((64, 1), 1e-9, np.float32), 1)
-  assert not np.asarray(faint.dequantize()).any()
-  assert np.asarray(
-    absmean(np.full((64, 1), 1e-9, np.float32), 1, scale_dtype="float32").dequantize()
-  ).all()
 
 
 @pytest.mark.parametrize("group_size", [None, 64])
@@ -122,9 +116,61 @@ def test_what_is_not_finite_is_refused(group_size, bad):
 def test_scales_beyond_their_dtype_are_refused():
   w = np.full((64, 1), 1e6, np.float32)
   for convert in (absmean, exact):
-    with pytest.raises(ValueError, match=r"1e\+06 is beyond float16: choose 'float32'"):
+    with pytest.raises(
+      ValueError, match=r"row 0, group 0: .*1e\+06 is beyond float16: .*'float32'"
+    ):
       convert(w, 1)
     np.testing.assert_array_equal(convert(w, 1, scale_dtype="float32").dequantize(), w)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 3e-8, 7e-6])
+def test_scales_that_would_lose_their_bits_are_refused(scale):
+  w = np.ones((128, 2), np.float32)
+  w[64:, 1] = scale
+  with pytest.raises(
+    ValueError, match=rf"row 1, group 1: .*{scale:g} is too small for float16.*'float32'"
+  ):
+    absmean(w, 1, group_size=64)
+  with pytest.raises(ValueError, match=r"row 1, group 1: .*'float32'"):
+    exact(w, 1, group_size=64)
+  for convert in (absmean, exact):
+    packed = convert(w, 1, group_size=64, scale_dtype="float32")
+    np.testing.assert_array_equal(packed.dequantize(), w)
+
+
+def test_scales_at_the_edge_of_their_dtype():
+  # Below 2**-17 a rounded float16 loses bits; a power of two is exact down to 2**-24.
+  assert absmean(np.full((64, 1), 2.0**-17, np.float32), 1).scales[0, 0] == 2.0**-17
+  assert exact(np.full((64, 1), 2.0**-24, np.float32), 1).scales[0, 0] == 2.0**-24
+  for dtype in ("bfloat16", "float32"):
+    for convert in (absmean, exact):
+      assert convert(np.full((64, 1), 2.0**-126, np.float32), 1, scale_dtype=dtype).scales[0, 0] > 0
+      with pytest.raises(ValueError, match=r"too small for .*: scale the weight up"):
+        convert(np.full((64, 1), 2.0**-130, np.float32), 1, scale_dtype=dtype)
+
+
+def test_a_weight_that_is_not_ternary_is_told_so_whatever_its_scales():
+  with pytest.raises(ValueError, match="not ternary: row 0, element"):
+    exact(normal((128, 4)), 1, group_size=64)
+
+
+@pytest.mark.parametrize("convert", [absmean, exact])
+@pytest.mark.parametrize(
+  ("shape", "options", "message"),
+  [
+    ((0, 4), {}, r"shape \(0, 4\) is empty"),
+    ((4, 0), {}, r"shape \(4, 0\) is empty"),
+    *(
+      ((64, 2), {"group_size": size}, f"group_size = {size}: a positive multiple of 64, or None")
+      for size in (0, -64, 65)
+    ),
+    ((64, 2), {"scale_dtype": "float64"}, "scale_dtype = 'float64': one of float16, bfloat16, fl"),
+  ],
+)
+def test_arguments_that_are_none_of_their_choices_are_refused(convert, shape, options, message):
+  w = np.ones(shape, np.float32)
+  with pytest.raises(ValueError, match=message):
+    convert(w, 1, **options)
 
 
 @pytest.mark.parametrize("axes", [0, 2, -2])
