@@ -366,17 +366,23 @@ def quantize(
   group_size: int | None = 128,
   exact: bool = False,
   mode: "Mode" = "w2a16",
+  scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16",
 ) -> "TernaryArray":
   """Turn a float matrix into a packed ternary one, about two bits a weight.
 
   Args:
-    w: Finite floats. For y = x @ w, w is [K, N] and its first axis is contracted.
+    w: Finite real numbers, not empty; they are read as float32. For y = x @ w, w is [K, N] and its
+      first axis is contracted.
     contracted_axes: c > 0: products sum over the first c axes; c < 0: over the last -c.
     group_size: Contracted elements that share a scale, a multiple of 64; None: one for the matrix.
     exact: Whether w must hold ternary values already; else every weight is rounded to the nearest of
       -s, 0 and s, where s is the mean magnitude of its group.
     mode: "w2a16" multiplies activations as they are, "w2a8" rounds them to int8.
-  Raises: ValueError: a weight is not finite; or not ternary, with `exact`.
+    scale_dtype: Dtype in which scales are kept. float16, as model files have it, holds scales from
+      2**-17 (7.6e-6) to 65504; bfloat16 and float32 hold smaller and larger ones.
+  Raises:
+    ValueError: w is empty, not of real numbers, or not finite; a scale is beyond the range of
+      `scale_dtype`; w is not ternary, with `exact`; an argument is none of its choices.
   Source: BitNet b1.58, arXiv:2402.17764, equations 1 to 3.
 
   Example:
@@ -385,21 +391,38 @@ def quantize(
     >>> w.nbytes < 128 * 64 * 4 / 10
     True
   """
+  import jax.numpy as jnp
+
   from neurojax.weights import quantize as by
 
-  values = np.asarray(w, np.float32)
+  values = np.asarray(w)
+  if not any(jnp.issubdtype(values.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+    raise ValueError(f"w is {values.dtype}: pass real numbers, such as float32")
   make = by.exact if exact else by.absmean
-  return make(values, contracted_axes, group_size=group_size, mode=mode)
+  return make(
+    values.astype(np.float32, copy=False),
+    contracted_axes,
+    group_size=group_size,
+    scale_dtype=scale_dtype,
+    mode=mode,
+  )
 
 
 def ternary_matmul(x: "Array", w: "TernaryArray") -> "Array":
-  """The product x @ w of activations with a packed ternary matrix, by the fastest kernel for the device.
+  """Multiply activations by a packed ternary matrix, by the fastest kernel for the device.
+
+  The product has no gradient and no batching rule: `jax.grad` and `jax.vmap` do not go through it.
+  Put further batch axes in front of x instead; to train, use `neurojax.weights.aware`.
 
   Args:
-    x: [..., K] floats.
-    w: A matrix from `quantize`, contracted over K.
-  Returns: [..., N] float32.
-  Raises: ValueError: shapes that do not fit.
+    x: Floats [..., K]: batch axes, or none, then the axes that w contracts, in w's order. A matrix
+      made with contracted_axes=2 from [A, B, N] takes [..., A, B].
+    w: A matrix from `quantize`.
+  Returns: float32 [..., N]: the batch axes of x, then all axes of w that are not contracted. A
+    matrix made from [K, N, H] gives [..., N, H]. Empty if a batch axis is.
+  Raises:
+    TypeError: w is no `TernaryArray`.
+    ValueError: shapes do not fit, or x holds no floats.
 
   Example:
     >>> import numpy as np, neurojax as nj
@@ -407,10 +430,26 @@ def ternary_matmul(x: "Array", w: "TernaryArray") -> "Array":
     >>> float(nj.ternary_matmul(np.ones((1, 128), np.float32), w)[0, 0])
     128.0
   """
+  import math
+
   import jax.numpy as jnp
 
   from neurojax.kernels.gemm.api import matmul
+  from neurojax.weights.ternary import TernaryArray
 
+  if not isinstance(w, TernaryArray):
+    raise TypeError(
+      f"w is a {type(w).__name__}: pass a TernaryArray, which neurojax.quantize makes"
+    )
+  w.check_single()
   values = jnp.asarray(x)
-  rows = values.reshape(-1, values.shape[-1]) if values.ndim else values
-  return matmul(rows, w).reshape(*values.shape[:-1], -1)
+  contraction = w.contraction
+  contracted = contraction.contracted_shape
+  batch, last = values.shape[: -len(contracted)], values.shape[-len(contracted) :]
+  if last != contracted:
+    raise ValueError(
+      f"x has shape {values.shape} and ends in {last}: w, of shape {w.weight_shape}, contracts"
+      f" {contracted}"
+    )
+  y_MxN = matmul(values.reshape(math.prod(batch), contraction.k), w)
+  return y_MxN.reshape(*batch, *contraction.kept_shape)

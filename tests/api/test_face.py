@@ -300,6 +300,72 @@ def test_a_notebook_shows_answers_and_reports():
   assert "neurollm" in shown[2]["text/html"] and shown[3]["text/plain"] == "True"
 
 
+# ---- arrays
+
+
+def test_quantize_takes_real_numbers_and_a_dtype_of_scales():
+  w = np.full((128, 2), 1e-8)
+  with pytest.raises(ValueError, match=r"row 0, group 0: .* scale_dtype='float32'"):
+    nj.quantize(w)
+  packed = nj.quantize(w, scale_dtype="float32")
+  np.testing.assert_array_equal(packed.dequantize(), w.astype(np.float32))
+  eye = np.eye(128, dtype=np.int8)
+  np.testing.assert_array_equal(nj.quantize(eye, exact=True).dequantize(), eye)
+  for dtype in (np.complex64, "U3", object):
+    with pytest.raises(ValueError, match=r"w is .*: pass real numbers"):
+      nj.quantize(np.ones((64, 2), dtype))
+  with pytest.raises(ValueError, match="contracted_axes=2"):
+    nj.quantize(w, contracted_axes=2)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,), (2, 0)])
+@pytest.mark.parametrize(
+  ("shape", "axes", "spec"),
+  [((64, 5), 1, "...k,kn->...n"), ((64, 2, 3), 1, "...k,knh->...nh"),
+   ((4, 16, 5), 2, "...ab,abn->...n"), ((5, 4, 16), -2, "...ab,nab->...n")],
+)  # fmt: skip
+def test_ternary_matmul_is_an_einsum_over_the_contracted_axes(batch, shape, axes, spec):
+  rng = np.random.default_rng(0)
+  w = nj.quantize(rng.standard_normal(shape), contracted_axes=axes, group_size=None)
+  x = rng.standard_normal((*batch, *w.contraction.contracted_shape)).astype(np.float32)
+  y = nj.ternary_matmul(x, w)
+  wanted = np.einsum(spec, x, np.asarray(w.dequantize()))
+  assert y.dtype == np.float32
+  np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5, strict=True)
+
+
+def test_ternary_matmul_refuses_what_does_not_fit():
+  w = nj.quantize(np.ones((64, 5)))
+  with pytest.raises(ValueError, match=r"\(2, 63\) and ends in \(63,\): .* contracts \(64,\)"):
+    nj.ternary_matmul(np.ones((2, 63), np.float32), w)
+  with pytest.raises(ValueError, match="x is int32: cast it"):
+    nj.ternary_matmul(np.ones((2, 64), np.int32), w)
+
+
+def test_arguments_of_other_types_are_refused_without_a_checker_of_types():
+  # In a process of its own: here annotations are checked before the functions run.
+  calls = {
+    "nj.quantize(w, group_size=64.0)": "group_size = 64.0: a positive multiple of 64, or None",
+    "nj.quantize(w, group_size=True)": "group_size = True: a positive multiple of 64, or None",
+    "nj.quantize(w, mode='w2a4')": "mode = 'w2a4': one of w2a16, w2a8",
+    "nj.quantize(w, scale_dtype='int4x')": "scale_dtype = 'int4x': one of float16, bfloat16, float32",
+    "nj.quantize(w, contracted_axes=1.0)": "contracted_axes=1.0 of shape (64, 2)",
+    "nj.ternary_matmul(w, w)": "w is a ndarray: pass a TernaryArray",
+  }
+  code = f"""
+import numpy as np, neurojax as nj
+w = np.ones((64, 2))
+for call in {list(calls)}:
+  try:
+    eval(call)
+  except (TypeError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+  said = python(code).stdout.splitlines()
+  for line, (call, message) in zip(said, calls.items(), strict=True):
+    assert line.startswith(f"{'TypeError' if 'matmul' in call else 'ValueError'} {message}")
+
+
 # ---- stages
 
 
