@@ -186,9 +186,7 @@ async def _local(
   import jax
 
   from neurojax.engine.local import LocalEngine
-  from neurojax.stage.backend import devices
 
-  devices()
   chosen = None if device is None else jax_device(device)
   enter = None if chosen is None else jax.default_device(chosen).__enter__
   thread = concurrent.futures.ThreadPoolExecutor(
@@ -205,7 +203,6 @@ async def _local(
 
 
 def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgress):
-  import jax
   import jax.numpy as jnp
 
   from neurojax.count.serving import Load
@@ -213,13 +210,14 @@ def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgre
   from neurojax.files.load import load_span
   from neurojax.folders import cache_dir
   from neurojax.plan.proportional import proportional
+  from neurojax.stage.backend import devices
   from neurojax.stage.compile import CompiledStage, use_compilation_cache
   from neurojax.stage.memory import free_memory_bytes
 
   use_compilation_cache(cache_dir() / "xla")
   assert serving.context is not None
   load = Load(serving=serving, forms=stored_forms(file))
-  kind = kind_of((device or jax.devices()[0]).device_kind)
+  kind = kind_of((device or devices()[0]).device_kind)
   proportional(file.config, [("this process", free_memory_bytes(device))], load, [kind])
   total = file.config.num_layers
   progress(Progress("reading layers", 0, total))
@@ -246,7 +244,7 @@ def jax_device(name: str):
   index = int(number) if number.isdecimal() else 0
   try:
     found = jax.devices(platform)
-  except RuntimeError:
+  except (RuntimeError, AssertionError):
     found = []
   if (number and not number.isdecimal()) or index >= len(found):
     known = ", ".join(f"{d.platform}:{d.id}" for d in devices())
