@@ -332,7 +332,7 @@ class Model:
     stop = options.pop("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if bad := [text for text in stops if not isinstance(text, str) or not text]:
-      raise ValueError(f"stop = {bad[0]!r}: give texts that are not empty")
+      raise ValueError(f"stop = {bad[0]!r}: a stop string is a text that is not empty")
     ignores = options.pop("ignore_eos", False)
     options.pop("special", None)
     request = Request(
