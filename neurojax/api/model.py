@@ -465,30 +465,30 @@ class AsyncModel:
 
   @shows(GenerateOptions)
   async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
-    """As `Model.generate`."""
+    """Does what `Model.generate` does, as a coroutine."""
     return await _collect(self.stream(prompt, **options))
 
   @shows(GenerateOptions)
   def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
-    """As `Model.stream`, for `async for`."""
+    """Streams as `Model.stream` does, for `async for`."""
     return AsyncStream(self._model, *self._model._request(prompt, **options))
 
   @shows(ChatOptions)
   async def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Completion:
-    """As `Model.chat`."""
+    """Does what `Model.chat` does, as a coroutine."""
     return await _collect(self.stream_chat(messages, **options))
 
   @shows(ChatOptions)
   def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncStream:
-    """As `Model.stream_chat`, for `async for`."""
+    """Streams as `Model.stream_chat` does, for `async for`."""
     return AsyncStream(self._model, *self._model._chat_request(messages, **options))
 
   async def score(self, text: Prompt, *, first: int = 1) -> Score:
-    """As `Model.score`."""
+    """Does what `Model.score` does, as a coroutine."""
     return await self._model._runner.wait(self._model._score(text, first))
 
   async def report(self) -> Report:
-    """As `Model.report`."""
+    """Does what `Model.report` does, as a coroutine."""
     return await self._model._runner.wait(self._model._report())
 
 
