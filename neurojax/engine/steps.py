@@ -1,30 +1,65 @@
-"""The seam between the generation loop and the programs that compute its steps."""
+"""The seam between the batch of requests and the programs that compute its steps."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from neurojax.config import Sampling
-from neurojax.stage.step import StepInput, StepOutput
+from neurojax.stage.step import Row, RowOutput
 
 
 class Steps(Protocol):
-  """Computes the steps of sequences, in this process or on stage servers.
+  """Computes steps of many rows, in this process or on stage servers.
 
-  Sequences are independent of each other and may be open at the same time. One sequence has one step
-  at a time. Methods raise ValueError for what can never be served and EngineError when it failed.
+  Sequences live in slots, which are independent of each other. Methods raise ValueError for what can
+  never be served, and EngineError when computing failed; then every slot of the call is closed.
+
+  Attributes:
+    slots: Number of slots; they are numbered from 0.
+    chunks: Lengths of a prompt's rows, ascending. A prompt is cut on the grid of the first: each of its
+      rows starts at a multiple of chunks[0] and has chunks[0] tokens, or a longer length of the list where
+      the rows it replaces would have given the same bits; only the last row may be shorter.
+    most_draws: Tokens that a row may draw at most.
+    places: Number of blocks of chunks[0] positions that can be kept for later prompts.
+    ahead: Steps that may be under way at the same time. With more than one, a row whose token is not
+      known here yet is given without it (`Row.tokens` is None).
   """
 
-  async def open(self, sequence: str, sampling: Sampling) -> None:
-    """Make room for a sequence on every stage."""
-    ...
+  slots: int
+  chunks: tuple[int, ...]
+  most_draws: int
+  places: int
+  ahead: int
 
-  async def step(self, sequence: str, given: StepInput) -> StepOutput | None:
-    """Advance a sequence through every stage.
+  async def open(
+    self,
+    slot: int,
+    sampling: Sampling,
+    *,
+    stop_ids: frozenset[int] = frozenset(),
+    restore: Sequence[int] = (),
+    copy: tuple[int, int] | None = None,
+  ) -> None:
+    """Begin a sequence in a free slot, on every stage.
 
-    A step that asks for nothing may return None before it is done. Steps of one sequence are carried
-    out in order, and a failure is raised by this or a later step.
+    Args:
+      stop_ids: Ids that are not drawn before `sampling.min_tokens`.
+      restore: Places of kept blocks that the sequence begins with; it then stands at position
+        len(restore) * chunks[0]. Their tokens are not told to the sampler yet: see `Row.seen`.
+      copy: A slot and a number of positions: the sequence begins with those of that slot, which stays
+        as it is.
     """
     ...
 
-  async def close(self, sequence: str) -> None:
-    """Free a sequence on every stage that can be reached; one that is not open is no error."""
+  async def step(self, rows: Sequence[Row]) -> list[RowOutput]:
+    """Advance the sequences of some slots through every stage; at most one row for each.
+
+    Steps are carried out in the order of the calls, and a row that fails does not hurt the others.
+    """
+    ...
+
+  async def close(self, slot: int) -> None:
+    """Free a slot on every stage that can be reached, after the steps that were given before.
+
+    Closing a slot that is not open does nothing.
+    """
     ...

@@ -1,45 +1,92 @@
-"""The input and the output of a stage in one step."""
+"""What a stage is given and what it gives back in one step: a batch of rows, each of one sequence."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
+Role = Literal["prompt", "drawn", "replayed"]
+"""What the sampler has to make of a row's tokens.
+
+"prompt": tokens of the prompt; the sampler only marks them as seen.
+"drawn": tokens that the sampler drew, and so has counted already.
+"replayed": tokens that were drawn before the sequence was opened anew; a fresh sampler counts each and
+moves its draw counter on, as if it had drawn it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepInput:
-  """The next n positions of a sequence.
+class Row:
+  """The next positions of one sequence.
 
   Attributes:
-    start: Position of the first token; it must be the number of positions that the cache holds.
+    slot: Slot of the sequence.
+    start: Position of the first token; it must be the number of positions that the slot holds.
     tokens: int32 ids [n]. Every stage gets them; the last one needs them for the sampler and scores.
+      None: one token, the last one that was drawn in this slot, which the device knows.
     hidden: Activations [n, D] from the previous stage; None for the first stage.
-    is_answer: Whether the sampler drew the tokens, and so has counted them already.
-    sample: Whether the last stage draws the token that follows the last position.
+    role: What the sampler makes of the tokens.
+    draws: Tokens to draw after the last position, each of them the input of the next; 0: none.
+    top: Likeliest tokens to name beside each token that is drawn or scored.
     targets: int32 ids [n]; the last stage gives the log-probability of targets[i] after tokens[i].
+    keep: Places in which the blocks of these positions are kept for later prompts, one for each whole
+      block of the grid; () keeps none.
+    seen: int32 ids of prompt tokens that were restored or copied, and that the sampler has yet to see.
+    allowed: uint32 [ceil(V / 32)], a bit for each token that may be drawn, the lowest first; None: all.
+      Needs draws = 1.
   """
 
+  slot: int
   start: int
-  tokens: np.ndarray
+  tokens: np.ndarray | None
   hidden: np.ndarray | None = None
-  is_answer: bool = False
-  sample: bool = False
+  role: Role = "prompt"
+  draws: int = 0
+  top: int = 0
   targets: np.ndarray | None = None
+  keep: tuple[int, ...] = ()
+  seen: np.ndarray | None = None
+  allowed: np.ndarray | None = None
+
+  @property
+  def length(self) -> int:
+    """Number of positions that are given (n); those of drawn tokens come in addition."""
+    return 1 if self.tokens is None else len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tops:
+  """The likeliest tokens at each of m places, in falling order.
+
+  Attributes:
+    ids: int32 [m, k].
+    logprobs: float32 [m, k], natural logarithms under the logits as the model gives them.
+  """
+
+  ids: np.ndarray
+  logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepOutput:
-  """The result of a step.
+class RowOutput:
+  """The result of a row.
 
   Attributes:
     hidden: Activations [n, D] for the next stage; None from the last stage.
-    token: The token that was drawn, if that was asked for.
-    logprob: Natural logarithm of its probability under the logits as the model gives them.
+    tokens: int32 [draws], the tokens that were drawn.
+    logprobs: float32 [draws], natural logarithms of their probabilities under the logits as the model
+      gives them.
+    tops: The likeliest tokens at the places of `tokens`, if `top` was asked for.
     scores: float32 [n], log-probabilities of the targets, if those were given.
-    compute_s: Seconds that the stage computed.
+    score_tops: The likeliest tokens at the places of `scores`, if `top` was asked for.
+    error: Why the row failed, in place of all else. Its slot is closed then; other rows are not hurt.
+    compute_s: Seconds that the stage computed the step that the row was in.
   """
 
   hidden: np.ndarray | None = None
-  token: int | None = None
-  logprob: float | None = None
+  tokens: np.ndarray | None = None
+  logprobs: np.ndarray | None = None
+  tops: Tops | None = None
   scores: np.ndarray | None = None
+  score_tops: Tops | None = None
+  error: Exception | None = None
   compute_s: float = 0.0
