@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neurojax.forms import KEY_BLOCK, PREFILL
-from neurojax.model.cache import KVCache
+from neurojax.model.cache import KVCache, Rows
+from neurojax.model.loops import unknown_count
 
 _MASKED = -1e30
 """Score of masked keys: below any other, yet finite, so that a row of masked keys gives no NaN."""
@@ -81,110 +82,129 @@ def attend_cache(
   q_BTNH: Float[Array, "B T N H"],
   cache: KVCache,
   layer: Int[Array, ""],
-  start_B: Int[Array, "B"],
+  rows: Rows,
   *,
   scores: Scores = Scores(),
   window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Computes attention of T new queries over the cache.
+  """Computes attention of T new queries of each row over the row's slot of the cache.
 
   Query t of row b sees the last `window` of keys 0..start_B[b]+t. Work and memory follow the positions
-  in use, not the capacity of the cache, nor what lies in front of the window. Many queries visit keys in
-  blocks with a running maximum and sum. A single query reads all its keys at once: its scores are few,
-  and a loop over blocks would cost more than the scores themselves.
+  in use, not the capacity of the cache, nor what lies in front of the window. Rows are computed one after
+  the other, so that no row's bits depend on the others. Many queries visit keys in blocks with a running
+  maximum and sum. A single query reads all its keys at once: its scores are few, and a loop over blocks
+  would cost more than the scores themselves. Rows without input give zeros.
 
   Raises: ValueError: the cache keeps too few positions for so many queries and the window.
   Source: online softmax, arXiv:1805.02867; blocks as in arXiv:2205.14135.
   """
-  if cache.is_ring and (window is None or window + q_BTNH.shape[1] > cache.capacity):
+  batch, length, num_heads, head_dim = q_BTNH.shape
+  if cache.is_ring and (window is None or window + length > cache.capacity):
     raise ValueError(
-      f"{q_BTNH.shape[1]} inputs at once and a window of {window}: the cache keeps {cache.capacity}"
+      f"{length} inputs at once and a window of {window}: the cache keeps {cache.capacity}"
       f" positions: give at most {PREFILL} inputs at a time"
     )
-  if q_BTNH.shape[1] == 1:
-    return _attend_one(q_BTNH, cache, layer, start_B, scores, window)
-  batch, length, num_heads, head_dim = q_BTNH.shape
-  num_kv_heads = cache.k_LBKSH.shape[2]
-  q_BTKGH = _scaled_groups(q_BTNH, num_kv_heads, scores)
-  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
-  last_BT = start_B[:, None] + jnp.arange(length, dtype=start_B.dtype)[None]
+  q_BTKGH = _scaled_groups(q_BTNH, cache.k_LPKSH.shape[2], scores)
+  one = _attend_one if length == 1 else _attend_blocks
+  slot_B = rows.slots
+
+  def row(b: jax.Array | int, out_BTNH: jax.Array) -> jax.Array:
+    q_TKGH = lax.dynamic_index_in_dim(q_BTKGH, b, keepdims=False)
+    out_TKGH = one(q_TKGH, cache, layer, slot_B[b], rows.start_B[b], scores, window)
+    out_TNH = out_TKGH.reshape(length, num_heads, head_dim).astype(out_BTNH.dtype)
+    return lax.dynamic_update_index_in_dim(out_BTNH, out_TNH, b, 0)
+
+  # A count that XLA knows to be 1 would change how it rounds.
+  count = (
+    unknown_count(batch, jnp.maximum(rows.start_B[0], 0))
+    if rows.live_B is None
+    else jnp.sum(rows.live_B.astype(jnp.int32))
+  )
+  return lax.fori_loop(0, count, row, jnp.zeros_like(q_BTNH))
+
+
+def _attend_blocks(
+  q_TKGH: Float[Array, "T K G H"],
+  cache: KVCache,
+  layer: Int[Array, ""],
+  slot: Int[Array, ""],
+  start: Int[Array, ""],
+  scores: Scores,
+  window: int | None,
+) -> Float[Array, "T K G H"]:
+  """Computes `attend_cache` of several queries of one row, over blocks of keys."""
+  length, num_kv_heads, group, head_dim = q_TKGH.shape
+  q_KGTH = q_TKGH.transpose(1, 2, 0, 3)
+  last_T = start + jnp.arange(length, dtype=start.dtype)
 
   def block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
-    top_BKGT, total_BKGT, sum_BKGTH = state
+    top_KGT, total_KGT, sum_KGTH = state
     place = i * KEY_BLOCK
-    at = (layer, 0, 0, place % cache.capacity if cache.is_ring else place, 0)
-    size = (1, batch, num_kv_heads, KEY_BLOCK, head_dim)
-    k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
-    v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
-    score_BKGTS = _capped(_dot("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH), scores)
-    key_S = i * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=start_B.dtype)
-    seen_BTS = key_S[None, None, :] <= last_BT[:, :, None]
+    place = place % cache.capacity if cache.is_ring else place
+    k_KSH, v_KSH = cache.read(layer, slot, place, KEY_BLOCK)
+    score_KGTS = _capped(_dot("KGTH,KSH->KGTS", q_KGTH, k_KSH), scores)
+    key_S = i * KEY_BLOCK + jnp.arange(KEY_BLOCK, dtype=start.dtype)
+    seen_TS = key_S[None] <= last_T[:, None]
     if window is not None:
-      seen_BTS &= key_S[None, None, :] > last_BT[:, :, None] - window
-    score_BKGTS = jnp.where(seen_BTS[:, None, None], score_BKGTS, _MASKED)
-    new_top_BKGT = jnp.maximum(top_BKGT, score_BKGTS.max(axis=-1))
-    weight_BKGTS = jnp.exp(score_BKGTS - new_top_BKGT[..., None])
-    shrink_BKGT = jnp.exp(top_BKGT - new_top_BKGT)
-    total_BKGT = total_BKGT * shrink_BKGT + weight_BKGTS.sum(axis=-1)
-    new_BKGTH = _dot("BKGTS,BKSH->BKGTH", weight_BKGTS.astype(v_BKSH.dtype), v_BKSH)
-    return new_top_BKGT, total_BKGT, sum_BKGTH * shrink_BKGT[..., None] + new_BKGTH
+      seen_TS &= key_S[None] > last_T[:, None] - window
+    score_KGTS = jnp.where(seen_TS[None, None], score_KGTS, _MASKED)
+    new_top_KGT = jnp.maximum(top_KGT, score_KGTS.max(axis=-1))
+    weight_KGTS = jnp.exp(score_KGTS - new_top_KGT[..., None])
+    shrink_KGT = jnp.exp(top_KGT - new_top_KGT)
+    total_KGT = total_KGT * shrink_KGT + weight_KGTS.sum(axis=-1)
+    new_KGTH = _dot("KGTS,KSH->KGTH", weight_KGTS.astype(v_KSH.dtype), v_KSH)
+    return new_top_KGT, total_KGT, sum_KGTH * shrink_KGT[..., None] + new_KGTH
 
-  shape = (batch, num_kv_heads, num_heads // num_kv_heads, length)
-  blocks = (start_B.max() + length + KEY_BLOCK - 1) // KEY_BLOCK
+  shape = (num_kv_heads, group, length)
+  blocks = (start + length + KEY_BLOCK - 1) // KEY_BLOCK
   state = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-  first = 0 if window is None else jnp.maximum(start_B.min() - window + 1, 0) // KEY_BLOCK
-  _, total_BKGT, sum_BKGTH = lax.fori_loop(first, blocks, block, state)
-  out_BKGTH = sum_BKGTH / total_BKGT[..., None]
-  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
+  first = 0 if window is None else jnp.maximum(start - window + 1, 0) // KEY_BLOCK
+  _, total_KGT, sum_KGTH = lax.fori_loop(first, blocks, block, state)
+  return (sum_KGTH / total_KGT[..., None]).transpose(2, 0, 1, 3)
 
 
 def _attend_one(
-  q_B1NH: Float[Array, "B 1 N H"],
+  q_1KGH: Float[Array, "1 K G H"],
   cache: KVCache,
   layer: Int[Array, ""],
-  start_B: Int[Array, "B"],
+  slot: Int[Array, ""],
+  start: Int[Array, ""],
   scores: Scores,
   window: int | None,
-) -> Float[Array, "B 1 N H"]:
+) -> Float[Array, "1 K G H"]:
   """Computes `attend_cache` of one query, over the least sufficient power of two of keys."""
-  batch, _, _, head_dim = q_B1NH.shape
-  num_kv_heads = cache.k_LBKSH.shape[2]
-  q_BKGH = _scaled_groups(q_B1NH, num_kv_heads, scores)[:, 0]
-  # The first key that some row sees.
-  first = None if window is None else jnp.maximum(start_B.min() - window + 1, 0)
+  q_KGH = q_1KGH[0]
+  # The first key that the query sees.
+  first = None if window is None else jnp.maximum(start - window + 1, 0)
 
   def over(count: int) -> jax.Array:
     # Not beyond the end: XLA would move the slice back there, and the positions would stay.
     begin = 0 if first is None else jnp.minimum(first, cache.capacity - count)
-    at, size = (layer, 0, 0, begin, 0), (1, batch, num_kv_heads, count, head_dim)
-    k_BKSH = lax.dynamic_slice(cache.k_LBKSH, at, size)[0]
-    v_BKSH = lax.dynamic_slice(cache.v_LBKSH, at, size)[0]
+    k_KSH, v_KSH = cache.read(layer, slot, begin, count)
     # Keys first: XLA:CPU copies the operand on the right into another layout.
-    score_BKGS = _capped(_dot("BKSH,BKGH->BKSG", k_BKSH, q_BKGH).swapaxes(2, 3), scores)
-    key_S = jnp.arange(count, dtype=start_B.dtype)
+    score_KGS = _capped(_dot("KSH,KGH->KSG", k_KSH, q_KGH).swapaxes(1, 2), scores)
+    key_S = jnp.arange(count, dtype=start.dtype)
     if window is None:
-      seen_BS = key_S[None] <= start_B[:, None]
+      seen_S = key_S <= start
     else:
-      key_BS = jnp.broadcast_to(key_S + begin, (batch, count))
+      key_S = key_S + begin
       if count == cache.capacity:
         # After positions have gone round, each place holds the last position not beyond the query.
-        key_BS = start_B[:, None] - (start_B[:, None] - key_S[None]) % cache.capacity
-      seen_BS = (key_BS >= 0) & (key_BS <= start_B[:, None])
-      seen_BS &= key_BS > start_B[:, None] - window
-    score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, _MASKED)
-    weight_BKGS = jnp.exp(score_BKGS - score_BKGS.max(axis=-1, keepdims=True))
-    sum_BKGH = _dot("BKGS,BKSH->BKGH", weight_BKGS.astype(v_BKSH.dtype), v_BKSH)
-    return sum_BKGH / weight_BKGS.sum(axis=-1)[..., None]
+        key_S = start - (start - jnp.arange(count, dtype=start.dtype)) % cache.capacity
+      seen_S = (key_S >= 0) & (key_S <= start) & (key_S > start - window)
+    score_KGS = jnp.where(seen_S[None, None], score_KGS, _MASKED)
+    weight_KGS = jnp.exp(score_KGS - score_KGS.max(axis=-1, keepdims=True))
+    sum_KGH = _dot("KGS,KSH->KGH", weight_KGS.astype(v_KSH.dtype), v_KSH)
+    return sum_KGH / weight_KGS.sum(axis=-1)[..., None]
 
   counts = [min(_FEWEST_KEYS, cache.capacity)]
   while counts[-1] < cache.capacity:
     counts.append(min(2 * counts[-1], cache.capacity))
-  last = start_B.max() if first is None else start_B.max() - first
+  last = start if first is None else start - first
   if cache.is_ring:
-    last = jnp.where(start_B.max() < cache.capacity, last, cache.capacity - 1)
-  enough = jnp.sum(jnp.array(counts, start_B.dtype) <= last)
-  out_BKGH = lax.switch(enough, [functools.partial(over, count) for count in counts])
-  return out_BKGH.reshape(q_B1NH.shape).astype(q_B1NH.dtype)
+    last = jnp.where(start < cache.capacity, last, cache.capacity - 1)
+  enough = jnp.sum(jnp.array(counts, start.dtype) <= last)
+  return lax.switch(enough, [functools.partial(over, count) for count in counts])[None]
 
 
 def _scaled_groups(q_BTNH: jax.Array, num_kv_heads: int, scores: Scores) -> jax.Array:

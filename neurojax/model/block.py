@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from neurojax.config import LayerKind, ModelConfig
 from neurojax.model.attention import AttentionKind, Scores, attend, attend_cache
-from neurojax.model.cache import KVCache, LayerCache
+from neurojax.model.cache import KVCache, LayerCache, Rows
 from neurojax.model.convolution import Convolution
 from neurojax.model.ffn import FFN, Experts
 from neurojax.model.initial import normal, zeros
@@ -58,6 +58,7 @@ class Attention(nnx.Module):
     position_BT: Int[Array, "B T"],
     cache: KVCache | None,
     layer: Int[Array, ""],
+    rows: Rows,
     which: Int[Array, ""] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Runs over T positions; arguments as in `Block`."""
@@ -77,9 +78,8 @@ class Attention(nnx.Module):
     if cache is None:
       out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, kind=self.kind, scores=self.scores, window=window)
     else:
-      start_B = position_BT[:, 0]
-      cache = cache.write(layer, k_BTKH, v_BTKH, start_B)
-      out_BTNH = attend_cache(q_BTNH, cache, layer, start_B, scores=self.scores, window=window)
+      cache = cache.write(layer, k_BTKH, v_BTKH, rows)
+      out_BTNH = attend_cache(q_BTNH, cache, layer, rows, scores=self.scores, window=window)
     if self.sub_norm is not None:
       out_BTNH = self.sub_norm(out_BTNH)
     return project("BTNH,NHD->BTD", out_BTNH, self.o_NHD), cache
@@ -140,26 +140,24 @@ class Block(nnx.Module):
     position_BT: Int[Array, "B T"],
     cache: LayerCache | None,
     layer: Int[Array, ""],
+    rows: Rows,
     *,
     which: Int[Array, ""] | None = None,
-    count_B: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """Runs over T positions.
 
     Args:
       cache: Cache of all layers of this shape.
       layer: Index of this layer among them.
+      rows: Where the rows lie in the cache.
       which: Index of this layer's kind in `kinds`, if there are several.
-      count_B: Number of inputs of each row that are no padding; None: all.
     """
     normed_BTD = self.attn_norm(x_BTD)
     if self.convolution is not None:
-      if count_B is None:
-        count_B = jnp.full(x_BTD.shape[0], x_BTD.shape[1], jnp.int32)
-      mixed_BTD, cache = self.convolution(normed_BTD, position_BT[:, 0], cache, layer, count_B)
+      mixed_BTD, cache = self.convolution(normed_BTD, cache, layer, rows)
     else:
       assert self.attention is not None
-      mixed_BTD, cache = self.attention(normed_BTD, position_BT, cache, layer, which)
+      mixed_BTD, cache = self.attention(normed_BTD, position_BT, cache, layer, rows, which)
     if self.attn_post_norm is not None:
       mixed_BTD = self.attn_post_norm(mixed_BTD)
     x_BTD = x_BTD + mixed_BTD

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import ModelConfig
-from neurojax.model.cache import ConvState
+from neurojax.model.cache import ConvState, Rows
 from neurojax.model.initial import normal
 from neurojax.model.project import project
 
@@ -30,16 +30,15 @@ class Convolution(nnx.Module):
   def __call__(
     self,
     x_BTD: Float[Array, "B T D"],
-    start_B: Int[Array, "B"],
     state: ConvState | None,
     layer: Int[Array, ""],
-    count_B: Int[Array, "B"],
+    rows: Rows,
   ) -> tuple[Float[Array, "B T D"], ConvState | None]:
-    """Runs over T positions from `start_B` on.
+    """Runs over T positions.
 
     Args:
       state: Inputs at the positions before; None: there are none.
-      count_B: Number of inputs of each row that are no padding; padding leaves no trace in the state.
+      rows: Where the rows lie in the state. Padding leaves no trace there.
     """
     batch, length, channels = x_BTD.shape
     kernel_WM = self.kernel_WM[...].astype(jnp.float32)
@@ -49,7 +48,7 @@ class Convolution(nnx.Module):
     if state is None:
       before_BXM = jnp.zeros((batch, width - 1, channels), gated_BTM.dtype)
     else:
-      before_BXM = state.read(layer, start_B).astype(gated_BTM.dtype)
+      before_BXM = state.read(layer, rows).astype(gated_BTM.dtype)
     all_BSM = jnp.concatenate([before_BXM, gated_BTM], axis=1)
     taps = [
       all_BSM[:, tap : tap + length].astype(jnp.float32) * kernel_WM[tap][None, None]
@@ -57,5 +56,5 @@ class Convolution(nnx.Module):
     ]
     mixed_BTM = functools.reduce(jnp.add, taps).astype(x_BTD.dtype)
     if state is not None:
-      state = state.write(layer, all_BSM, count_B)
+      state = state.write(layer, all_BSM, rows)
     return project("BTM,MD->BTD", c_BTM * mixed_BTM, self.out_MD), state

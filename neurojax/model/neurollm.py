@@ -18,7 +18,7 @@ from neurojax.config import ModelConfig, Span
 from neurojax.model import ends, params
 from neurojax.model.attention import AttentionKind
 from neurojax.model.block import Block
-from neurojax.model.cache import Cache, ConvState, KVCache, LayerCache
+from neurojax.model.cache import Cache, ConvState, KVCache, LayerCache, Rows
 from neurojax.model.initial import normal
 from neurojax.model.loops import ScanBody, loop_runs, scan_runs, unknown_count
 from neurojax.model.norm import RMSNorm
@@ -79,6 +79,7 @@ class NeuroLLM(nnx.Module):
     cache: Cache | None = None,
     start_B: Int[Array, "B"] | None = None,
     count_B: Int[Array, "B"] | None = None,
+    slot_B: Int[Array, "B"] | None = None,
   ) -> tuple[Float[Array, "B T X"], Cache | None]:
     """Runs the span: from token ids if it is the first, else from activations.
 
@@ -87,11 +88,15 @@ class NeuroLLM(nnx.Module):
       start_B: Position of each row's first input; needed with a cache.
       count_B: Number of inputs of each row that are no padding; what padding leaves in the cache is never
         read. None: all.
+      slot_B: Slot of each row in the cache; None: row b lies in slot b.
     Returns: float32 logits [B, T, V] if the span is the last, else activations [B, T, D]; and the
       cache with the new positions in it.
     """
+    if (cache is None) != (start_B is None):
+      raise ValueError("cache and start_B go together: give both or neither")
     x_BTD = self.embed(inputs) if self.span.is_first else inputs
-    x_BTD, cache = self.run_layers(x_BTD, cache=cache, start_B=start_B, count_B=count_B)
+    rows = None if start_B is None else Rows(start_B, count_B, slot_B)
+    x_BTD, cache = self.run_layers(x_BTD, cache=cache, rows=rows)
     return (self.logits(x_BTD) if self.span.is_last else x_BTD), cache
 
   def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -104,23 +109,21 @@ class NeuroLLM(nnx.Module):
     x_BTD: Float[Array, "B T D"],
     *,
     cache: Cache | None = None,
-    start_B: Int[Array, "B"] | None = None,
-    count_B: Int[Array, "B"] | None = None,
+    rows: Rows | None = None,
     around: Callable[[ScanBody], ScanBody] | None = None,
     unroll: int = 1,
   ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Runs the layers of the span alone, without embedding or head.
 
     Args:
-      cache, start_B, count_B: As in `__call__`.
+      cache: As in `__call__`.
+      rows: Where the rows lie in the cache; needed with one.
       around: Changes the function of a layer, without a cache: training gathers what is sharded and
         keeps less for the backward pass.
       unroll: Layers that the compiler sees one after the other, without a cache.
     """
-    if (cache is None) != (start_B is None):
-      raise ValueError("cache and start_B go together: give both or neither")
-    if start_B is None:
-      start_B = jnp.zeros(x_BTD.shape[0], jnp.int32)
+    rows = rows or Rows(jnp.zeros(x_BTD.shape[0], jnp.int32))
+    start_B = rows.start_B
     position_BT = start_B[:, None] + jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
     stacks = self.stacks
     split = {name: nnx.split(getattr(self, name)) for name in stacks}
@@ -132,7 +135,7 @@ class NeuroLLM(nnx.Module):
       which = None
       if len(stacks[name].kinds) > 1:
         which = jnp.asarray(stacks[name].which, jnp.int32)[index]
-      return block(x_BTD, position_BT, cache, index, which=which, count_B=count_B)
+      return block(x_BTD, position_BT, cache, index, rows, which=which)
 
     if cache is None:
       states = {name: state for name, (_, state) in split.items()}
@@ -169,8 +172,8 @@ class NeuroLLM(nnx.Module):
     return ends.final_norm(x_BTD, self.final_norm.scale_D[...], self.final_norm.eps)
 
   def new_cache(self, *, batch: int, capacity: int) -> Cache:
-    """Makes an empty cache for the layers of this span."""
-    return empty_cache(self.config, self.span, batch=batch, capacity=capacity, dtype=self.dtype)
+    """Makes an empty cache of `batch` slots for the layers of this span."""
+    return empty_cache(self.config, self.span, slots=batch, capacity=capacity, dtype=self.dtype)
 
   @classmethod
   def abstract(
@@ -188,14 +191,16 @@ class NeuroLLM(nnx.Module):
 
 
 def empty_cache(
-  config: ModelConfig, span: Span, *, batch: int, capacity: int, dtype: DTypeLike
+  config: ModelConfig, span: Span, *, slots: int, capacity: int, dtype: DTypeLike
 ) -> Cache:
-  """Makes an empty cache for a span of layers.
+  """Makes an empty cache of so many slots for a span of layers.
 
+  Args:
+    dtype: int8 rounds keys and values (`KVCache`); the state of convolutions is float32 then.
   Raises: ValueError: the capacity is no multiple of KEY_BLOCK.
   """
   caches = {
-    stack.name: _empty(config, stack, batch, capacity, dtype)
+    stack.name: _empty(config, stack, slots, capacity, dtype)
     for stack in params.stacks(config, span)
   }
   return caches.get("layers", caches)
@@ -217,20 +222,20 @@ def _stacked(
 
 
 def _empty(
-  config: ModelConfig, stack: params.Stack, batch: int, capacity: int, dtype: DTypeLike
+  config: ModelConfig, stack: params.Stack, slots: int, capacity: int, dtype: DTypeLike
 ) -> LayerCache:
   if stack.kind.mixer == "convolution":
     return ConvState.zeros(
       num_layers=len(stack.layers),
-      batch=batch,
+      slots=slots,
       width=config.conv_width,
       channels=config.model_dim,
-      dtype=dtype,
+      dtype=jnp.float32 if jnp.dtype(dtype) == jnp.int8 else dtype,
     )
   assert stack.kind.num_kv_heads is not None and stack.kind.head_dim is not None
   return KVCache.zeros(
     num_layers=len(stack.layers),
-    batch=batch,
+    slots=slots,
     num_kv_heads=stack.kind.num_kv_heads,
     capacity=capacity,
     head_dim=stack.kind.head_dim,

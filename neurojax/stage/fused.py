@@ -101,13 +101,13 @@ class Fused:
     s = self.layers.shape
     cache = KVCache.zeros(
       num_layers=self.layers.num_layers,
-      batch=batch,
+      slots=batch,
       num_kv_heads=s.k,
       capacity=capacity,
       head_dim=s.h,
       dtype=dtype,
     )
-    return cache.k_LBKSH, cache.v_LBKSH
+    return cache.k_LPKSH, cache.v_LPKSH
 
 
 def fuse(model: NeuroLLM, *, consume: bool = False) -> Fused:

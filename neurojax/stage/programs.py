@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
 
 from neurojax import config
 from neurojax.kernels.decode import api as decode
-from neurojax.model.cache import Cache, KVCache
-from neurojax.model.neurollm import NeuroLLM
+from neurojax.kernels.gemm import cpu
+from neurojax.model.cache import Cache, KVCache, Rows
+from neurojax.model.neurollm import NeuroLLM, empty_cache
 from neurojax.stage import fused
 from neurojax.stage.fused import Fused, Kernels, fuse
 from neurojax.weights.ternary import TernaryArray
@@ -31,36 +33,38 @@ Chosen = Literal["model", "fused"]
 
 @runtime_checkable
 class Programs(Protocol):
-  """Functions for a stage to compile, for one sequence at a time.
+  """Functions for a stage to compile, over the slots of a cache.
 
   Attributes:
     kind: "model" or "fused".
     params: All the weights, a tree of arrays; the first argument of every function.
     activations: Dtype of what passes from one stage to the next.
+    rows_agree: Whether the bits of a row are the same beside any number of others, so that decode may be
+      compiled for several numbers of rows.
+    lengths_agree: Whether the bits of a prompt's position are the same in a call of any length.
   """
 
   kind: Chosen
   params: Any
   activations: np.dtype
+  rows_agree: bool
+  lengths_agree: bool
+
+  def new_cache(self, *, slots: int, capacity: int) -> Cache:
+    """Make an empty cache."""
+    ...
 
   def forward(
-    self,
-    params: Any,
-    inputs: Array,
-    cache: Cache,
-    start_B: Int[Array, "1"],
-    count_B: Int[Array, "1"] | None = None,
-  ) -> tuple[Float[Array, "1 T D"], Cache]:
-    """Run T inputs through the layers of the span.
+    self, params: Any, inputs: Array, cache: Cache, rows: Rows
+  ) -> tuple[Float[Array, "B T D"], Cache]:
+    """Run T inputs of each row through the layers of the span.
 
     Args:
-      inputs: int32 ids [1, T] if the span is the first, else activations [1, T, D].
-      start_B: Position of the first input.
-      count_B: How many inputs mean something, the rest being padding; all if absent.
+      inputs: int32 ids [B, T] if the span is the first, else activations [B, T, D]; B or T is 1.
     """
     ...
 
-  def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
+  def logits(self, params: Any, x_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     """Compute logits by the final norm and the head, which only the last span has."""
     ...
 
@@ -71,29 +75,37 @@ class Programs(Protocol):
 
 
 class ModelPrograms:
-  """Runs the model as it is, on any device and with any weights; activations have the model's dtype."""
+  """Runs the model as it is, on any device and with any weights; activations have the model's dtype.
+
+  Args:
+    cache: Dtype of the cache; the model's if absent.
+  """
 
   kind: Chosen = "model"
+  lengths_agree: bool = False
 
-  def __init__(self, model: NeuroLLM):
+  def __init__(self, model: NeuroLLM, cache: DTypeLike | None = None):
     graph, state = nnx.split(model)
     self.params, tree = jax.tree.flatten(state)
     self._rebuild = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    self._config, self._span = model.config, model.span
+    self._cache = jnp.dtype(cache or model.dtype)
     self.activations = np.dtype(model.dtype)
+    self.rows_agree = rows_agree(model)
+
+  def new_cache(self, *, slots: int, capacity: int) -> Cache:
+    return empty_cache(
+      self._config, self._span, slots=slots, capacity=capacity, dtype=self._cache
+    )
 
   def forward(
-    self,
-    params: Any,
-    inputs: Array,
-    cache: Cache,
-    start_B: Int[Array, "1"],
-    count_B: Int[Array, "1"] | None = None,
-  ) -> tuple[Float[Array, "1 T D"], Cache]:
+    self, params: Any, inputs: Array, cache: Cache, rows: Rows
+  ) -> tuple[Float[Array, "B T D"], Cache]:
     model = self._rebuild(params)
     x_BTD = model.embed(inputs) if model.span.is_first else inputs
-    return model.run_layers(x_BTD, cache=cache, start_B=start_B, count_B=count_B)
+    return model.run_layers(x_BTD, cache=cache, rows=rows)
 
-  def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
+  def logits(self, params: Any, x_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     return self._rebuild(params).logits(x_BTD)
 
   @property
@@ -117,32 +129,53 @@ class FusedPrograms:
 
   kind: Chosen = "fused"
   activations: np.dtype = np.dtype(np.float32)
+  rows_agree: bool = False
+  lengths_agree: bool = False
+
+  def new_cache(self, *, slots: int, capacity: int) -> KVCache:
+    return KVCache(*self.params.new_cache(batch=slots, capacity=capacity, dtype=self.dtype))
 
   def forward(
-    self,
-    params: Fused,
-    inputs: Array,
-    cache: KVCache,
-    start_B: Int[Array, "1"],
-    count_B: Int[Array, "1"] | None = None,
-  ) -> tuple[Float32[Array, "1 T D"], KVCache]:
-    # What padding leaves among keys and values is never read: nothing here needs count_B.
+    self, params: Fused, inputs: Array, cache: KVCache, rows: Rows
+  ) -> tuple[Float32[Array, "B T D"], KVCache]:
     x_BTD = inputs if params.embedding is None else fused.embed(params, inputs)
-    caches = cache.k_LBKSH, cache.v_LBKSH
+    caches = cache.k_LPKSH, cache.v_LPKSH
     if x_BTD.shape[1] > 1:
+      # What padding leaves among keys and values is never read.
       x_BTD, *caches = fused.prefill(
-        params, x_BTD, *caches, start_B, kernels=self.kernels, dtype=self.dtype
-      )
+        params, x_BTD, *caches, rows.start_B, slot_B=rows.slot_B,
+        kernels=self.kernels, dtype=self.dtype,
+      )  # fmt: skip
       return x_BTD, KVCache(*caches)
-    x_BD, *caches = fused.decode(params, x_BTD[:, 0], *caches, start_B, kernels=self.kernels)
+    # Nothing is stored at a position outside the cache.
+    position_B = rows.start_B if rows.live_B is None else jnp.where(rows.live_B, rows.start_B, -1)
+    x_BD, *caches = fused.decode(
+      params, x_BTD[:, 0], *caches, position_B, slot_B=rows.slot_B, kernels=self.kernels
+    )
     return x_BD[:, None], KVCache(*caches)
 
-  def logits(self, params: Fused, x_BTD: Float32[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
-    return fused.logits(params, x_BTD[0], kernels=self.kernels)[None]
+  def logits(self, params: Fused, x_BTD: Float32[Array, "B T D"]) -> Float32[Array, "B T V"]:
+    b, t, d = x_BTD.shape
+    return fused.logits(params, x_BTD.reshape(b * t, d), kernels=self.kernels).reshape(b, t, -1)
 
   @property
   def weight_bytes(self) -> int:
     return self.params.nbytes
+
+
+def rows_agree(model: NeuroLLM) -> bool:
+  """Whether all matrices of a model give a row the same bits beside any number of other rows.
+
+  Ternary matrices do on a CPU, where one kernel multiplies every row by itself.
+  """
+  if _device().platform != "cpu" or model.config.num_experts or cpu.unavailable():
+    return False
+  return all(
+    leaf.ndim < 2 or isinstance(leaf, TernaryArray)
+    for leaf in jax.tree.leaves(
+      nnx.to_pure_dict(nnx.state(model)), is_leaf=lambda leaf: isinstance(leaf, TernaryArray)
+    )
+  )
 
 
 def programs_of(
@@ -151,6 +184,7 @@ def programs_of(
   *,
   capacity: int,
   lengths: Sequence[int],
+  cache: DTypeLike | None = None,
   kernels: Kernels | None = None,
 ) -> Programs:
   """Choose the programs that run a span. Fused programs consume the model.
@@ -163,6 +197,7 @@ def programs_of(
   Args:
     capacity: Positions of the cache.
     lengths: Input lengths that will be compiled.
+    cache: Dtype of the cache; the model's if absent. Fused programs have no other yet.
     kernels: Kernels of the fused programs; those for the default device if absent. `REFERENCE` runs
       anywhere.
   Raises:
@@ -174,8 +209,10 @@ def programs_of(
   if wanted == "model":
     if kernels is not None:
       raise ValueError(f"kernels {kernels} are for fused programs: leave them out, or want 'fused'")
-    return ModelPrograms(model)
+    return ModelPrograms(model, cache)
   try:
+    if cache is not None and jnp.dtype(cache) != model.dtype:
+      raise NotImplementedError(f"they keep keys and values in {model.dtype}, not in {cache}")
     if wanted == "auto" or kernels is None or _needs_gpu(kernels):
       _check_gpu(model)
     kernels = _fitting(model, kernels, capacity, lengths)
@@ -185,7 +222,7 @@ def programs_of(
     is_slow = _device().platform == "gpu" and _is_ternary(model)
     level = logging.WARNING if is_slow else logging.INFO
     _say(level, f"the model runs as it is, not by fused programs: {reason}")
-    return ModelPrograms(model)
+    return ModelPrograms(model, cache)
   _say(logging.INFO, f"the model runs by fused programs, {kernels}")
   return FusedPrograms(fuse(model, consume=True), kernels, np.dtype(model.dtype))
 
@@ -203,16 +240,14 @@ def _fitting(
     raise NotImplementedError(str(error)) from error
   kernels = kernels or _of_device(whole, capacity)
   programs = FusedPrograms(whole, kernels, np.dtype(model.dtype))
-  cache = jax.eval_shape(
-    lambda: KVCache(*whole.new_cache(batch=1, capacity=capacity, dtype=model.dtype))
-  )
-  start_B = jax.ShapeDtypeStruct((1,), jnp.int32)
+  cache = jax.eval_shape(lambda: programs.new_cache(slots=1, capacity=capacity))
+  rows = Rows(jax.ShapeDtypeStruct((1,), jnp.int32))
   # Whatever a kernel does not take, it says when it is traced.
   for length in lengths:
     x_BTD = jax.ShapeDtypeStruct((1, length, model.config.model_dim), jnp.float32)
     ids_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
     inputs = ids_BT if model.span.is_first else x_BTD
-    jax.eval_shape(programs.forward, whole, inputs, cache, start_B)
+    jax.eval_shape(programs.forward, whole, inputs, cache, rows)
     if model.span.is_last:
       jax.eval_shape(programs.logits, whole, x_BTD)
   return kernels

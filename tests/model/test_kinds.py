@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from neurojax.config import LayerKind, ModelConfig, RopeScaling, Span
 from neurojax.model import params
 from neurojax.model.attention import Scores, attend, attend_cache
-from neurojax.model.cache import ConvState, KVCache
+from neurojax.model.cache import ConvState, KVCache, Rows
 from neurojax.model.ffn import Experts
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.order import rounds
@@ -140,14 +140,15 @@ def test_rows_of_a_batch_do_not_meet(models):
 def test_a_convolution_keeps_what_came_before_the_next_position():
   state = ConvState(jnp.arange(2 * 1 * 2 * 3, dtype=jnp.float32).reshape(2, 1, 2, 3))
   layer = jnp.int32(1)
-  assert state.read(layer, jnp.array([5]))[0].tolist() == [[6, 7, 8], [9, 10, 11]]
-  assert state.read(layer, jnp.array([1]))[0].tolist() == [[0, 0, 0], [9, 10, 11]]
-  assert state.read(layer, jnp.array([0]))[0].tolist() == [[0, 0, 0], [0, 0, 0]]
-  rows = jnp.arange(5.0).reshape(1, 5, 1) * jnp.ones((1, 1, 3))
+  assert state.read(layer, Rows(jnp.array([5])))[0].tolist() == [[6, 7, 8], [9, 10, 11]]
+  assert state.read(layer, Rows(jnp.array([1])))[0].tolist() == [[0, 0, 0], [9, 10, 11]]
+  assert state.read(layer, Rows(jnp.array([0])))[0].tolist() == [[0, 0, 0], [0, 0, 0]]
+  inputs = jnp.arange(5.0).reshape(1, 5, 1) * jnp.ones((1, 1, 3))
   for count in range(4):
-    kept = state.write(layer, rows, jnp.array([count])).u_LBXM
-    assert kept[1, 0, :, 0].tolist() == [count, count + 1]
-    np.testing.assert_array_equal(kept[0], state.u_LBXM[0])
+    kept = state.write(layer, inputs, Rows(jnp.array([5]), jnp.array([count]))).u_LPXM
+    # Without input the state stays as it is.
+    assert kept[1, 0, :, 0].tolist() == ([count, count + 1] if count else [6, 9])
+    np.testing.assert_array_equal(kept[0], state.u_LPXM[0])
 
 
 def exact_attention(q_TNH, k_SKH, v_SKH, start: int, window: int | None, scores: Scores):
@@ -178,7 +179,12 @@ def test_windows_and_caps_equal_float64(length: int, start: int, window: int):
   cache = KVCache(*(jnp.asarray(x.swapaxes(0, 1))[None, None] for x in (k, v)))
   scores = Scores(0.7, 1.5)
   found = attend_cache(
-    jnp.asarray(q)[None], cache, jnp.int32(0), jnp.array([start]), scores=scores, window=window
+    jnp.asarray(q)[None],
+    cache,
+    jnp.int32(0),
+    Rows(jnp.array([start])),
+    scores=scores,
+    window=window,
   )
   wanted = exact_attention(q, k, v, start, window, scores)
   np.testing.assert_allclose(found[0], wanted, atol=3e-6, rtol=3e-5)
@@ -192,7 +198,7 @@ def test_places_of_a_window_are_used_again():
   """Positions go round twice, in calls of any length, each padded with what must not be seen."""
   window, rng = 130, np.random.default_rng(3)
   cache = KVCache.zeros(
-    num_layers=2, batch=1, num_kv_heads=2, capacity=1152, head_dim=4, dtype=jnp.float32,
+    num_layers=2, slots=1, num_kv_heads=2, capacity=1152, head_dim=4, dtype=jnp.float32,
     window=window,
   )  # fmt: skip
   assert cache.is_ring and cache.capacity == 512
@@ -202,8 +208,8 @@ def test_places_of_a_window_are_used_again():
 
   @jax.jit
   def call(cache, q, k, v, start_B):
-    cache = cache.write(layer, k, v, start_B)
-    return attend_cache(q, cache, layer, start_B, scores=scores, window=window), cache
+    cache = cache.write(layer, k, v, Rows(start_B))
+    return attend_cache(q, cache, layer, Rows(start_B), scores=scores, window=window), cache
 
   for length in (256, 200, 1, 1, 54, 1, 256, 256 - 1, *[1] * 3):
     padded = 1 if length == 1 else 256
@@ -216,7 +222,7 @@ def test_places_of_a_window_are_used_again():
     start += length
   assert start > 2 * cache.capacity - 10
   with pytest.raises(ValueError, match="at most 256 inputs at a time"):
-    attend_cache(jnp.zeros((1, 400, 4, 4)), cache, layer, jnp.array([0]), window=window)
+    attend_cache(jnp.zeros((1, 400, 4, 4)), cache, layer, Rows(jnp.array([0])), window=window)
 
 
 def test_a_window_counts_the_query_itself():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from neurojax.config import ModelConfig, Span
 from neurojax.model.attention import attend, attend_cache
-from neurojax.model.cache import KVCache, check_room
+from neurojax.model.cache import KVCache, Rows, check_room
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.norm import RMSNorm
 from neurojax.model.rope import frequencies, rotate
@@ -185,24 +185,26 @@ def test_the_cache_refuses_an_overflow():
   k_BTKH = jnp.zeros((1, 2, 2, 6))
   for start in (127, -1, 200):
     with pytest.raises(ValueError, match=r"do not fit a cache of 128"):
-      cache.write(jnp.int32(0), k_BTKH, k_BTKH, jnp.array([start]))
+      cache.write(jnp.int32(0), k_BTKH, k_BTKH, Rows(jnp.array([start])))
     with pytest.raises(ValueError, match="do not fit"):
       check_room(start, 2, 128)
-  written = cache.write(jnp.int32(2), k_BTKH + 1, k_BTKH + 2, jnp.array([126]))
-  assert written.k_LBKSH.sum() == 2 * 2 * 6 and written.k_LBKSH[2, 0, :, 126:].min() == 1
+  written = cache.write(jnp.int32(2), k_BTKH + 1, k_BTKH + 2, Rows(jnp.array([126])))
+  assert written.k_LPKSH.sum() == 2 * 2 * 6 and written.k_LPKSH[2, 0, :, 126:].min() == 1
   with pytest.raises(ValueError, match="multiple of"):
     net.new_cache(batch=1, capacity=100)
 
 
-def test_a_cache_batch_is_never_broadcast():
+def test_a_row_touches_no_slot_but_its_own():
   """The seed's cache writes one row into all of its batch."""
-  cache = KVCache.zeros(
-    num_layers=1, batch=2, num_kv_heads=1, capacity=128, head_dim=2, dtype=jnp.float32
-  )
-  with pytest.raises(Exception, match=r"(?i)type|shape|batch"):
-    NeuroLLM(dataclasses.replace(TINY, num_layers=1), rngs=nnx.Rngs(0))(
-      jnp.zeros((1, 3), jnp.int32), cache=cache, start_B=jnp.array([0])
-    )
+  net = model(TINY)
+  tokens = jnp.asarray(np.random.default_rng(7).integers(0, 61, (1, 9)))
+  marked = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7), net.new_cache(batch=3, capacity=128))
+  alone, own = net(tokens, cache=net.new_cache(batch=1, capacity=128), start_B=jnp.array([0]))
+  found, cache = net(tokens, cache=marked, start_B=jnp.array([0]), slot_B=jnp.array([2]))
+  np.testing.assert_array_equal(found, alone)
+  for leaf, one in zip(jax.tree.leaves(cache), jax.tree.leaves(own), strict=True):
+    assert (leaf[:, :2] == 7).all()
+    np.testing.assert_array_equal(leaf[:, 2, :, :9], one[:, 0, :, :9])
 
 
 @given(
@@ -220,10 +222,12 @@ def test_cached_attention_equals_attention_in_float64(
   k, v = rng.standard_normal((2, start + length, kv, 4)).astype(np.float32)
   q = rng.standard_normal((length, kv * groups, 4)).astype(np.float32)
   empty = KVCache.zeros(
-    num_layers=2, batch=1, num_kv_heads=kv, capacity=256, head_dim=4, dtype=jnp.float32
+    num_layers=2, slots=1, num_kv_heads=kv, capacity=256, head_dim=4, dtype=jnp.float32
   )
-  cache = empty.write(jnp.int32(1), jnp.asarray(k)[None], jnp.asarray(v)[None], jnp.array([0]))
-  out = attend_cache(jnp.asarray(q)[None], cache, jnp.int32(1), jnp.array([start]))
+  cache = empty.write(
+    jnp.int32(1), jnp.asarray(k)[None], jnp.asarray(v)[None], Rows(jnp.array([0]))
+  )
+  out = attend_cache(jnp.asarray(q)[None], cache, jnp.int32(1), Rows(jnp.array([start])))
   for t, n in itertools.product(range(length), range(kv * groups)):
     seen = start + t + 1
     score = k[:seen, n // groups].astype(np.float64) @ q[t, n] / 2
