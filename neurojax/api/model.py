@@ -376,7 +376,7 @@ class Model:
     tokens = self.tokenize(text, add_special=True) if isinstance(text, str) else _ids(text)
     if len(tokens) < 2:
       raise ValueError(f"{len(tokens)} tokens: at least two, the first of which is only given")
-    logprobs = await self._engine.score(tokens, first=first)
+    logprobs = (await self._engine.score(tokens, first=first)).logprobs
     return Score(tokens=tuple(tokens), logprobs=tuple(map(float, logprobs)), first=first)
 
   async def _report(self) -> Report:

@@ -6,14 +6,37 @@ other requests.
 """
 
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 from neurojax.config import Sampling
+from neurojax.stage.step import Tops
 
 FinishReason = Literal["stop", "length"]
+MOST_ANSWERS = 128
+"""Answers that one request may ask for."""
+MOST_TOPS = 20
+"""Likeliest tokens that may be named beside a token."""
+
+
+class Constraint(Protocol):
+  """Says which tokens may come next in one answer, such as those that keep it in a grammar."""
+
+  def allowed(self, tokens: Sequence[int]) -> np.ndarray | None:
+    """The tokens that may follow.
+
+    Args:
+      tokens: Ids of the answer so far; each of them was accepted.
+    Returns: uint32 [ceil(V / 32)], a bit for each id, the lowest first; None: all may follow.
+    """
+    ...
+
+  def accept(self, token: int) -> None:
+    """Take note of the token that was drawn."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +48,73 @@ class Request:
     max_tokens: Most tokens of the answer, a stop token included.
     sampling: Settings by which each token is drawn.
     stop_ids: Ids that end the answer; the one that does is its last token.
-    prefill_chunk: Prompt tokens per step; None leaves it to the engine.
+    n: Answers of the one prompt, which is computed once where there are slots for it. Answer i is drawn
+      with the seed `(sampling.seed + i) % 2**64`, and is that of a request of its own with that seed.
+    top_logprobs: Likeliest tokens to name beside each token of an answer, 20 at most.
+    prompt_logprobs: Likeliest tokens to name beside each token of the prompt, whose log-probabilities
+      are computed too; None computes none.
+    priority: Requests with a lower number go first.
+    constraint: Makes what decides, for one answer, which tokens may come next.
+    id: Names the request in logs and traces; made if absent.
   """
 
   prompt: Sequence[int]
   max_tokens: int
   sampling: Sampling = Sampling()
   stop_ids: frozenset[int] = frozenset()
-  prefill_chunk: int | None = None
+  n: int = 1
+  top_logprobs: int = 0
+  prompt_logprobs: int | None = None
+  priority: int = 0
+  constraint: Callable[[], Constraint] | None = None
+  id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Log-probabilities of given tokens, each after those before it.
+
+  Attributes:
+    logprobs: float32 [m], natural logarithms under the logits as the model gives them.
+    tops: The likeliest tokens at the same m places, if they were asked for.
+  """
+
+  logprobs: np.ndarray
+  tops: Tops | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+  """What an answer took.
+
+  Attributes:
+    prompt_tokens: Tokens of the prompt.
+    cached_tokens: Those of them that were not computed for this answer.
+    answer_tokens: Tokens of the answer.
+  """
+
+  prompt_tokens: int
+  cached_tokens: int
+  answer_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestTimes:
+  """How long an answer took, in seconds.
+
+  Attributes:
+    queued_s: From the request to its slot.
+    prefill_s: From the slot to the first token.
+    first_token_s: From the request to the first token.
+    mean_gap_s, greatest_gap_s: Between two tokens as they arrived here, where several arrive with one
+      step; None for an answer of one token.
+  """
+
+  queued_s: float
+  prefill_s: float
+  first_token_s: float
+  mean_gap_s: float | None = None
+  greatest_gap_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +127,49 @@ class Token:
       before penalties, temperature and filters.
     index: Place in the answer, from 0.
     finish_reason: Set on the last token: "stop" for a stop id, "length" for max_tokens.
+    answer: Number of the answer, from 0 to `Request.n` - 1.
+    tops: The likeliest tokens at this place and their log-probabilities, in falling order.
+    prompt_scores: Set on the first token of answer 0 if the request has `prompt_logprobs`: the scores
+      of the prompt's tokens but the first.
+    usage, times: Set on the last token. Two tokens are equal whatever they took.
   """
 
   id: int
   logprob: float
   index: int
   finish_reason: FinishReason | None = None
+  answer: int = 0
+  tops: tuple[tuple[int, float], ...] = ()
+  prompt_scores: Scores | None = dataclasses.field(default=None, compare=False)
+  usage: Usage | None = dataclasses.field(default=None, compare=False)
+  times: RequestTimes | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+  """What an engine is busy with.
+
+  Attributes:
+    slots: Sequences that can run at the same time.
+    running: Slots that are taken.
+    queued: Requests that wait for their first slot.
+    places: Blocks of prompts that can be kept.
+    blocks: Blocks of prompts that are kept.
+    refused: Requests that found the queue full, so far.
+    preempted: Times that an answer had to make room for a better priority, so far.
+    prompt_tokens, cached_tokens, answer_tokens: Tokens of ended answers, so far.
+  """
+
+  slots: int
+  running: int = 0
+  queued: int = 0
+  places: int = 0
+  blocks: int = 0
+  refused: int = 0
+  preempted: int = 0
+  prompt_tokens: int = 0
+  cached_tokens: int = 0
+  answer_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,14 +229,24 @@ class Engine(Limits, Protocol):
   """
 
   def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-    """Stream an answer. Closing the generator early frees what it holds."""
+    """Stream the answers of a request, the tokens of each in order. Closing the generator early frees
+    what it holds.
+
+    Raises: Busy: the queue is full.
+    """
     ...
 
-  async def score(self, tokens: Sequence[int], *, first: int = 1) -> np.ndarray:
+  async def score(self, tokens: Sequence[int], *, first: int = 1, top: int = 0) -> Scores:
     """Compute log p(tokens[i] | tokens[:i]) for i from `first` (>= 1) on.
 
-    Returns: float32 [len(tokens) - first], natural logarithms.
+    Args:
+      top: Likeliest tokens to name at each of these places.
+    Returns: Scores of len(tokens) - first places.
     """
+    ...
+
+  def load(self) -> Load:
+    """What the engine is busy with now."""
     ...
 
   async def reports(self) -> tuple[StageReport, ...]:
@@ -142,6 +271,18 @@ class EngineError(RuntimeError):
   """
 
 
+class Busy(EngineError):
+  """The queue is full: the same request may be served a little later.
+
+  Attributes:
+    queued: Requests that wait.
+  """
+
+  def __init__(self, queued: int):
+    super().__init__(f"busy: {queued} requests wait already, as many as may; try again later")
+    self.queued = queued
+
+
 def check_request(request: Request, limits: Limits) -> None:
   """Refuse a request that can never be served.
 
@@ -152,8 +293,11 @@ def check_request(request: Request, limits: Limits) -> None:
   _check_ids("prompt token", request.prompt, limits)
   if not _is_count(request.max_tokens):
     raise ValueError(f"max_tokens = {request.max_tokens!r}: it must be a whole number, at least 1")
-  if request.prefill_chunk is not None and request.prefill_chunk < 1:
-    raise ValueError(f"prefill_chunk = {request.prefill_chunk}: it must be at least 1")
+  _check_range("n", request.n, 1, MOST_ANSWERS)
+  _check_range("top_logprobs", request.top_logprobs, 0, MOST_TOPS)
+  if request.prompt_logprobs is not None:
+    _check_range("prompt_logprobs", request.prompt_logprobs, 0, MOST_TOPS)
+  _check_range("priority", request.priority, -(2**31), 2**31 - 1)
   total = len(request.prompt) + request.max_tokens
   if total > limits.context_length:
     raise ValueError(
@@ -166,8 +310,14 @@ def _is_count(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_score(tokens: Sequence[int], first: int, limits: Limits) -> None:
+def _check_range(name: str, value: object, least: int, most: int) -> None:
+  if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    raise ValueError(f"{name} = {value!r}: it must be a whole number from {least} to {most}")
+
+
+def check_score(tokens: Sequence[int], first: int, limits: Limits, top: int = 0) -> None:
   """Refuse tokens that can never be scored, as `check_request` refuses requests."""
+  _check_range("top", top, 0, MOST_TOPS)
   if not 1 <= first < len(tokens):
     raise ValueError(f"first = {first}: it must be between 1 and {len(tokens) - 1}")
   _check_ids("token", tokens, limits)

@@ -91,7 +91,11 @@ def test_a_failure_passes_through_and_ends_the_text():
     (Request(prompt=[-1], max_tokens=1), "token -1"),
     (Request(prompt=[99999], max_tokens=1), "token 99999"),
     (Request(prompt=[1] * 60, max_tokens=5), "need 65 positions, the context is 64: shorten one$"),
-    (Request(prompt=[1], max_tokens=1, prefill_chunk=0), "prefill_chunk = 0"),
+    (Request(prompt=[1], max_tokens=1, n=0), "n = 0"),
+    (Request(prompt=[1], max_tokens=1, n=129), "n = 129: it must be a whole number from 1 to 128"),
+    (Request(prompt=[1], max_tokens=1, top_logprobs=21), "top_logprobs = 21"),
+    (Request(prompt=[1], max_tokens=1, prompt_logprobs=-1), "prompt_logprobs = -1"),
+    (Request(prompt=[1], max_tokens=1, priority=True), "priority = True"),
   ],
 )
 def test_requests_that_cannot_be_served_are_refused_at_the_door(request_: Request, named: str):
@@ -107,7 +111,7 @@ def test_a_longer_context_is_advised_only_where_there_is_one():
     asyncio.run(engine().score([1] * 66))
   with pytest.raises(ValueError, match="token 9999 is outside"):
     asyncio.run(engine().score([1, 9999]))
-  assert asyncio.run(engine().score([1] * 65)).shape == (64,)
+  assert asyncio.run(engine().score([1] * 65)).logprobs.shape == (64,)
 
 
 def test_scores():
@@ -117,4 +121,4 @@ def test_scores():
       await engine().score([1, 2, 3], first=3)
     return found
 
-  assert asyncio.run(work()).shape == (1,)
+  assert asyncio.run(work()).logprobs.shape == (1,)

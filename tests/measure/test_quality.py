@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurojax.engine.api import EngineError, Request, Token
+from neurojax.engine.api import EngineError, Request, Scores, Token
 from neurojax.engine.fake import FakeEngine
 from neurojax.measure.quality.golden import (
   EXCUSED_MARGIN,
@@ -33,9 +33,9 @@ class Recorder(FakeEngine):
     super().__init__(vocab_size=len(VOCAB), **sizes)
     self.asked: list[tuple[list[int], int]] = []
 
-  async def score(self, tokens, *, first=1):
+  async def score(self, tokens, *, first=1, top=0):
     self.asked.append((list(tokens), first))
-    return np.array([-token / 100 for token in tokens[first:]], np.float32)
+    return Scores(np.array([-token / 100 for token in tokens[first:]], np.float32))
 
 
 def measure(text: str, **options):

@@ -61,7 +61,8 @@ async def perplexity(
     window = ids[start:end]
     if stride is None and tokenizer.spec.add_bos and tokenizer.bos_id is not None:
       window = [tokenizer.bos_id, *window[1:]]
-    losses.append(-(await engine.score(window, first=first)).astype(np.float64))
+    scores = await engine.score(window, first=first)
+    losses.append(-scores.logprobs.astype(np.float64))
     if progress:
       progress(done, len(plan), _exp(float(np.concatenate(losses).mean())))
   loss = np.concatenate(losses)
