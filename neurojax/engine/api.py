@@ -146,7 +146,7 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Load:
+class EngineLoad:
   """What an engine is busy with.
 
   Attributes:
@@ -245,7 +245,7 @@ class Engine(Limits, Protocol):
     """
     ...
 
-  def load(self) -> Load:
+  def load(self) -> EngineLoad:
     """What the engine is busy with now."""
     ...
 

@@ -22,8 +22,8 @@ import numpy as np
 from neurojax.engine.api import (
   Busy,
   EngineError,
+  EngineLoad,
   Limits,
-  Load,
   Request,
   Scores,
   Token,
@@ -57,9 +57,9 @@ class Batch:
     limits: Bounds that every request has to keep.
     queue: Requests that may wait for a slot; more of them are refused as `Busy`.
     few_draws: Tokens that a row draws while others wait; a quarter of `steps.most_draws` if absent.
-    cohorts: Groups of answers whose steps are under way at the same time, each answer in one of them:
-      1 for one device, whose next step can begin from the last one's tokens; the number of stages
-      where each stage computes for another group.
+    cohorts: Groups of answers whose steps are under way at the same time. If absent: 1 where a step can
+      go on from the tokens of the last one (`steps.chains`), which has all answers in each step; else
+      `steps.ahead`, such as the number of stages, each of which computes for another group.
     close_s: Seconds that `close` waits for steps under way.
     clock: Seconds that pass, for `RequestTimes`.
   """
@@ -71,7 +71,7 @@ class Batch:
     *,
     queue: int = 256,
     few_draws: int | None = None,
-    cohorts: int = 1,
+    cohorts: int | None = None,
     close_s: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
   ):
@@ -92,7 +92,7 @@ class Batch:
       steps, self._index, few_draws=few_draws, cohorts=cohorts, on_failure=self._fail_one
     )
     self._number = 0
-    self._load = Load(slots=steps.slots, places=steps.places)
+    self._load = EngineLoad(slots=steps.slots, places=steps.places)
     self._is_closed = False
     self._loop: asyncio.AbstractEventLoop | None = None
     self._task: asyncio.Task[None] | None = None
@@ -136,7 +136,7 @@ class Batch:
       assert isinstance(scores, Scores)
       return scores
 
-  def load(self) -> Load:
+  def load(self) -> EngineLoad:
     """What it is busy with now."""
     return dataclasses.replace(
       self._load,
@@ -168,13 +168,14 @@ class Batch:
 
   @contextlib.asynccontextmanager
   async def _served(self, ticket: Ticket[Sequence]) -> AsyncGenerator[None, None]:
-    """Queue a request, and free what it holds at the end: if it is left early, before that is over."""
+    """Queue a request, and free what it holds. Who leaves early goes on once that is done."""
     self._submit(ticket)
     try:
       yield
     except (GeneratorExit, asyncio.CancelledError):
-      self._end(ticket)
-      await ticket.freed.wait()
+      if not ticket.is_over:
+        self._end(ticket)
+        await ticket.freed.wait()
       raise
     finally:
       self._end(ticket)
@@ -294,8 +295,9 @@ class Batch:
         self._take(part, output, now_s)
 
   def _settle(self, part: Part, *, is_kept: bool) -> None:
-    self._index.settle(part.blocks, is_kept=is_kept)
-    self._index.release([block.key for block in part.blocks], part.sequence)
+    if part.blocks:
+      self._index.settle(part.blocks, is_kept=is_kept)
+      self._index.release([block.key for block in part.blocks], part.sequence)
 
   def _take(self, part: Part, output: RowOutput, now_s: float) -> None:
     sequence = part.sequence
@@ -355,7 +357,7 @@ class Batch:
   async def _close(self, slot: int, sequence: Sequence) -> None:
     try:
       await self._steps.close(slot)
-    except Exception:
+    except (Exception, asyncio.CancelledError):
       _LOG.exception("slot %d could not be closed; it will be before it is used again", slot)
       self._doubtful.add(slot)
     if self._slots[slot] is sequence:
@@ -424,7 +426,8 @@ class Batch:
       await self._steps.open(
         slot, sequence.sampling, stop_ids=sequence.stop_ids, restore=restore, copy=copy
       )
-    except Exception as failure:
+    except (Exception, asyncio.CancelledError) as failure:
+      # Only `_abandon` cancels this task, and has freed the slot then; else the steps were cancelled.
       error = failure
     finally:
       index.unpin(found)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from neurojax.config import Sampling
-from neurojax.engine.api import EngineError, Load, Request, Scores, StageReport, Token
+from neurojax.engine.api import EngineError, EngineLoad, Request, Scores, StageReport, Token
 from neurojax.engine.batch import Batch
 from neurojax.stage.step import Row, RowOutput, Tops
 
@@ -68,12 +68,13 @@ class FakeSteps:
     most_draws: int = 4,
     places: int = 0,
     ahead: int = 2,
+    chains: bool = True,
     latency_s: Callable[[Rows], float] = lambda rows: 0.0,
     fails: Callable[[int], bool] = lambda number: False,
     spoils: Callable[[int, Row], bool] = lambda number, row: False,
   ):
     self.vocab_size, self.slots, self.chunks = vocab_size, slots, chunks
-    self.most_draws, self.places, self.ahead = most_draws, places, ahead
+    self.most_draws, self.places, self.ahead, self.chains = most_draws, places, ahead, chains
     self._latency_s, self._fails, self._spoils = latency_s, fails, spoils
     self.given: list[tuple[Row, ...]] = []
     self.broken: list[str] = []
@@ -244,7 +245,8 @@ class FakeSteps:
     rule(0 <= row.draws <= self.most_draws, f"a row draws {row.draws}")
     rule(row.allowed is None or row.draws == 1, f"a row with a mask draws {row.draws}")
     rule(row.targets is None or len(row.targets) == length, "targets are not as many as tokens")
-    rule(row.tokens is not None or row.role == "drawn", f"a {row.role} row has no tokens")
+    is_free = self.chains and row.role == "drawn"
+    rule(row.tokens is not None or is_free, f"a {row.role} row has no tokens")
     if row.role == "prompt":
       rule(at == slot.prompt, "a prompt goes on after its answer began")
       rule(row.start % block == 0, f"a row of a prompt starts at {row.start}")
@@ -389,7 +391,7 @@ class FakeEngine:
   async def score(self, tokens: Sequence[int], *, first: int = 1, top: int = 0) -> Scores:
     return await self._batch.score(tokens, first=first, top=top)
 
-  def load(self) -> Load:
+  def load(self) -> EngineLoad:
     return self._batch.load()
 
   async def reports(self) -> tuple[StageReport, ...]:

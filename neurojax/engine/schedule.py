@@ -28,14 +28,17 @@ class Schedule:
     index: PrefixIndex,
     *,
     few_draws: int | None = None,
-    cohorts: int = 1,
+    cohorts: int | None = None,
     on_failure: Callable[[Sequence, Exception], None],
   ):
     self.index = index
-    self._chunks, self._block, self._ahead = steps.chunks, steps.chunks[0], steps.ahead
+    self._chunks, self._block = steps.chunks, steps.chunks[0]
     self._most_draws = steps.most_draws
     self._few_draws = min(steps.most_draws, few_draws or max(1, steps.most_draws // 4))
-    self._cohorts, self._on_failure = cohorts, on_failure
+    self._cohorts = cohorts or (1 if steps.chains else steps.ahead)
+    # Steps under way with rows of one answer.
+    self._most_flying = max(1, steps.ahead // self._cohorts) if steps.chains else 1
+    self._on_failure = on_failure
     self._was_prompt = False
     self._turn = 0
 
@@ -72,8 +75,9 @@ class Schedule:
 
   def _cohort(self, answering: list[Sequence]) -> list[Sequence]:
     """Those whose answers go on in the next step, in the order of the slots."""
-    most = max(1, self._ahead // self._cohorts)
-    ready = [s for s in answering if s.flying < most and (s.knows_last or not s.constraint)]
+    ready = [
+      s for s in answering if s.flying < self._most_flying and (s.knows_last or not s.constraint)
+    ]
     if self._cohorts == 1:
       return ready
     share = -(-len(answering) // self._cohorts)

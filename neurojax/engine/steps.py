@@ -20,8 +20,10 @@ class Steps(Protocol):
       the rows it replaces would have given the same bits; only the last row may be shorter.
     most_draws: Tokens that a row may draw at most.
     places: Number of blocks of chunks[0] positions that can be kept for later prompts.
-    ahead: Steps that may be under way at the same time. With more than one, a row whose token is not
-      known here yet is given without it (`Row.tokens` is None).
+    ahead: Steps that may be under way at the same time.
+    chains: Whether a row may go on from a token that a step under way is about to draw, and so is given
+      without it (`Row.tokens` is None). Else the rows of a sequence are given one after the other came
+      back, but those of its prompt.
   """
 
   slots: int
@@ -29,6 +31,7 @@ class Steps(Protocol):
   most_draws: int
   places: int
   ahead: int
+  chains: bool
 
   async def open(
     self,

@@ -29,17 +29,19 @@ class Ticket(Generic[S]):
     self.freed = asyncio.Event()
     self.freed.set()
     self._items: deque[Token | Scores | Exception] = deque()
-    self._came = asyncio.Event()
+    self._waiter: asyncio.Future[None] | None = None
 
   def post(self, item: Token | Scores | Exception) -> None:
+    """Hand something to whoever waits; an exception ends the request."""
     self._items.append(item)
-    self._came.set()
+    if self._waiter is not None and not self._waiter.done():
+      self._waiter.set_result(None)
 
   async def next(self) -> Token | Scores:
     """The next thing that came. Raises: what ended the request."""
     while not self._items:
-      self._came.clear()
-      await self._came.wait()
+      self._waiter = asyncio.get_running_loop().create_future()
+      await self._waiter
     item = self._items.popleft()
     if isinstance(item, Exception):
       raise item

@@ -66,12 +66,18 @@ def sizes():
       "most_draws": st.integers(1, 6),
       "places": st.sampled_from([0, 1, 3, 20]),
       "ahead": st.integers(1, 4),
+      "chains": st.booleans(),
     }
   )
 
 
 @settings(max_examples=300)
-@given(sizes(), requests(), st.integers(1, 3), st.lists(st.integers(0, 30), min_size=6, max_size=6))
+@given(
+  sizes(),
+  requests(),
+  st.sampled_from([None, 1, 2, 3]),
+  st.lists(st.integers(0, 30), min_size=6, max_size=6),
+)
 def test_each_answer_is_that_of_its_request_alone(sizes, asked, cohorts, delays):
   async def work() -> None:
     steps = FakeSteps(latency_s=lambda rows: 1.0, **sizes)
@@ -277,10 +283,10 @@ def test_a_step_holds_the_answers_of_all_whatever_they_need():
 
 
 def test_cohorts_keep_each_answer_in_one_step_at_a_time():
-  steps = FakeSteps(slots=7, most_draws=1, ahead=3, latency_s=lambda rows: 1.0)
+  steps = FakeSteps(slots=7, most_draws=1, ahead=3, chains=False, latency_s=lambda rows: 1.0)
 
   async def work() -> None:
-    engine = batch(steps, cohorts=3)
+    engine = batch(steps)
     asked = [Request(prompt=prompt(3, i), max_tokens=40) for i in range(7)]
     found = await asyncio.gather(*(collect(engine, request) for request in asked))
     assert found == [[expected(request)] for request in asked]
@@ -554,6 +560,50 @@ def test_what_is_left_is_free_when_closing_it_returns():
     assert engine.load().running == 0 and not steps.open_slots
     await asyncio.sleep(0)
     check_clean(engine, steps)
+
+  run(work())
+
+
+def test_closing_what_has_ended_does_not_wait_for_its_slot():
+  async def work() -> None:
+    steps = FakeSteps(latency_s=lambda rows: 100.0)
+    engine = batch(steps)
+    [(stop, _)] = expected(Request(prompt=prompt(3), max_tokens=1))
+    request = Request(prompt=prompt(3), max_tokens=90, stop_ids=frozenset([stop]))
+    async with contextlib.aclosing(engine.generate(request)) as tokens:
+      assert (await anext(tokens)).finish_reason == "stop"
+    # A step behind the stop is under way.
+    assert asyncio.get_running_loop().time() == 100.0 and engine.load().running == 1
+    await settle(engine, steps)
+
+  run(work())
+
+
+def test_steps_that_are_cancelled_from_within_end_their_requests():
+  class Ending(FakeSteps):
+    has_ended = False
+
+    async def open(self, slot: int, sampling: Sampling, **how) -> None:
+      if self.has_ended:
+        raise asyncio.CancelledError
+      await super().open(slot, sampling, **how)
+
+    async def step(self, rows):
+      if len(self.given) == 9:
+        self.has_ended = True
+        raise asyncio.CancelledError
+      return await super().step(rows)
+
+  steps = Ending(slots=2)
+
+  async def work() -> None:
+    engine = batch(steps)
+    asked = [Request(prompt=prompt(9, i), max_tokens=90) for i in range(4)]
+    found = await asyncio.gather(
+      *(collect(engine, request) for request in asked), return_exceptions=True
+    )
+    assert all(isinstance(error, EngineError) for error in found)
+    await settle(engine, steps)
 
   run(work())
 

@@ -38,15 +38,16 @@ class World:
   most_draws: int = 4
   places: int = 24
   ahead: int = 2
-  cohorts: int = 1
+  chains: bool = True
+  cohorts: int | None = None
 
 
 WORLDS = [
   World(1),
-  World(2, ahead=4, cohorts=3, most_draws=1, slots=9, gap_s=3.0),
+  World(2, ahead=3, chains=False, most_draws=1, slots=9, gap_s=3.0),
   World(3, places=0, ahead=1, chunks=(8,), gap_s=6.0),
   World(4, cancels=0.9, gap_s=1.5, queue=4),
-  World(5, fails=0.03, spoils=0.02, places=200),
+  World(5, fails=0.03, spoils=0.02, places=200, ahead=4, cohorts=2),
   World(6, slots=1, gap_s=12.0, requests=600),
   # Everybody comes at once.
   World(7, slots=3, gap_s=0.0, queue=2000, cancels=0.3, requests=600),
@@ -119,6 +120,7 @@ def test_every_request_ends_once_and_nothing_leaks(world: World):
     most_draws=world.most_draws,
     places=world.places,
     ahead=world.ahead,
+    chains=world.chains,
     latency_s=lambda rows: rng.choice([0.0, 0.5, 1.0, 2.0]),
     fails=lambda number: rng.random() < world.fails,
     spoils=lambda number, row: rng.random() < world.spoils,
