@@ -5,14 +5,12 @@ import concurrent.futures
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
-
 from neurojax.config import Sampling
-from neurojax.engine import loop
-from neurojax.engine.api import EngineError, Request, StageReport, Token
+from neurojax.engine.api import EngineError, EngineLoad, Request, Scores, StageReport, Token
+from neurojax.engine.batch import Batch
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.runtime import StageRuntime
-from neurojax.stage.step import StepInput, StepOutput
+from neurojax.stage.step import Row, RowOutput
 
 T = TypeVar("T")
 
@@ -20,49 +18,68 @@ T = TypeVar("T")
 class LocalSteps:
   """The `engine.steps.Steps` of one stage in this process.
 
+  One thread gives steps to the device, another waits for their results: the device has the next step before
+  the host has read the last one.
+
+  Args:
+    thread: A pool of one thread, the only one that uses the runtime.
+
   Attributes:
-    decode_steps: Decode steps that were computed.
-    decode_s: Seconds that they took, queueing excluded.
+    decode_steps: Tokens that were drawn after others.
+    decode_s: Seconds that their steps took.
   """
 
   def __init__(self, runtime: StageRuntime, thread: concurrent.futures.ThreadPoolExecutor):
-    self._runtime, self._thread = runtime, thread
+    stage = runtime.stage
+    self.slots, self.places, self.chunks = stage.slots, stage.places, stage.chunks
+    self.most_draws, self.ahead, self.chains = runtime.most_draws, 2, True
     self.decode_steps, self.decode_s = 0, 0.0
-    self._ended = False
+    self._runtime, self._thread = runtime, thread
+    self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-reader")
+    self._is_over = False
 
-  async def open(self, sequence: str, sampling: Sampling) -> None:
-    await self._do(lambda: self._runtime.open(sequence, sampling))
+  async def open(
+    self,
+    slot: int,
+    sampling: Sampling,
+    *,
+    stop_ids: frozenset[int] = frozenset(),
+    restore: Sequence[int] = (),
+    copy: tuple[int, int] | None = None,
+  ) -> None:
+    await self._do(
+      self._thread,
+      lambda: self._runtime.open(slot, sampling, stop_ids=stop_ids, restore=restore, copy=copy),
+    )
 
-  async def step(self, sequence: str, given: StepInput) -> StepOutput:
-    output = await self._do(lambda: self._runtime.step(sequence, given))
-    if given.is_answer:
-      self.decode_steps += 1
-      self.decode_s += output.compute_s
-    return output
+  async def step(self, rows: Sequence[Row]) -> list[RowOutput]:
+    pending = await self._do(self._thread, lambda: self._runtime.dispatch(rows))
+    outputs = await self._do(self._reader, pending.result)
+    drawn = max((row.draws for row in rows if row.role == "drawn"), default=0)
+    self.decode_steps += drawn
+    self.decode_s += outputs[0].compute_s if drawn else 0.0
+    return outputs
 
-  async def close(self, sequence: str) -> None:
-    if not self._ended:
-      await self._do(lambda: self._runtime.close(sequence))
+  async def close(self, slot: int) -> None:
+    if not self._is_over:
+      await self._do(self._thread, lambda: self._runtime.close(slot))
 
   def end(self) -> None:
     """Compute nothing any more."""
-    self._ended = True
-    self._thread.shutdown(wait=False, cancel_futures=True)
+    self._is_over = True
+    for thread in (self._thread, self._reader):
+      thread.shutdown(wait=False, cancel_futures=True)
 
-  async def _do(self, work: Callable[[], T]) -> T:
-    if self._ended:
+  async def _do(self, thread: concurrent.futures.ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    if self._is_over:
       raise EngineError("the engine is closed")
-    try:
-      return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-    except FloatingPointError as error:
-      raise EngineError(f"this process: {error}") from error
+    return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 class LocalEngine:
   """An `engine.api.Engine` over one stage that holds every layer.
 
   Args:
-    max_sequences: Sequences that may be open at the same time.
     thread: A pool of one thread that computes; a new one if absent. `close` shuts it down.
   Raises: ValueError: the stage holds only a part of the model.
   """
@@ -71,14 +88,14 @@ class LocalEngine:
     self,
     stage: CompiledStage,
     *,
-    max_sequences: int = 4,
     thread: concurrent.futures.ThreadPoolExecutor | None = None,
   ):
     if len(stage.span) != stage.config.num_layers:
       raise ValueError(f"a local engine needs all layers, this stage holds {stage.span}")
     self._stage = stage
     thread = thread or concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-local")
-    self._steps = LocalSteps(StageRuntime(stage, max_sequences=max_sequences), thread)
+    self._steps = LocalSteps(StageRuntime(stage), thread)
+    self._batch = Batch(self._steps, self)
 
   @property
   def vocab_size(self) -> int:
@@ -93,10 +110,13 @@ class LocalEngine:
     return self._stage.config.context_length
 
   def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-    return loop.generate(self._steps, request, self)
+    return self._batch.generate(request)
 
-  async def score(self, tokens: Sequence[int], *, first: int = 1) -> np.ndarray:
-    return await loop.score(self._steps, tokens, self, first=first)
+  async def score(self, tokens: Sequence[int], *, first: int = 1, top: int = 0) -> Scores:
+    return await self._batch.score(tokens, first=first, top=top)
+
+  def load(self) -> EngineLoad:
+    return self._batch.load()
 
   async def reports(self) -> tuple[StageReport, ...]:
     steps, stage = self._steps, self._stage
@@ -114,4 +134,5 @@ class LocalEngine:
     )
 
   async def close(self) -> None:
+    await self._batch.close()
     self._steps.end()

@@ -16,9 +16,15 @@ from neurojax.model.cache import Cache, ConvState, KVCache, LayerCache
 
 
 def keep(
-  cache: Cache, pool: Cache, slot: Int[Array, ""], start: Int[Array, ""], place: Int[Array, ""]
+  cache: Cache,
+  pool: Cache,
+  slot: Int[Array, ""],
+  start: Int[Array, ""],
+  place: Int[Array, ""],
+  *,
+  length: int,
 ) -> Cache:
-  """Copies the block of a slot that begins at position `start` to a place of the pool.
+  """Copies the block of `length` positions of a slot from `start` on to a place of the pool.
 
   The state of a convolution is that of the end of what the slot holds: the block must be its last.
   Returns: The pool.
@@ -29,18 +35,26 @@ def keep(
       assert isinstance(others, ConvState)
       return ConvState(_copy_slot(own.u_LPXM, others.u_LPXM, slot, place))
     assert isinstance(others, KVCache)
-    at_S = _places(own, start, others.capacity)
+    at_S = _places(own, start, length)
     return _each(own, others, lambda source, target: (
-      target.at[:, place].set(source[:, slot][:, :, at_S])
+      target.at[:, place, :, :length].set(source[:, slot][:, :, at_S])
     ))  # fmt: skip
 
   return _both(kept, cache, pool)
 
 
 def restore(
-  cache: Cache, pool: Cache, slot: Int[Array, ""], start: Int[Array, ""], place: Int[Array, ""]
+  cache: Cache,
+  pool: Cache,
+  slot: Int[Array, ""],
+  start: Int[Array, ""],
+  place: Int[Array, ""],
+  *,
+  length: int,
 ) -> Cache:
-  """Copies a place of the pool to the positions of a slot from `start` on. Blocks are restored in order.
+  """Copies a place of the pool to `length` positions of a slot from `start` on.
+
+  Blocks of a sequence are restored in order.
 
   Returns: The cache.
   """
@@ -50,10 +64,10 @@ def restore(
       assert isinstance(others, ConvState)
       return ConvState(_copy_slot(others.u_LPXM, own.u_LPXM, place, slot))
     assert isinstance(others, KVCache)
-    at_S = _places(own, start, others.capacity)
+    at_S = _places(own, start, length)
     return _each(own, others, lambda target, source: (
       # Indices with a slice between them put the indexed axis in front.
-      target.at[:, slot, :, at_S].set(jnp.moveaxis(source[:, place], 2, 0))
+      target.at[:, slot, :, at_S].set(jnp.moveaxis(source[:, place, :, :length], 2, 0))
     ))  # fmt: skip
 
   return _both(restored, cache, pool)

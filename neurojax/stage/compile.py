@@ -1,111 +1,73 @@
-"""Compiles a span of layers ahead of time: prefill for a few input lengths, decode for one token."""
+"""Compiles a span of layers over slots: rows of prompts of a few lengths, and steps of many sequences."""
 
 import concurrent.futures
-import logging
-import os
-import pathlib
-import zlib
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt
 
 from neurojax import config
 from neurojax.config import Sampling
 from neurojax.forms import PREFILL, capacity_for
 from neurojax.model import sample as sampling
-from neurojax.model.cache import Cache, check_room
-from neurojax.model.neurollm import NeuroLLM, empty_cache
-from neurojax.model.sample import SamplerState
+from neurojax.model.cache import Rows, check_room
+from neurojax.model.neurollm import NeuroLLM
+from neurojax.model.sample import Kind, SamplerState, SlotSettings
+from neurojax.stage import state as stage_state
 from neurojax.stage.fused import Kernels
 from neurojax.stage.programs import programs_of
-
-log = logging.getLogger(__name__)
+from neurojax.stage.state import StageState
 
 BUCKETS = (1, 64, PREFILL)
-"""Input lengths that are compiled; a shorter input is padded to the next, a longer one is split."""
+"""Lengths of prompt rows that are compiled; a shorter row is padded to the next."""
 
+LONG = 2048
+"""Length of a prompt row that takes the place of several, where that gives the same bits."""
 
-def use_compilation_cache(folder: str | os.PathLike[str]) -> None:
-  """Keep compiled programs in `folder` between runs, unless JAX_COMPILATION_CACHE_DIR names one.
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Numbers of rows that steps are compiled for, where rows do not depend on each other."""
 
-  The folder must belong to this user alone: whoever can write there can run code here.
-  """
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    try:
-      os.makedirs(folder, mode=0o700, exist_ok=True)
-    except OSError as error:
-      log.warning("compiled programs are not kept: %s", error)
-      return
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-  if kept := jax.config.jax_compilation_cache_dir:
-    _remove_cut_entries(pathlib.Path(kept))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+LOOP = 8
+"""Tokens that one call of a program draws of each row at most."""
 
+PLAN = 4 + LOOP + 1
+"""Integers that tell a program of one row, see `CompiledStage.decode`."""
 
-_CHECKED = "neurojax-checked"
-"""A file in the folder, as old as its newest entry that is known to be whole."""
+SCORED = 64
+"""Positions whose logits are in memory at the same time when a prompt is scored."""
 
-
-def _remove_cut_entries(folder: pathlib.Path) -> None:
-  """Remove entries of XLA's cache that a crash or a full disk cut short.
-
-  JAX warns of such an entry in every run and never writes it anew. Each entry is read once: only
-  those written since the last look are.
-  """
-  try:
-    stamp = folder / _CHECKED
-    since_ns = stamp.stat().st_mtime_ns if stamp.exists() else 0
-    newest_ns, cut = since_ns, []
-    for entry in folder.glob("*-cache"):
-      written_ns = entry.stat().st_mtime_ns
-      newest_ns = max(newest_ns, written_ns)
-      if written_ns >= since_ns and not _is_whole(entry.read_bytes()):
-        cut.append(entry)
-    for entry in cut:
-      entry.unlink(missing_ok=True)
-    if newest_ns > since_ns:
-      stamp.touch()
-      os.utime(stamp, ns=(newest_ns, newest_ns))
-  except OSError as error:
-    log.debug("%s: its entries are not checked: %s", folder, error)
-    return
-  if cut:
-    log.info("%s: %d entries were cut short and are removed", folder, len(cut))
-
-
-def _is_whole(entry: bytes) -> bool:
-  """Whether the compressed content of an entry is complete; of another format, whether there is any."""
-  if entry[:1] != b"\x78":
-    return len(entry) > 0
-  stream = zlib.decompressobj()
-  try:
-    # A MiB of output at a time: an entry may expand to hundreds.
-    while entry and not stream.eof:
-      stream.decompress(entry, 1 << 20)
-      entry = stream.unconsumed_tail
-  except zlib.error:
-    return False
-  return stream.eof
+TOPS = 20
+"""Likeliest tokens that a program names where any are asked for."""
 
 
 class CompiledStage:
-  """The compiled programs of one span, for one sequence at a time.
+  """The compiled programs of one span. Programs that a request needs first are compiled then.
 
   Args:
     model: The layers. Fused programs consume them, so that memory holds the weights once.
     context_length: Positions that a sequence may use; the cache holds at least as many.
-    buckets: Input lengths to compile, ascending, starting with 1.
+    slots: Sequences that the cache has room for.
+    places: Blocks of PREFILL positions that are kept for later prompts.
+    cache: Dtype of the cache; that of the programs if absent.
+    buckets: Lengths of prompt rows to compile, ascending, starting with 1.
     programs: Which programs to compile, by the rules of `stage.programs.programs_of`.
     kernels: Kernels of the fused programs; those for the device if absent.
 
   Attributes:
     programs: "model" or "fused", which was chosen.
-    dtype: Dtype of the cache and of what a layer computes.
+    dtype: Dtype of what a layer computes.
     activations: Dtype of what passes from one stage to the next.
+    chunks: Lengths of whole rows of a prompt, see `engine.steps.Steps`.
+    widths: Numbers of rows that steps are compiled for, ascending.
+    loop: Tokens that one call draws of each row at most.
+    tops: Likeliest tokens that programs name where any are asked for.
   Raises: ValueError, NotImplementedError: as `programs_of` does.
   """
 
@@ -114,112 +76,168 @@ class CompiledStage:
     model: NeuroLLM,
     *,
     context_length: int,
+    slots: int = 1,
+    places: int = 0,
+    cache: DTypeLike | None = None,
     buckets: Sequence[int] = BUCKETS,
     programs: config.Programs = "auto",
     kernels: Kernels | None = None,
   ):
-    if context_length < 1:
-      raise ValueError(f"context_length = {context_length}: it must be at least 1")
+    for name, value, least in (
+      ("context_length", context_length, 1), ("slots", slots, 1), ("places", places, 0),
+    ):  # fmt: skip
+      if value < least:
+        raise ValueError(f"{name} = {value}: it must be at least {least}")
     if not buckets or buckets[0] != 1 or list(buckets) != sorted(set(buckets)):
       raise ValueError(f"buckets = {tuple(buckets)}: they must ascend and start with 1")
     self.config, self.span, self.dtype = model.config, model.span, model.dtype
-    self.context_length = context_length
+    self.context_length, self.slots, self.places = context_length, slots, places
     self.capacity = capacity_for(context_length)
-    self.buckets = tuple(b for b in buckets if b <= self.capacity)
+    lengths = tuple(b for b in buckets if b <= self.capacity)
     self._programs = programs_of(
-      model, programs, capacity=self.capacity, lengths=self.buckets, kernels=kernels
+      model, programs, capacity=self.capacity, lengths=lengths, cache=cache, kernels=kernels
     )
+    if self._programs.lengths_agree and self.capacity >= LONG > lengths[-1]:
+      lengths = (*lengths, LONG)
+    self.buckets = lengths
     self.programs, self.activations = self._programs.kind, self._programs.activations
-    cache = jax.eval_shape(self._empty_cache)
-    jobs: dict[tuple[str, int], Any] = {}
-    for length in self.buckets:
-      jobs["forward", length] = self._lower_forward(length, cache)
-      if self.span.is_last:
-        jobs["observe", length] = self._lower_observe(length)
-        if length > 1:
-          jobs["pick", length] = self._lower_pick(length)
-    if self.span.is_last:
-      jobs["sample", 1] = self._lower_sample()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-      compiled = pool.map(lambda job: job.compile(), jobs.values())
-      self._run = dict(zip(jobs, compiled, strict=True))
-    self._new_cache = jax.jit(self._empty_cache)
+    self.chunks = tuple(b for b in lengths if b % PREFILL == 0) or lengths[-1:]
+    self.widths = (slots,)
+    if self._programs.rows_agree:
+      self.widths = (*(w for w in WIDTHS if w < slots), slots)
+    # A GPU runs a loop whose count is not known by looking at the device after every round.
+    self.loop = LOOP
+    self.tops = min(TOPS, model.config.vocab_size)
+    self._is_static = jax.default_backend() == "gpu"
+    self._run: dict[tuple[Any, ...], Any] = {}
+    self._compile_first()
 
-  def new_cache(self) -> Cache:
-    """Make an empty cache for one sequence."""
-    return self._new_cache()
+  # ---- what callers use, all on one thread
 
-  def new_sampler(self, request: Sampling) -> SamplerState:
-    """Make the sampler of one sequence."""
-    return SamplerState.new([request], self.config.vocab_size)
+  def new_state(self) -> StageState:
+    """Make the state of a stage without sequences."""
+    return jax.jit(self._empty_state)()
 
-  def bucket(self, length: int, start: int) -> int:
-    """Choose the compiled length that takes most of `length` inputs from position `start` on.
-
-    Raises: ValueError: not even one position is left.
-    """
-    check_room(start, 1, self.capacity)
-    fitting = [b for b in self.buckets if start + b <= self.capacity]
-    return next((b for b in fitting if b >= length), fitting[-1])
-
-  def forward(self, inputs: np.ndarray, cache: Cache, start: int) -> tuple[jax.Array, Cache]:
-    """Run up to one bucket of inputs; `cache` is consumed.
+  def open(
+    self,
+    state: StageState,
+    slot: int,
+    settings: SlotSettings | None,
+    *,
+    restore: Sequence[int] = (),
+    copy: int | None = None,
+  ) -> StageState:
+    """Begin a sequence in a slot; `state` is consumed.
 
     Args:
-      inputs: int32 ids [n] if the span is the first, else activations [n, D]; n is at most a bucket.
-      start: Position of the first input.
-    Returns: Activations [1, bucket, D], of which the first n rows mean something, and the cache.
+      settings: Of its sampler; None but on the last stage.
+      restore: Places whose blocks it begins with.
+      copy: A slot whose positions it begins with.
     """
-    length = self.bucket(len(inputs), start)
-    if len(inputs) > length:
-      raise ValueError(f"{len(inputs)} inputs at position {start}: at most {length} fit one call")
-    padded = np.zeros((1, length, *inputs.shape[1:]), self._input_dtype)
-    padded[0, : len(inputs)] = inputs
-    start_B, count_B = np.full(1, start, np.int32), np.full(1, len(inputs), np.int32)
-    return self._run["forward", length](self._programs.params, padded, cache, start_B, count_B)
+    if copy is not None:
+      state = self._call(("copy",), state, np.int32(copy), np.int32(slot))
+    for index, place in enumerate(restore):
+      start = np.int32(index * self.chunks[0])
+      state = self._call(("restore",), state, np.int32(slot), start, np.int32(place))
+    if settings is not None:
+      state = self._call(("open",), state, np.int32(slot), settings)
+    return state
 
-  def observe(self, sampler: SamplerState, tokens: np.ndarray) -> SamplerState:
-    """Tell the sampler of up to one bucket of prompt tokens; `sampler` is consumed."""
-    length = next(b for b in self.buckets if b >= len(tokens))
-    padded = np.zeros((1, length), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return self._run["observe", length](sampler, padded, np.int32(len(tokens)))
+  def observe(self, state: StageState, slot: int, tokens: np.ndarray) -> StageState:
+    """Tell the sampler of a slot of prompt tokens that were not computed there."""
+    for first in range(0, len(tokens), PREFILL):
+      part = _padded(tokens[first : first + PREFILL], PREFILL)
+      count = np.int32(min(PREFILL, len(tokens) - first))
+      state = self._call(("observe",), state, np.int32(slot), part, count)
+    return state
 
-  def sample(
-    self, x_BTD: jax.Array, row: int, sampler: SamplerState
-  ) -> tuple[int, float, SamplerState]:
-    """Draw the token after row `row` of the activations `forward` gave; `sampler` is consumed.
+  def prompt(
+    self, state: StageState, slot: int, start: int, tokens: np.ndarray, hidden: np.ndarray | None
+  ) -> tuple[StageState, jax.Array, jax.Array]:
+    """Run a row of a prompt; `state` is consumed.
 
-    Returns: the token's id, its log-probability, the sampler after it.
+    Args:
+      tokens: int32 [n], n at most the longest bucket.
+      hidden: Activations [n, D], where the span is not the first.
+    Returns: The state, the activations [bucket, D] of which the first n rows mean something, and the
+      activations [1, D] after the last of them.
     """
-    if x_BTD.shape[1] > 1:
-      x_BTD = self._run["pick", x_BTD.shape[1]](x_BTD, np.int32(row))
-    token_B, logprob_B, sampler = self._run["sample", 1](self._programs.params, x_BTD, sampler)
-    # Through numpy: indexing a jax.Array would dispatch a program for it.
-    return int(np.asarray(token_B)[0]), float(np.asarray(logprob_B)[0]), sampler
+    length = self.bucket(len(tokens), start)
+    where = np.array([slot, start, len(tokens)], np.int32)
+    given = _padded(tokens, length)
+    if hidden is None:
+      return self._call(("prompt", length), state, given, where)
+    return self._call(("prompt", length), state, given, where, _padded(hidden, length))
 
-  def score(self, x_BTD: jax.Array, targets: np.ndarray) -> np.ndarray:
-    """Compute the log-probability of `targets[i]` after row i of the activations; float32 [n]."""
-    length = x_BTD.shape[1]
-    if ("score", length) not in self._run:
-      self._run["score", length] = self._lower_score(length).compile()
-    padded = np.zeros((1, length), np.int32)
-    padded[0, : len(targets)] = targets
-    return np.asarray(self._run["score", length](self._programs.params, x_BTD, padded))[
-      0, : len(targets)
-    ]
+  def draw(
+    self, state: StageState, slot: int, x_1D: jax.Array, *, kind: Kind, top: int, **masks: Any
+  ) -> tuple[StageState, jax.Array]:
+    """Draw the token after activations [1, D]; `state` is consumed. Returns: As `decode`, for one row."""
+    return self._call(("draw", kind, top, *masks), state, x_1D, np.int32(slot), *masks.values())
 
-  def logits(self, x_BTD: jax.Array, count: int) -> np.ndarray:
+  def decode(
+    self,
+    state: StageState,
+    plan_XR: np.ndarray,
+    *,
+    kind: Kind,
+    top: int,
+    hidden: np.ndarray | None = None,
+    allowed: np.ndarray | None = None,
+  ) -> tuple[StageState, jax.Array]:
+    """Run a step of many rows; `state` is consumed.
+
+    Args:
+      plan_XR: int32 [PLAN, R], R one of `widths`. For each row its slot, the position of its first token,
+        the number of tokens to run (0 for rows that are padding), and 1 if the sampler has yet to count
+        the first token; then the tokens to run and the one after them, -1 for each that is drawn before
+        it is run. Rows are in falling order of the number of tokens.
+      hidden: Activations [R, D], where the span is not the first; then each row runs one token.
+      allowed: uint32 [R, ceil(V / 32)], the tokens that may be drawn.
+    Returns: The state, and int32 [LOOP, R, 2 + 2 * top]: tokens, the bits of their log-probabilities, and
+      the ids and bits of log-probabilities of the likeliest. If the span is not the last: activations
+      [R, D] in place of that.
+    """
+    width = plan_XR.shape[1]
+    extra = [array for array in (hidden, allowed) if array is not None]
+    rounds = LOOP if plan_XR[2].max() > 1 else 1
+    if not self.span.is_last:
+      return self._call(("pass", width), state, plan_XR, *extra)
+    key = ("decode", width, kind, top, rounds if self._is_static else LOOP, allowed is not None)
+    return self._call(key, state, plan_XR, *extra)
+
+  def keep(self, state: StageState, slot: int, start: int, place: int) -> StageState:
+    """Keep the block of a slot that begins at position `start`; `state` is consumed."""
+    return self._call(("keep",), state, np.int32(slot), np.int32(start), np.int32(place))
+
+  def score(self, x_TD: jax.Array, targets: np.ndarray, *, top: int) -> jax.Array:
+    """Compute log-probabilities of `targets[i]` after row i of activations.
+
+    Returns: int32 [bucket, 1 + 2 * top]: the bits of them, and as in `decode` the likeliest tokens.
+    """
+    length = x_TD.shape[0]
+    return self._call(("score", length, top), x_TD, _padded(targets, length))
+
+  def logits(self, x_TD: jax.Array, count: int) -> np.ndarray:
     """Compute the logits after the first `count` rows of activations; float32 [count, V]."""
-    length = x_BTD.shape[1]
-    if ("logits", length) not in self._run:
-      self._run["logits", length] = (
-        jax.jit(self._programs.logits)
-        .lower(self._programs.params, self._activations(length))
-        .compile()
-      )
-    logits_BTV = self._run["logits", length](self._programs.params, x_BTD)
-    return np.asarray(logits_BTV, np.float32)[0, :count]
+    return np.asarray(self._call(("logits", x_TD.shape[0]), x_TD), np.float32)[:count]
+
+  def bucket(self, length: int, start: int) -> int:
+    """Choose the compiled length for `length` inputs from position `start` on.
+
+    It is one of `buckets`, or shorter at the end of the cache: padding would go past it.
+
+    Raises: ValueError: no length takes so many, or the cache has no room for them.
+    """
+    check_room(start, length, self.capacity)
+    if length > self.buckets[-1]:
+      raise ValueError(f"{length} inputs in a row of a prompt: at most {self.buckets[-1]}")
+    wanted = next(b for b in self.buckets if b >= length)
+    return min(wanted, self.capacity - start)
+
+  def width(self, rows: int) -> int:
+    """Choose the compiled number of rows for so many."""
+    return next(width for width in self.widths if width >= rows)
 
   @property
   def weight_bytes(self) -> int:
@@ -229,59 +247,243 @@ class CompiledStage:
   @property
   def cache_bytes(self) -> int:
     """Bytes of one sequence's cache."""
-    return sum(
-      leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(self._empty_cache))
-    )
+    cache = jax.eval_shape(lambda: self._programs.new_cache(slots=1, capacity=self.capacity))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
   @property
   def working_bytes(self) -> int:
     """Bytes of the neediest program beside its inputs and outputs, by XLA's memory analysis."""
     return max(run.memory_analysis().temp_size_in_bytes for run in self._run.values())
 
-  @property
-  def _input_dtype(self) -> np.dtype:
-    return np.dtype(np.int32) if self.span.is_first else self.activations
+  # ---- programs
 
-  def _empty_cache(self) -> Cache:
-    return empty_cache(self.config, self.span, batch=1, capacity=self.capacity, dtype=self.dtype)
+  def _prompt(
+    self,
+    params: Any,
+    state: StageState,
+    tokens_T: Int[Array, "T"],
+    where_3: Int[Array, "3"],
+    hidden_TD: Float[Array, "T D"] | None = None,
+  ) -> tuple[StageState, Array, Array]:
+    slot, start, count = where_3
+    rows = Rows(start[None], count[None], slot[None])
+    inputs = tokens_T if hidden_TD is None else hidden_TD
+    x_BTD, cache = self._programs.forward(params, inputs[None], state.cache, rows)
+    sampler = state.sampler
+    if sampler is not None:
+      sampler = sampling.observe(sampler, slot, tokens_T, count)
+    x_1D = lax.dynamic_slice_in_dim(x_BTD[0], count - 1, 1)
+    return dataclasses.replace(state, cache=cache, sampler=sampler), x_BTD[0], x_1D
 
-  def _lower_forward(self, length: int, cache: Cache) -> Any:
-    shape = (1, length) if self.span.is_first else (1, length, self.config.model_dim)
-    inputs = jax.ShapeDtypeStruct(shape, self._input_dtype)
-    one_B = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return jax.jit(self._programs.forward, donate_argnums=2).lower(
-      self._programs.params, inputs, cache, one_B, one_B
+  def _draw(
+    self,
+    params: Any,
+    state: StageState,
+    x_1D: Float[Array, "1 D"],
+    slot: Int[Array, ""],
+    allowed_1W: UInt[Array, "1 W"] | None = None,
+    *,
+    kind: Kind,
+    top: int,
+  ) -> tuple[StageState, Array]:
+    logits_1V = self._programs.logits(params, x_1D[:, None])[:, 0]
+    drawn, sampler = sampling.sample(
+      logits_1V, state.sampler, slot[None], jnp.ones(1, bool),
+      kind=kind, top=top, allowed_RW=allowed_1W, sort=self._is_static,
+    )  # fmt: skip
+    last_P = state.last_P.at[slot].set(drawn.token_R[0])
+    return dataclasses.replace(state, sampler=sampler, last_P=last_P), _packed(drawn)[None]
+
+  def _decode(
+    self,
+    params: Any,
+    state: StageState,
+    plan_XR: Int[Array, "X R"],
+    *extra: Array,
+    kind: Kind,
+    top: int,
+    rounds: int,
+    masked: bool,
+  ) -> tuple[StageState, Array]:
+    slot_R, start_R, count_R, fresh_R = plan_XR[:4]
+    given_NR = plan_XR[4:]
+    allowed_RW = extra[-1] if masked else None
+    hidden_RD = None if self.span.is_first else extra[0]
+    token_R = jnp.where(given_NR[0] >= 0, given_NR[0], state.last_P[slot_R])
+    sampler = sampling.count(
+      state.sampler, slot_R, token_R, (fresh_R > 0) & (count_R > 0), kind=kind
     )
 
-  def _lower_sample(self) -> Any:
-    def draw(params: Any, x_BTD: jax.Array, sampler: SamplerState):
-      return sampling.sample(self._programs.logits(params, x_BTD)[:, 0], sampler)
+    def one(i: Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+      cache, sampler, token_R, out_NRX = carry
+      live_R = count_R > i
+      rows = Rows(start_R + i, live_R.astype(jnp.int32), slot_R)
+      inputs = token_R if hidden_RD is None else hidden_RD
+      x_R1D, cache = self._programs.forward(params, inputs[:, None], cache, rows)
+      logits_RV = self._programs.logits(params, x_R1D)[:, 0]
+      forced_R = given_NR[i + 1]
+      drawn, sampler = sampling.sample(
+        logits_RV, sampler, slot_R, live_R,
+        kind=kind, top=top, allowed_RW=allowed_RW, forced_R=forced_R, sort=self._is_static,
+      )  # fmt: skip
+      token_R = jnp.where(live_R, drawn.token_R, token_R)
+      out_NRX = lax.dynamic_update_index_in_dim(out_NRX, _packed(drawn), i, 0)
+      return cache, sampler, token_R, out_NRX
 
-    return jax.jit(draw, donate_argnums=2).lower(
-      self._programs.params, self._activations(1), self._sampler()
+    out_NRX = jnp.zeros((LOOP, plan_XR.shape[1], 2 + 2 * top), jnp.int32)
+    carry = state.cache, sampler, token_R, out_NRX
+    count = rounds if self._is_static else jnp.max(count_R)
+    cache, sampler, token_R, out_NRX = lax.fori_loop(0, count, one, carry)
+    # Rows that are padding may name any slot: they are sent past the end.
+    to_R = jnp.where(count_R > 0, slot_R, state.last_P.shape[0])
+    last_P = state.last_P.at[to_R].set(token_R, mode="drop")
+    return dataclasses.replace(state, cache=cache, sampler=sampler, last_P=last_P), out_NRX
+
+  def _pass(
+    self,
+    params: Any,
+    state: StageState,
+    plan_XR: Int[Array, "X R"],
+    hidden_RD: Float[Array, "R D"] | None = None,
+  ) -> tuple[StageState, Float[Array, "R D"]]:
+    rows = Rows(plan_XR[1], plan_XR[2], plan_XR[0])
+    inputs = plan_XR[4] if hidden_RD is None else hidden_RD
+    # A loop of a count that XLA does not know, as where tokens are drawn: or it would round otherwise.
+    x_R1D, cache = self._programs.forward(params, inputs[:, None], state.cache, rows)
+    return dataclasses.replace(state, cache=cache), x_R1D[:, 0]
+
+  def _score(
+    self, params: Any, x_TD: Float[Array, "T D"], target_T: Int[Array, "T"], *, top: int
+  ) -> Int[Array, "T X"]:
+    block = min(SCORED, x_TD.shape[0])
+
+    def one(given: tuple[Array, Array]) -> Array:
+      x_MD, target_M = given
+      logits_MV = self._programs.logits(params, x_MD[None])[0]
+      score_M = sampling.score(logits_MV[None], target_M[None])[0]
+      columns = [_bits(score_M)[:, None]]
+      if top:
+        ids_MX, logprob_MX = sampling.tops(logits_MV, top)
+        columns += [ids_MX, _bits(logprob_MX)]
+      return jnp.concatenate(columns, axis=1)
+
+    length, width = x_TD.shape
+    padded = -(-length // block) * block
+    x_TD = jnp.pad(x_TD, ((0, padded - length), (0, 0)))
+    target_T = jnp.pad(target_T, (0, padded - length))
+    out = lax.map(one, (x_TD.reshape(-1, block, width), target_T.reshape(-1, block)))
+    return out.reshape(padded, -1)[:length]
+
+  # ---- compiling
+
+  def _compile_first(self) -> None:
+    """Compile what every request needs, two programs at a time."""
+    keys: list[tuple[Any, ...]] = [("prompt", length) for length in self.buckets if length > 1]
+    keys = keys or [("prompt", 1)]
+    if self.span.is_last:
+      rounds = LOOP
+      keys += [
+        ("decode", self.widths[0], "greedy", 0, rounds, False), ("draw", "greedy", 0), ("open",),
+      ]  # fmt: skip
+    else:
+      keys.append(("pass", self.widths[0]))
+    lowered = [self._lower(key) for key in keys]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      compiled = pool.map(lambda program: program.compile(), lowered)
+      self._run.update(zip(keys, compiled, strict=True))
+
+  def _call(self, key: tuple[Any, ...], *args: Any) -> Any:
+    if key not in self._run:
+      self._run[key] = self._lower(key).compile()
+    if key[0] in ("open", "observe", "keep", "restore", "copy"):
+      return self._run[key](*args)
+    return self._run[key](self._programs.params, *args)
+
+  def _lower(self, key: tuple[Any, ...]) -> Any:
+    name, rest = key[0], key[1:]
+    state = jax.eval_shape(self._empty_state)
+    one, vocab_size = _ints(), self.config.vocab_size
+
+    def hidden(rows: int) -> list[Any]:
+      return [] if self.span.is_first else [self._activations(rows)]
+
+    def masks(rows: int) -> Any:
+      return jax.ShapeDtypeStruct((rows, -(-vocab_size // 32)), jnp.uint32)
+
+    match name:
+      case "prompt":
+        args = [_ints(rest[0]), _ints(3), *hidden(rest[0])]
+        return self._with_weights(self._prompt, state, *args)
+      case "draw":
+        kind, top, *masked = rest
+        args = [self._activations(1), one, *([masks(1)] if masked else [])]
+        return self._with_weights(functools.partial(self._draw, kind=kind, top=top), state, *args)
+      case "decode":
+        width, kind, top, rounds, masked = rest
+        args = [_ints(PLAN, width), *hidden(width), *([masks(width)] if masked else [])]
+        run = functools.partial(self._decode, kind=kind, top=top, rounds=rounds, masked=masked)
+        return self._with_weights(run, state, *args)
+      case "pass":
+        return self._with_weights(self._pass, state, _ints(PLAN, rest[0]), *hidden(rest[0]))
+      case "score":
+        length, top = rest
+        run = functools.partial(self._score, top=top)
+        params = self._programs.params
+        return jax.jit(run).lower(params, self._activations(length), _ints(length))
+      case "logits":
+        run = lambda params, x_TD: self._programs.logits(params, x_TD[None])[0]  # noqa: E731
+        return jax.jit(run).lower(self._programs.params, self._activations(rest[0]))
+      case "open":
+        settings = sampling.settings_of(Sampling(), (), vocab_size)
+        return jax.jit(stage_state.begin, donate_argnums=0).lower(state, one, settings)
+      case "observe":
+        args = [one, _ints(PREFILL), one]
+        return jax.jit(stage_state.observe, donate_argnums=0).lower(state, *args)
+      case "keep" | "restore":
+        run = stage_state.keep if name == "keep" else stage_state.restore
+        run = functools.partial(run, length=self.chunks[0])
+        return jax.jit(run, donate_argnums=0).lower(state, one, one, one)
+      case "copy":
+        return jax.jit(stage_state.copy, donate_argnums=0).lower(state, one, one)
+    raise AssertionError(key)
+
+  def _with_weights(self, run: Callable[..., Any], state: StageState, *args: Any) -> Any:
+    return jax.jit(run, donate_argnums=1).lower(self._programs.params, state, *args)
+
+  def _empty_state(self) -> StageState:
+    new_cache = self._programs.new_cache
+    is_last = self.span.is_last
+    return StageState(
+      cache=new_cache(slots=self.slots, capacity=self.capacity),
+      pool=new_cache(slots=self.places, capacity=capacity_for(self.chunks[0]))
+      if self.places
+      else None,
+      sampler=SamplerState.new(self.slots, self.config.vocab_size) if is_last else None,
+      last_P=jnp.zeros(self.slots, jnp.int32) if is_last else None,
     )
 
-  def _lower_pick(self, length: int) -> Any:
-    def pick(x_BTD: jax.Array, row: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_slice_in_dim(x_BTD, row, 1, axis=1)
+  def _activations(self, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, self.config.model_dim), self.activations)
 
-    row = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(pick).lower(self._activations(length), row)
 
-  def _lower_observe(self, length: int) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(sampling.observe, donate_argnums=0).lower(self._sampler(), tokens, count)
+def _packed(drawn: sampling.Drawn) -> Int[Array, "R X"]:
+  """What was drawn, as integers that one transfer brings to the host."""
+  columns = [drawn.token_R[:, None], _bits(drawn.logprob_R)[:, None]]
+  if drawn.tops is not None:
+    ids_RX, logprob_RX = drawn.tops
+    columns += [ids_RX, _bits(logprob_RX)]
+  return jnp.concatenate(columns, axis=1)
 
-  def _lower_score(self, length: int) -> Any:
-    def score(params: Any, x_BTD: jax.Array, targets: jax.Array):
-      return sampling.score(self._programs.logits(params, x_BTD), targets)
 
-    targets = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return jax.jit(score).lower(self._programs.params, self._activations(length), targets)
+def _bits(x: Array) -> Array:
+  return lax.bitcast_convert_type(x, jnp.int32)
 
-  def _activations(self, length: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, length, self.config.model_dim), self.activations)
 
-  def _sampler(self) -> SamplerState:
-    return jax.eval_shape(lambda: self.new_sampler(Sampling()))
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _padded(x: np.ndarray, length: int) -> np.ndarray:
+  out = np.zeros((length, *x.shape[1:]), x.dtype)
+  out[: len(x)] = x
+  return out

@@ -94,9 +94,7 @@ class ModelPrograms:
     self.rows_agree = rows_agree(model)
 
   def new_cache(self, *, slots: int, capacity: int) -> Cache:
-    return empty_cache(
-      self._config, self._span, slots=slots, capacity=capacity, dtype=self._cache
-    )
+    return empty_cache(self._config, self._span, slots=slots, capacity=capacity, dtype=self._cache)
 
   def forward(
     self, params: Any, inputs: Array, cache: Cache, rows: Rows

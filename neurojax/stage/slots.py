@@ -92,8 +92,10 @@ class SlotTable:
     slot, limits = self[row.slot], self._limits
     if row.start != slot.length:
       raise ValueError(f"start = {row.start}: the sequence stands at position {slot.length}")
-    if not 0 <= row.draws <= limits.most_draws:
-      raise ValueError(f"draws = {row.draws}: 0 to {limits.most_draws}")
+    most = 1 if row.role == "prompt" else limits.most_draws
+    least = 0 if row.role == "prompt" else 1
+    if not least <= row.draws <= most:
+      raise ValueError(f"draws = {row.draws} in a row of role {row.role!r}: {least} to {most}")
     end = row.start + row.length + max(row.draws - 1, 0)
     if end > limits.context_length:
       raise ValueError(
