@@ -105,11 +105,11 @@ def memory(path: Path, load: Load, stages: int) -> Iterator[Row]:
       gc.collect()
       before = sum(array.nbytes for array in jax.live_arrays())
       model = load_span(file, placement.span, dtype=jnp.dtype(load.dtype), weights=load.weights)
-      stage = CompiledStage(model, context_length=load.capacity)
+      stage = CompiledStage(model, context_length=load.capacity, slots=load.sequences)
       del model
-      runtime = StageRuntime(stage, max_sequences=load.sequences)
-      for number in range(load.sequences):
-        runtime.open(str(number), Sampling())
+      runtime = StageRuntime(stage)
+      for slot in range(load.sequences):
+        runtime.open(slot, Sampling())
       gc.collect()
       live = sum(array.nbytes for array in jax.live_arrays()) - before
       layers = f"layers {placement.span.first_layer}..{placement.span.last_layer}"

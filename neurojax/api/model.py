@@ -24,7 +24,15 @@ from neurojax.api.opening import (
 from neurojax.api.options import ChatOptions, GenerateOptions, check_options, shows
 from neurojax.api.results import Completion, Piece, Report, Score, Times
 from neurojax.api.runner import Runner
-from neurojax.config import Dtype, ModelConfig, Programs, Sampling, Serving
+from neurojax.config import (
+  DEFAULT_PREFIX,
+  CacheForm,
+  Dtype,
+  ModelConfig,
+  Programs,
+  Sampling,
+  Serving,
+)
 from neurojax.engine.api import Engine, Request, check_request
 from neurojax.engine.text import stream_text
 from neurojax.files.model_file import ModelFile
@@ -44,6 +52,8 @@ def load(
   dtype: Dtype = "float32",
   context: int | None = None,
   sequences: int = 4,
+  cache: CacheForm = "auto",
+  prefix: int = DEFAULT_PREFIX,
   programs: Programs = "auto",
   stages: int = 1,
   devices: str | Sequence[str] = (),
@@ -61,7 +71,10 @@ def load(
     weights: How matrices are held; "auto" takes the form that the file is made for, exactly.
     dtype: Floating-point type of activations and caches, and of dense weights.
     context: Positions for prompt and answer; None takes the model's own, at most 2048.
-    sequences: Answers that may be computed at the same time.
+    sequences: Answers that may be computed at the same time; more wait in a queue.
+    cache: How keys and values are kept: "auto" in the dtype, "int8" in 8 bits and half the memory.
+    prefix: Positions of earlier prompts that are kept: a prompt that begins like one of them, as the next
+      turn of a chat does, is not computed from its start again. 0 keeps none.
     programs: "fused" for the GPU kernels, "model" for any model anywhere, "auto" for whichever fits.
     stages: Stage servers to cut the model into; 1 keeps it in this process.
     devices: JAX devices such as "cpu" or "cuda:1": one for each stage, or one for all.
@@ -82,7 +95,13 @@ def load(
     8
   """
   serving = Serving(
-    dtype=dtype, weights=weights, context=context, sequences=sequences, programs=programs
+    dtype=dtype,
+    weights=weights,
+    context=context,
+    sequences=sequences,
+    cache=cache,
+    prefix=prefix,
+    programs=programs,
   )
   check_opening(stages=stages, step_timeout_s=step_timeout_s)
   chosen = (devices,) if isinstance(devices, str) else tuple(devices)
@@ -100,6 +119,8 @@ def connect(
   dtype: Dtype = "float32",
   context: int | None = None,
   sequences: int = 4,
+  cache: CacheForm = "auto",
+  prefix: int = DEFAULT_PREFIX,
   programs: Programs = "auto",
   tokenizer: str | Path | None = None,
   step_timeout_s: float = 60.0,
@@ -113,7 +134,7 @@ def connect(
       proportion to its free memory.
     model: The model file; every host must have the same, and hosts that have not are refused by name.
     step_timeout_s: Longest wait for a stage to get on with a step.
-    weights, dtype, context, sequences, programs, tokenizer, progress: As for `load`.
+    weights, dtype, context, sequences, cache, prefix, programs, tokenizer, progress: As for `load`.
   Returns: A `Model`, which is also a context manager.
   Raises: EngineError: a host does not answer, or has another model or version; the message names it.
     ValueError: as for `load`.
@@ -127,7 +148,13 @@ def connect(
   if where is None:
     raise TypeError('where = None: give stage servers as "host:port,...", a fleet or a plan')
   serving = Serving(
-    dtype=dtype, weights=weights, context=context, sequences=sequences, programs=programs
+    dtype=dtype,
+    weights=weights,
+    context=context,
+    sequences=sequences,
+    cache=cache,
+    prefix=prefix,
+    programs=programs,
   )
   file = open_file(model, tokenizer)
   return Model._open(file, serving, progress=progress, where=where, step_timeout_s=step_timeout_s)

@@ -199,7 +199,7 @@ async def _local(
   except BaseException:
     thread.shutdown(wait=False, cancel_futures=True)
     raise
-  return LocalEngine(stage, max_sequences=serving.sequences, thread=thread)
+  return LocalEngine(stage, thread=thread)
 
 
 def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgress):
@@ -211,7 +211,8 @@ def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgre
   from neurojax.folders import cache_dir
   from neurojax.plan.proportional import proportional
   from neurojax.stage.backend import devices
-  from neurojax.stage.compile import CompiledStage, use_compilation_cache
+  from neurojax.stage.compilation_cache import use_compilation_cache
+  from neurojax.stage.compile import CompiledStage
   from neurojax.stage.memory import free_memory_bytes
 
   use_compilation_cache(cache_dir() / "xla")
@@ -228,7 +229,14 @@ def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgre
     progress=lambda done: progress(Progress("reading layers", done, total)),
   )
   progress(Progress("compiling"))
-  return CompiledStage(model, context_length=serving.context, programs=serving.programs)
+  return CompiledStage(
+    model,
+    context_length=serving.context,
+    slots=serving.sequences,
+    places=serving.places,
+    cache=serving.cache_dtype,
+    programs=serving.programs,
+  )
 
 
 def jax_device(name: str):

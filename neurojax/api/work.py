@@ -265,7 +265,7 @@ def train(
     FileNotFoundError: no-such-data: no prepared data here
   """
   from neurojax.folders import cache_dir
-  from neurojax.stage.compile import use_compilation_cache
+  from neurojax.stage.compilation_cache import use_compilation_cache
   from neurojax.train.config import TrainConfig
   from neurojax.train.run import train as run
   from neurojax.train.settings import change_config, read_config

@@ -247,7 +247,8 @@ class Logits(ModelOptions):
     from neurojax.files.put import stored
     from neurojax.folders import cache_dir
     from neurojax.measure.quality.logits import check_tokens, logits, read_tokens
-    from neurojax.stage.compile import CompiledStage, use_compilation_cache
+    from neurojax.stage.compilation_cache import use_compilation_cache
+    from neurojax.stage.compile import CompiledStage
 
     tokens = read_tokens(self.tokens)
     if self.decode_from is not None and not 0 <= self.decode_from <= len(tokens):

@@ -12,7 +12,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from neurojax.cli.console import importing_jax, stderr
-from neurojax.config import MOST_SEQUENCES, Sampling, Serving
+from neurojax.config import DEFAULT_PREFIX, MOST_CONTEXT, MOST_SEQUENCES, Sampling, Serving
 from neurojax.files.find import model_path
 from neurojax.forms import Weights
 
@@ -65,6 +65,11 @@ class EngineOptions:
   """Positions for prompt and answer together. Without it, the model's own, at most 2048."""
   sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
   """Sequences that may be computed at the same time; memory for their caches is reserved."""
+  cache: Literal["auto", "int8"] = "auto"
+  """Form of keys and values: "auto" keeps them in the dtype, "int8" rounds them to 8 bits."""
+  prefix: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = DEFAULT_PREFIX
+  """Positions of earlier prompts that are kept: a prompt that begins like one of them is not computed
+  from its start again. 0 keeps none."""
   step_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
   """Longest time to wait for a stage's answer to one step."""
 
@@ -75,6 +80,8 @@ class EngineOptions:
       raise ValueError(f"--step-timeout {self.step_timeout}: a positive number of seconds")
     if not 1 <= self.sequences <= MOST_SEQUENCES:
       raise ValueError(f"--sequences {self.sequences}: between 1 and {MOST_SEQUENCES}")
+    if not 0 <= self.prefix <= MOST_CONTEXT:
+      raise ValueError(f"--prefix {self.prefix}: between 0 and {MOST_CONTEXT}")
     if self.hosts is not None and self.stages != 1:
       raise ValueError("--stages starts servers and --hosts uses running ones: give one of them")
     if self.plan is not None and (self.hosts is not None or self.stages != 1):
@@ -87,6 +94,8 @@ class EngineOptions:
       weights=self.weights,
       context=self.context,
       sequences=self.sequences,
+      cache=self.cache,
+      prefix=self.prefix,
       programs=self.programs,
     )
 

@@ -61,7 +61,7 @@ class Stage(ModelOptions):
       from neurojax.folders import cache_dir
       from neurojax.pipeline.server import StageServer
       from neurojax.stage.backend import devices
-      from neurojax.stage.compile import use_compilation_cache
+      from neurojax.stage.compilation_cache import use_compilation_cache
 
       use_compilation_cache(cache_dir() / "xla")
       try:

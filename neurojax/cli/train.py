@@ -108,7 +108,7 @@ class Train:
 
   def _train(self, config: "TrainConfig", workdir: Path) -> int:
     from neurojax.folders import cache_dir
-    from neurojax.stage.compile import use_compilation_cache
+    from neurojax.stage.compilation_cache import use_compilation_cache
     from neurojax.train.loop import TrainingError
     from neurojax.train.run import train
 

@@ -5,9 +5,11 @@ from neurojax.config.model import Activation, ModelConfig, RopeStyle, architectu
 from neurojax.config.sampling import Sampling
 from neurojax.config.serving import (
   DEFAULT_CONTEXT,
+  DEFAULT_PREFIX,
   MOST_CONTEXT,
   MOST_SEQUENCES,
   Activations,
+  CacheForm,
   Dtype,
   Programs,
   Serving,
@@ -17,10 +19,12 @@ from neurojax.config.toml import from_dict, from_toml, named_configs, to_toml
 
 __all__ = [
   "DEFAULT_CONTEXT",
+  "DEFAULT_PREFIX",
   "MOST_CONTEXT",
   "MOST_SEQUENCES",
   "Activation",
   "Activations",
+  "CacheForm",
   "Dtype",
   "LayerKind",
   "Mixer",

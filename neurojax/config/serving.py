@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from typing import Literal, Self
 
 from neurojax.config.model import ModelConfig
-from neurojax.forms import Form, Forms, Scales, Weights, capacity_for
+from neurojax.forms import PREFILL, Form, Forms, Scales, Weights, capacity_for
 
 Dtype = Literal["float32", "bfloat16"]
 Programs = Literal["auto", "model", "fused"]
 Activations = Literal["int8"]
+CacheForm = Literal["auto", "int8"]
 
 DEFAULT_CONTEXT = 2048
 """Positions for prompt and answer where nobody says how many."""
+
+DEFAULT_PREFIX = 2048
+"""Positions of earlier prompts that engines keep where nobody says how many."""
 
 MOST_CONTEXT = 1 << 24
 """Positions that an engine runs at most: beyond, float32 no longer holds each position exactly."""
@@ -36,6 +40,10 @@ class Serving:
     context: Positions for prompt and answer together; None takes the model's own, at most
       DEFAULT_CONTEXT.
     sequences: Sequences that may be computed at the same time. Memory for their caches is reserved.
+    cache: How keys and values are kept: "auto" in the dtype, "int8" rounded to 8 bits with a factor for
+      each position and head.
+    prefix: Positions of earlier prompts that are kept, so that a prompt which begins like one of them
+      need not be computed from its start. Memory for them is reserved.
     programs: "fused" runs a few large GPU kernels, for ternary weights in bfloat16; "model" runs any
       model anywhere; "auto" is fused where it can be.
   Raises: ValueError: a value that no engine takes.
@@ -50,12 +58,16 @@ class Serving:
   weights: Weights | Literal["auto"] = "auto"
   context: int | None = None
   sequences: int = 4
+  cache: CacheForm = "auto"
+  prefix: int = 0
   programs: Programs = "auto"
 
   def __post_init__(self) -> None:
     check_choice("dtype", self.dtype, typing.get_args(Dtype))
     check_choice("weights", self.weights, ("auto", *typing.get_args(Weights)))
     check_choice("programs", self.programs, typing.get_args(Programs))
+    check_choice("cache", self.cache, typing.get_args(CacheForm))
+    _check_range("prefix", self.prefix, _COUNTED_CONTEXT, least=0)
     if self.context is not None:
       _check_range("context", self.context, _COUNTED_CONTEXT)
     _check_range("sequences", self.sequences, _COUNTED_SEQUENCES)
@@ -65,6 +77,16 @@ class Serving:
     """Positions that the cache of a sequence has room for. The context must be given."""
     assert self.context is not None, "resolve the serving first"
     return capacity_for(self.context)
+
+  @property
+  def cache_dtype(self) -> str:
+    """Dtype of keys and values."""
+    return self.dtype if self.cache == "auto" else self.cache
+
+  @property
+  def places(self) -> int:
+    """Blocks of PREFILL positions that are kept of earlier prompts."""
+    return -(-self.prefix // PREFILL)
 
   def resolve(
     self,
@@ -108,6 +130,7 @@ class Serving:
     check_choice("weights", self.weights, typing.get_args(Weights))
     _check_range("context", self.context, MOST_CONTEXT)
     _check_range("sequences", self.sequences, MOST_SEQUENCES)
+    _check_range("prefix", self.prefix, MOST_CONTEXT, least=0)
 
 
 def made_for(forms: Mapping[str, Form], activations: Activations | None = None) -> Weights:
@@ -122,6 +145,6 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     raise ValueError(f"{name} = {repr(value)[:40]}: choose one of {', '.join(choices)}")
 
 
-def _check_range(name: str, value: object, most: int) -> None:
-  if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-    raise ValueError(f"{name} = {value!r}: a whole number between 1 and {most}")
+def _check_range(name: str, value: object, most: int, *, least: int = 1) -> None:
+  if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    raise ValueError(f"{name} = {value!r}: a whole number between {least} and {most}")

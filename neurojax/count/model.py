@@ -236,9 +236,12 @@ def _kind_bytes(
 
 def _kind_cache_bytes(config: ModelConfig, kind: LayerKind, capacity: int, dtype: str) -> int:
   if kind.mixer == "convolution":
-    return (config.conv_width - 1) * config.model_dim * DTYPE_BYTES[dtype]
+    held = "float32" if dtype == "int8" else dtype
+    return (config.conv_width - 1) * config.model_dim * DTYPE_BYTES[held]
   k, h = _heads(config, kind)
-  return 2 * k * kept_positions(capacity, kind.sliding_window) * h * DTYPE_BYTES[dtype]
+  # With int8 each position and head has a float32 factor.
+  head = h + DTYPE_BYTES["float32"] if dtype == "int8" else h * DTYPE_BYTES[dtype]
+  return 2 * k * kept_positions(capacity, kind.sliding_window) * head
 
 
 def _kind_flops(config: ModelConfig, kind: LayerKind, context: int, at_end: bool) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Self
 from neurojax import count
 from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.working import DeviceKind, Working, working
-from neurojax.forms import Forms, Weights
+from neurojax.forms import PREFILL, Forms, Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,17 @@ class Load:
     return self.serving.sequences
 
   @property
+  def cache_dtype(self) -> str:
+    """Dtype of keys and values."""
+    return self.serving.cache_dtype
+
+  def cache_bytes(self, config: ModelConfig, layers: int) -> int:
+    """Bytes of the caches of all sequences in so many layers, and of what is kept of earlier prompts."""
+    sequence = count.cache_bytes(config, layers, capacity=self.capacity, dtype=self.cache_dtype)
+    block = count.cache_bytes(config, layers, capacity=PREFILL, dtype=self.cache_dtype)
+    return self.sequences * sequence + self.serving.places * block
+
+  @property
   def form(self) -> dict[str, Any]:
     """How weights are held, as arguments of the functions of `count`."""
     return {"dtype": self.dtype, "weights": self.weights, "forms": self.forms}
@@ -58,9 +69,8 @@ def stage_bytes(config: ModelConfig, span: Span, load: Load, kind: DeviceKind = 
     kind: Kind of the device. Working memory depends on it where programs compute in bfloat16.
   """
   weights = count.span_bytes(config, span, **load.form)
-  cache = count.cache_bytes(config, len(span), capacity=load.capacity, dtype=load.dtype)
   work = stage_working(config, load, kind).stage(len(span), is_last=span.is_last)
-  return weights + load.sequences * cache + work
+  return weights + load.cache_bytes(config, len(span)) + work
 
 
 def stage_working(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") -> Working:
@@ -72,6 +82,5 @@ def stage_working(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") ->
 
 def layer_bytes(config: ModelConfig, load: Load, kind: DeviceKind = "cuda") -> int:
   """Bytes that each further layer adds to a stage, with its caches."""
-  cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
-  held = count.layer_bytes(config, **load.form) + load.sequences * cache
+  held = count.layer_bytes(config, **load.form) + load.cache_bytes(config, 1)
   return held + stage_working(config, load, kind).layer

@@ -94,7 +94,7 @@ def planned(
   if replicas is None:
     # Every place has caches for all that its pipeline may have in flight: where these take far more
     # memory than a layer, shorter pipelines side by side give more.
-    cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.dtype)
+    cache = count.cache_bytes(config, 1, capacity=load.capacity, dtype=load.cache_dtype)
     while needed // _FEWER > load.sequences and needed * cache > 2 * layer_bytes(config, load):
       needed //= _FEWER
   # Caches for all of them take memory that layers then lack: fewer may give more.

@@ -101,7 +101,7 @@ def work(config: ModelConfig, load: Load, *, batch: int = 1, context: int, token
   if tokens > context:
     raise ValueError(f"tokens = {tokens}: more than context = {context}, which includes them")
   form = load.form
-  cache = count.cache_bytes(config, 1, capacity=context, dtype=load.dtype)
+  cache = count.cache_bytes(config, 1, capacity=context, dtype=load.cache_dtype)
   matrices = sum(2 * k * n for k, n in count.layer_matrices(config).values())
   # Twice the mean number of positions that a new token attends to, itself included.
   seen_twice = 2 * context - tokens + 1

@@ -90,7 +90,9 @@ def memory_lines(
   if isinstance(purpose, ServePurpose):
     load = purpose.load(config)
     weights = count.span_bytes(config, Span.whole(config), **load.form)
-    cache = count.cache_bytes(config, config.num_layers, capacity=load.capacity, dtype=load.dtype)
+    cache = count.cache_bytes(
+      config, config.num_layers, capacity=load.capacity, dtype=load.cache_dtype
+    )
     bits = 8 * weights / parameters
     lines += [
       Line(what="weights", how=f"{weights:,} bytes, {bits:.3f} bits a parameter"),

@@ -40,6 +40,9 @@ LOOP = 8
 PLAN = 4 + LOOP + 1
 """Integers that tell a program of one row, see `CompiledStage.decode`."""
 
+NOT_DRAWN = -2
+"""Stands in a plan for a token that nothing draws."""
+
 SCORED = 64
 """Positions whose logits are in memory at the same time when a prompt is scored."""
 
@@ -190,8 +193,8 @@ class CompiledStage:
     Args:
       plan_XR: int32 [PLAN, R], R one of `widths`. For each row its slot, the position of its first token,
         the number of tokens to run (0 for rows that are padding), and 1 if the sampler has yet to count
-        the first token; then the tokens to run and the one after them, -1 for each that is drawn before
-        it is run. Rows are in falling order of the number of tokens.
+        the first token; then the tokens to run and the one after them: -1 for each that is drawn, and
+        NOT_DRAWN for one after them that is not. Rows are in falling order of the number of tokens.
       hidden: Activations [R, D], where the span is not the first; then each row runs one token.
       allowed: uint32 [R, ceil(V / 32)], the tokens that may be drawn.
     Returns: The state, and int32 [LOOP, R, 2 + 2 * top]: tokens, the bits of their log-probabilities, and
@@ -322,8 +325,9 @@ class CompiledStage:
       x_R1D, cache = self._programs.forward(params, inputs[:, None], cache, rows)
       logits_RV = self._programs.logits(params, x_R1D)[:, 0]
       forced_R = given_NR[i + 1]
+      drawing_R = live_R & (forced_R != NOT_DRAWN)
       drawn, sampler = sampling.sample(
-        logits_RV, sampler, slot_R, live_R,
+        logits_RV, sampler, slot_R, drawing_R,
         kind=kind, top=top, allowed_RW=allowed_RW, forced_R=forced_R, sort=self._is_static,
       )  # fmt: skip
       token_R = jnp.where(live_R, drawn.token_R, token_R)

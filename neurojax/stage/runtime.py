@@ -10,7 +10,7 @@ import numpy as np
 from neurojax.config import Sampling
 from neurojax.model import sample as sampling
 from neurojax.model.sample import Kind
-from neurojax.stage.compile import LOOP, PLAN, CompiledStage
+from neurojax.stage.compile import LOOP, NOT_DRAWN, PLAN, CompiledStage
 from neurojax.stage.slots import Limits, SlotTable
 from neurojax.stage.step import Row, RowOutput, Tops
 
@@ -193,11 +193,11 @@ class StageRuntime:
     """Run the tokens of a row one after the other, as they ran when they were drawn."""
     tokens = _tokens(row)
     fetches = []
-    for index, token in enumerate(tokens):
+    for index in range(len(tokens) - 1):
       hidden = None if row.hidden is None else row.hidden[index : index + 1]
       one = dataclasses.replace(row, start=row.start + index, hidden=hidden)
-      after = tokens[index + 1 : index + 2]
-      out = self._call([one], [[token, *after]], [1], [row.role == "replayed" and index == 0])
+      pair = tokens[index : index + 2]
+      out = self._call([one], [pair], [1], [row.role == "replayed" and index == 0])
       fetches.append(self._fetch(row, [(out, 0, 1)]))
     self._advance(row)
 
@@ -217,7 +217,7 @@ class StageRuntime:
     parts: dict[int, list[tuple[jax.Array, int, int]]] = {index: [] for index in left}
     while left:
       # Rows in falling order of their tokens: those that still run are in front at any time.
-      counts = {index: min(len(tokens), LOOP) for index, tokens in left.items()}
+      counts = {index: min(len(tokens) - 1, LOOP) for index, tokens in left.items()}
       order = sorted(left, key=lambda index: -counts[index])
       out = self._call(
         [moved[index] for index in order],
@@ -230,7 +230,7 @@ class StageRuntime:
         parts[index].append((out, place, count))
         moved[index] = dataclasses.replace(moved[index], start=moved[index].start + count)
         fresh[index], left[index] = False, left[index][count:]
-        if not left[index]:
+        if len(left[index]) == 1:
           del left[index]
     for row in rows:
       self._advance(row)
@@ -242,7 +242,7 @@ class StageRuntime:
     """Give one call of the decode program to the device.
 
     Args:
-      tokens: For each row those that it runs, and the one after them if there is one.
+      tokens: For each row those that it runs, and the one after them.
     """
     plan_XR = np.zeros((PLAN, self.stage.width(len(rows))), np.int32)
     plan_XR[4:] = -1
@@ -256,7 +256,7 @@ class StageRuntime:
   def _advance(self, row: Row) -> None:
     slot = self._slots[row.slot]
     slot.length += row.length + max(row.draws - 1, 0)
-    slot.has_drawn = True
+    slot.has_drawn = row.draws > 0
 
   def _run(self, rows: list[Row], plan_XR: np.ndarray) -> jax.Array:
     width = plan_XR.shape[1]
@@ -289,9 +289,9 @@ class StageRuntime:
 
 
 def _tokens(row: Row) -> list[int]:
-  """The tokens that a row runs: -1 for each that is drawn before it is run."""
+  """The tokens that a row runs, and the one after them: -1 for each that is drawn."""
   given = [-1] if row.tokens is None else row.tokens.tolist()
-  return given + [-1] * max(row.draws - 1, 0)
+  return given + ([-1] * row.draws if row.draws else [NOT_DRAWN])
 
 
 def _failed(error: Exception) -> Fetch:

@@ -93,7 +93,7 @@ class SlotTable:
     if row.start != slot.length:
       raise ValueError(f"start = {row.start}: the sequence stands at position {slot.length}")
     most = 1 if row.role == "prompt" else limits.most_draws
-    least = 0 if row.role == "prompt" else 1
+    least = 1 if row.role == "drawn" else 0
     if not least <= row.draws <= most:
       raise ValueError(f"draws = {row.draws} in a row of role {row.role!r}: {least} to {most}")
     end = row.start + row.length + max(row.draws - 1, 0)

@@ -55,7 +55,7 @@ def test_an_entry_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 RUN = """
 import sys, jax
-from neurojax.stage.compile import use_compilation_cache
+from neurojax.stage.compilation_cache import use_compilation_cache
 use_compilation_cache(sys.argv[1])
 jax.jit(lambda x: x * 2 + 1)(3.0)
 """

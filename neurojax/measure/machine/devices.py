@@ -32,7 +32,7 @@ from neurojax.plan.fleet import DecodeRates, Device
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.memory import free_memory_bytes
 from neurojax.stage.runtime import StageRuntime
-from neurojax.stage.step import StepInput
+from neurojax.stage.step import Row
 
 FORMS: tuple[Weights, ...] = ("dense", "int8", "w2a16", "w2a8")
 
@@ -258,27 +258,28 @@ class _Timed:
     )
     model = random_model(config, span, dtype=jnp.dtype(dtype), weights=form)
     self._stage = CompiledStage(model, context_length=128, buckets=(1,))
-    self._runtime = StageRuntime(self._stage, max_sequences=1)
+    self._runtime = StageRuntime(self._stage)
     self.weight_bytes = self._stage.weight_bytes
     self.layers, self.best_s = len(span), float("inf")
 
   def run(self, steps: int) -> None:
-    self._runtime.open("probe", Sampling())
+    self._runtime.open(0, Sampling())
     hidden = np.ones((1, self._stage.config.model_dim), self._stage.activations)
     for start in range(steps):
-      given = StepInput(
+      row = Row(
+        slot=0,
         start=start,
         tokens=np.zeros(1, np.int32),
         hidden=hidden,
-        is_answer=True,
-        sample=self._stage.span.is_last,
+        role="drawn",
+        draws=1,
       )
       time.sleep(_IDLE_S)
       began_s = time.perf_counter()
-      self._runtime.step("probe", given)
+      self._runtime.step([row])
       if start > 1:
         self.best_s = min(self.best_s, time.perf_counter() - began_s)
-    self._runtime.close("probe")
+    self._runtime.close(0)
 
 
 def _matrix_rate(sizes: Sizes, dtype: str) -> float:

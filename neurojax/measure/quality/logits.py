@@ -66,20 +66,17 @@ def logits(
   prompt = count if decode_from is None else decode_from
   if not 0 <= prompt <= count:
     raise ValueError(f"decode_from = {prompt}: between 0 and the {count} tokens")
-  caches = [stage.new_cache() for stage in stages]
+  states = [stage.open(stage.new_state(), 0, None) for stage in stages]
   rows = []
   start = 0
   while start < count:
-    take = (
-      min(prompt - start, *(stage.bucket(prompt - start, start) for stage in stages))
-      if (start < prompt)
-      else 1
-    )
-    x = tokens[start : start + take]
+    chunk = stages[0].chunks[0]
+    take = min(prompt - start, chunk - start % chunk) if start < prompt else 1
+    part, hidden = tokens[start : start + take], None
     for place, stage in enumerate(stages):
-      x_BTD, caches[place] = stage.forward(x, caches[place], start)
-      x = np.asarray(x_BTD)[0, :take] if place + 1 < len(stages) else x_BTD
-    rows.append(stages[-1].logits(x, take))
+      states[place], x_TD, _ = stage.prompt(states[place], 0, start, part, hidden)
+      hidden = np.asarray(x_TD)[:take] if place + 1 < len(stages) else None
+    rows.append(stages[-1].logits(x_TD, take))
     start += take
   found = np.concatenate(rows)
   if not np.isfinite(found).all():
