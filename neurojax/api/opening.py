@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neurojax.config import Serving, Span
 from neurojax.engine.api import Engine
@@ -20,6 +20,9 @@ from neurojax.plan.fleet import Fleet, read_fleet
 from neurojax.plan.plan import Plan
 from neurojax.plan.plan_file import read_plan, servers
 from neurojax.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+  from neurojax.stage.compile import CompiledStage
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +197,7 @@ async def _local(
   )
   try:
     stage = await asyncio.get_running_loop().run_in_executor(
-      thread, _compiled, file, serving, chosen, progress
+      thread, compiled, file, serving, chosen, progress
     )
   except BaseException:
     thread.shutdown(wait=False, cancel_futures=True)
@@ -202,7 +205,19 @@ async def _local(
   return LocalEngine(stage, thread=thread)
 
 
-def _compiled(file: ModelFile, serving: Serving, device: Any, progress: OnProgress):
+def compiled(
+  file: ModelFile,
+  serving: Serving,
+  device: Any = None,
+  progress: OnProgress = lambda _: None,
+) -> "CompiledStage":
+  """Load and compile all layers in this process.
+
+  Args:
+    serving: Every choice made (`resolve`).
+    device: JAX device; the first of this process if absent.
+  Raises: ValueError: too little memory.
+  """
   import jax.numpy as jnp
 
   from neurojax.count.serving import Load

@@ -106,7 +106,7 @@ class Decode(EngineOptions):
       runs=self.repetitions,
       most_s=_patience_s(),
     )
-    rows = _show(rows, stage.headline, stage.COLUMNS, out=self.out, quiet=self.json)
+    rows = show(rows, stage.headline, stage.COLUMNS, out=self.out, quiet=self.json)
     if self.json:
       print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
     return 0
@@ -239,7 +239,7 @@ class Gemm:
       most_s=_patience_s() if self.shapes or self.rows else None,
       skipped=stderr.print,
     )
-    rows = _show(rows, timing.headline, bench.COLUMNS, out=self.out)
+    rows = show(rows, timing.headline, bench.COLUMNS, out=self.out)
     if rows and self.tune:
       source = f"neurojax bench gemm --tune, jax {rows[0].jax}, {rows[0].date}"
       path = tuned.path_for(device)
@@ -291,7 +291,7 @@ class Attention:
       _say_small(f"the heads of {cases[0].shape.name}, {max(c.length for c in cases)} keys at most")
     most_s = _patience_s() if self.shape or self.batch or self.context or self.prefill else None
     rows = bench.run(cases, runs=self.repetitions, most_s=most_s, skipped=stderr.print)
-    _show(rows, timing.headline, bench.COLUMNS, out=self.out)
+    show(rows, timing.headline, bench.COLUMNS, out=self.out)
     return 0
 
 
@@ -310,7 +310,7 @@ def _say_small(what: str) -> None:
     stderr.print(f"on a CPU what is not named is small: {what}")
 
 
-def _show(
+def show(
   rows: Iterator[Any],
   headline: Callable[[Any], str],
   columns: dict[str, Callable[[Any], str]],

@@ -45,6 +45,7 @@ PURPOSES: dict[str, dict[str, Entry]] = {
     "eval golden": Entry("evaluate:Golden", "compare answers with known ones, token by token"),
     "eval logits": Entry("evaluate:Logits", "write logits, to compare implementations"),
     "bench decode": Entry("bench:Decode", "speed of prefill and decode"),
+    "bench engine": Entry("bench_engine:Engine", "speed with many requests at once"),
     "bench gemm": Entry("bench:Gemm", "speed of matrix products by ternary weights"),
     "bench attention": Entry("bench:Attention", "speed of attention over the cache"),
     "bench int8": Entry("bench:Int8", "speed of matrix products by int8 weights"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from neurojax.stage import compile as stage_compile
+from neurojax.stage import compilation_cache as stage_compile
 
 WHOLE = zlib.compress(bytes(range(256)) * 100)
 ENTRIES = {"whole": WHOLE, "cut": WHOLE[:-9], "empty": b"", "zstd": b"\x28\xb5\x2f\xfd..."}
