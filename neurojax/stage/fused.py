@@ -4,6 +4,9 @@ Products that share an input are one product, over rows that were put together w
 loaded. Every matrix stays stacked on L: a kernel gets the stack and the number of a layer, so that a
 loop over layers copies nothing.
 
+Caches are [L, P, K, S, H]: P slots, each for a sequence. A step runs some rows, and each names its
+slot; where no slots are named, row b has slot b.
+
 The residual stream is float32, because each layer adds little to much; the kernel for one token keeps
 it so too. Everything else that passes between kernels has the programs' `dtype`.
 """
@@ -97,7 +100,7 @@ class Fused:
   def new_cache(
     self, *, batch: int, capacity: int, dtype: DTypeLike = jnp.bfloat16
   ) -> tuple[Array, Array]:
-    """Make empty keys and values [L, B, K, S, H]."""
+    """Make empty keys and values [L, P, K, S, H]; `batch` is the number of slots (P)."""
     s = self.layers.shape
     cache = KVCache.zeros(
       num_layers=self.layers.num_layers,
@@ -236,17 +239,23 @@ def embed(model: Fused, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
 def prefill(
   model: Fused,
   x_BTD: Float[Array, "B T D"],
-  keys: Float[Array, "L B K S H"],
-  values: Float[Array, "L B K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   start_B: Int[Array, "B"] | None = None,
+  slot_B: Int[Array, "B"] | None = None,
   *,
   kernels: Kernels,
   dtype: DTypeLike = jnp.bfloat16,
 ) -> tuple[Float[Array, "B T D"], Array, Array]:
   """Run T tokens of each sequence through all layers.
 
+  Where the last tokens are padding, they are stored all the same, behind those that count: nothing
+  sees them there before another token is stored in their place.
+
   Args:
-    start_B: Position of each first token; None: all start at 0, and the cache is not read.
+    start_B: Position of each first token, at most S - T; None: all start at 0, and the cache is not
+      read.
+    slot_B: Slot of each sequence; no two may be the same.
     dtype: Dtype of what passes between kernels.
   Returns: float32 [B, T, D] after the last layer, and the caches with the new positions.
   """
@@ -267,8 +276,8 @@ def prefill(
       heads.reshape(batch, length, -1, s.h).astype(dtype) for heads in (q, k, v)
     )
     keys, values = (
-      _write(cache_LBKSH, new_BTKH, layer, start_B)
-      for cache_LBKSH, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
+      _write(cache_LPKSH, new_BTKH, layer, start_B, slot_B)
+      for cache_LPKSH, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
     )
     on_gpu = kernels.attention == "gpu"
     if start_B is None:
@@ -278,7 +287,7 @@ def prefill(
     else:
       out_BTNH = attention.attend_cache(
         q_BTNH, keys, values, layer, start_B,
-        implementation="triton" if on_gpu else "reference",
+        slot_B=slot_B, implementation="triton" if on_gpu else "reference",
       )  # fmt: skip
     return out_BTNH.reshape(batch * length, -1), (keys, values)
 
@@ -291,14 +300,18 @@ def prefill(
 def decode_batch(
   model: Fused,
   x_BD: Float[Array, "B D"],
-  keys: Float[Array, "L B K S H"],
-  values: Float[Array, "L B K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   position_B: Int[Array, "B"],
+  slot_B: Int[Array, "B"] | None = None,
   *,
   kernels: Kernels,
 ) -> tuple[Float[Array, "B D"], Array, Array]:
   """Run one token of each sequence through all layers; what passes between kernels is float32.
 
+  Args:
+    position_B: A row whose position is below 0 or not below S is padding: it stores nothing.
+    slot_B: Slot of each row. Padding may name any; other rows have one each.
   Returns: float32 [B, D] after the last layer, and the caches with `position_B` written.
   """
   layers, s = model.layers, model.layers.shape
@@ -308,7 +321,7 @@ def decode_batch(
     norms = None if layers.q_norm is None else (layers.q_norm[layer], layers.k_norm[layer])
     out_BY, keys, values = attention.decode(
       qkv_BX, *cache, layer, position_B,
-      rotation_B2H=rotation, norms=norms, norm_eps=s.norm_eps,
+      slot_B=slot_B, rotation_B2H=rotation, norms=norms, norm_eps=s.norm_eps,
       implementation="triton" if kernels.attention == "gpu" else "reference",
     )  # fmt: skip
     return out_BY, (keys, values)
@@ -318,16 +331,22 @@ def decode_batch(
 
 
 def has_token_kernel(model: Fused, batch: int, kernels: Kernels) -> bool:
-  """Tell whether `decode_one`, and not `decode_batch`, takes a token of `batch` sequences."""
+  """Tell whether `decode_one`, and not `decode_batch`, takes a token of `batch` sequences.
+
+  Its sums have an order of their own: a sequence alone then has other bits than among others, and
+  may take another token where two are within rounding of each other. `Kernels.programs` = 0 is the
+  way without it.
+  """
   return batch == 1 and kernels.programs > 0 and model.layers.qkv.mode == "w2a8"
 
 
 def decode_one(
   model: Fused,
   x_BD: Float[Array, "1 D"],
-  keys: Float[Array, "L 1 K S H"],
-  values: Float[Array, "L 1 K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   position_B: Int[Array, "1"],
+  slot_B: Int[Array, "1"] | None = None,
   *,
   kernels: Kernels,
   head: bool,
@@ -343,6 +362,7 @@ def decode_one(
   rotation = attention.rotation(position_B, h, base=model.rope_base, style="half")
   x_D, logits_V, keys, values = token.decode(
     x_BD[0], model.layers, keys, values, rotation, position_B[0],
+    slot=None if slot_B is None else slot_B[0],
     final_norm=model.final_norm if head else None, head=model.head if head else None,
     implementation="triton", programs=kernels.programs, interpret=kernels.interpret,
   )  # fmt: skip
@@ -352,17 +372,18 @@ def decode_one(
 def decode(
   model: Fused,
   x_BD: Float[Array, "B D"],
-  keys: Float[Array, "L B K S H"],
-  values: Float[Array, "L B K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   position_B: Int[Array, "B"],
+  slot_B: Int[Array, "B"] | None = None,
   *,
   kernels: Kernels,
 ) -> tuple[Float[Array, "B D"], Array, Array]:
   """Run one token of each sequence through all layers, by `decode_one` or `decode_batch`."""
   if not has_token_kernel(model, x_BD.shape[0], kernels):
-    return decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
+    return decode_batch(model, x_BD, keys, values, position_B, slot_B, kernels=kernels)
   x_BD, _, keys, values = decode_one(
-    model, x_BD, keys, values, position_B, kernels=kernels, head=False
+    model, x_BD, keys, values, position_B, slot_B, kernels=kernels, head=False
   )
   return x_BD, keys, values
 
@@ -376,9 +397,10 @@ def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Floa
 def step(
   model: Fused,
   tokens_B: Int[Array, "B"],
-  keys: Float[Array, "L B K S H"],
-  values: Float[Array, "L B K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   position_B: Int[Array, "B"],
+  slot_B: Int[Array, "B"] | None = None,
   *,
   kernels: Kernels,
 ) -> tuple[Float[Array, "B V"], Array, Array]:
@@ -386,20 +408,21 @@ def step(
   x_BD = embed(model, tokens_B)
   if has_token_kernel(model, tokens_B.shape[0], kernels):
     _, logits_BV, keys, values = decode_one(
-      model, x_BD, keys, values, position_B, kernels=kernels, head=True
+      model, x_BD, keys, values, position_B, slot_B, kernels=kernels, head=True
     )
     return logits_BV, keys, values
-  x_BD, keys, values = decode_batch(model, x_BD, keys, values, position_B, kernels=kernels)
+  x_BD, keys, values = decode_batch(model, x_BD, keys, values, position_B, slot_B, kernels=kernels)
   return logits(model, x_BD, kernels=kernels), keys, values
 
 
 def generate(
   model: Fused,
   tokens_B: Int[Array, "B"],
-  keys: Float[Array, "L B K S H"],
-  values: Float[Array, "L B K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   position_B: Int[Array, "B"],
   key: Array | None = None,
+  slot_B: Int[Array, "B"] | None = None,
   *,
   steps: int,
   temperature: float = 0.0,
@@ -411,6 +434,7 @@ def generate(
     tokens_B: The last token of each sequence so far, which is not in the cache yet.
     position_B: Its position; position_B + steps must not exceed the capacity.
     key: A random key, for a temperature > 0. At 0 the likeliest token is taken (ties: the lowest id).
+    slot_B: Slot of each sequence.
   Returns: The tokens, and the caches: donate them, and they are written in place.
   """
   if temperature and key is None:
@@ -418,7 +442,9 @@ def generate(
 
   def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
     out_BT, tokens_B, keys, values = carry
-    logits_BV, keys, values = step(model, tokens_B, keys, values, position_B + i, kernels=kernels)
+    logits_BV, keys, values = step(
+      model, tokens_B, keys, values, position_B + i, slot_B, kernels=kernels
+    )
     if temperature:
       tokens_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
     else:
@@ -491,11 +517,18 @@ def _run_layers(
   return start
 
 
-def _write(cache_LBKSH: Array, new_BTKH: Array, layer: Array, start_B: Array | None) -> Array:
-  new_BKTH = new_BTKH.astype(cache_LBKSH.dtype).swapaxes(1, 2)
-  if start_B is None:
-    return lax.dynamic_update_slice(cache_LBKSH, new_BKTH[None], (layer, 0, 0, 0, 0))
+def _write(
+  cache_LPKSH: Array,
+  new_BTKH: Array,
+  layer: Array,
+  start_B: Array | None,
+  slot_B: Array | None,
+) -> Array:
+  new_BKTH = new_BTKH.astype(cache_LPKSH.dtype).swapaxes(1, 2)
+  if start_B is None and slot_B is None:
+    return lax.dynamic_update_slice(cache_LPKSH, new_BKTH[None], (layer, 0, 0, 0, 0))
   for b in range(new_BKTH.shape[0]):
-    at = (layer, b, 0, start_B[b], 0)
-    cache_LBKSH = lax.dynamic_update_slice(cache_LBKSH, new_BKTH[None, b : b + 1], at)
-  return cache_LBKSH
+    slot, start = b if slot_B is None else slot_B[b], 0 if start_B is None else start_B[b]
+    at = (layer, slot, 0, start, 0)
+    cache_LPKSH = lax.dynamic_update_slice(cache_LPKSH, new_BKTH[None, b : b + 1], at)
+  return cache_LPKSH

@@ -104,6 +104,59 @@ def test_each_row_of_a_batch_is_by_itself(whole: Fused):
     close(keys[:, row, :, : length + 1], alone_keys[:, 0, :, : length + 1])
 
 
+def in_slots(cache_LPKSH, slots, count: int):
+  """The rows of a cache in some of `count` slots; noise everywhere else."""
+  shape = (cache_LPKSH.shape[0], count, *cache_LPKSH.shape[2:])
+  noise = 5 * jax.random.normal(jax.random.key(count), shape, cache_LPKSH.dtype)
+  return noise.at[:, jnp.asarray(slots)].set(cache_LPKSH)
+
+
+@pytest.mark.parametrize("slots", [(4, 0), (1, 3)])
+def test_rows_in_any_slots_are_rows_in_their_own(whole: Fused, slots: tuple[int, int]):
+  """A prompt, a chunk behind it, and a step; whatever other slots hold is neither read nor changed."""
+  slot_B = jnp.asarray(slots)
+  own = caches(whole, 2)
+  wide = tuple(in_slots(cache, slots, 5) for cache in own)
+  before, free = wide, jnp.asarray([i for i in range(5) if i not in slots])
+  for start, stop in ((0, 4), (4, 8)):
+    start_B = None if start == 0 else jnp.full(2, start)
+    x_BTD = fused.embed(whole, TOKENS[:, start:stop])
+    wanted, *own = fused.prefill(whole, x_BTD, *own, start_B, kernels=REFERENCE, dtype=jnp.float32)
+    found, *wide = fused.prefill(
+      whole, x_BTD, *wide, start_B, slot_B, kernels=REFERENCE, dtype=jnp.float32
+    )
+    close(found, wanted)
+  wanted, *own = fused.step(whole, TOKENS[:, 8], *own, jnp.full(2, 8), kernels=REFERENCE)
+  found, *wide = fused.step(whole, TOKENS[:, 8], *wide, jnp.full(2, 8), slot_B, kernels=REFERENCE)
+  close(found, wanted)
+  for new, old, expected in zip(wide, before, own, strict=True):
+    close(new[:, slot_B], expected)
+    np.testing.assert_array_equal(new[:, free], old[:, free])
+
+
+def test_padding_stores_nothing_and_changes_no_other_row(whole: Fused):
+  """Rows that stand for nothing name the slot of a live one; a padded prompt stores behind its end."""
+  _, *own = all_logits(whole, TOKENS[:1, :5])
+  wide = [in_slots(cache, (2,), 4) for cache in own]
+  padded = jnp.concatenate([TOKENS[:1, 5:7], jnp.full((1, 6), 96)], axis=1)
+  x_BTD, *wide = fused.prefill(
+    whole, fused.embed(whole, padded), *wide, jnp.asarray([5]), jnp.asarray([2]),
+    kernels=REFERENCE, dtype=jnp.float32,
+  )  # fmt: skip
+  wanted, *own = fused.prefill(
+    whole, fused.embed(whole, TOKENS[:1, 5:7]), *own, jnp.asarray([5]),
+    kernels=REFERENCE, dtype=jnp.float32,
+  )  # fmt: skip
+  close(x_BTD[:, :2], wanted)
+  tokens, positions = jnp.asarray([9, 30, 11]), jnp.asarray([-1, 7, CAPACITY])
+  found, *after = fused.step(whole, tokens, *wide, positions, jnp.full(3, 2), kernels=REFERENCE)
+  wanted, *own = fused.step(whole, tokens[1:2], *own, positions[1:2], kernels=REFERENCE)
+  close(found[1], wanted[0])
+  for new, old, expected in zip(after, wide, own, strict=True):
+    close(new[:, 2, :, :8], expected[:, 0, :, :8])
+    np.testing.assert_array_equal(new.at[:, 2, :, 7].set(0), old.at[:, 2, :, 7].set(0))
+
+
 @pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
 @pytest.mark.parametrize("unroll", [False, True])
 def test_generate_takes_the_models_tokens(path: Path, mode: str, unroll: bool):
@@ -118,6 +171,13 @@ def test_generate_takes_the_models_tokens(path: Path, mode: str, unroll: bool):
   found, *_ = fused.generate(
     whole, TOKENS[:, 0], *caches(whole, 2), jnp.zeros(2, jnp.int32), steps=6, kernels=kernels
   )
+  np.testing.assert_array_equal(found, jnp.concatenate(wanted, axis=1))
+  slots = (2, 0)
+  wide = (in_slots(cache, slots, 3) for cache in caches(whole, 2))
+  found, *_ = fused.generate(
+    whole, TOKENS[:, 0], *wide, jnp.zeros(2, jnp.int32), slot_B=jnp.asarray(slots), steps=6,
+    kernels=kernels,
+  )  # fmt: skip
   np.testing.assert_array_equal(found, jnp.concatenate(wanted, axis=1))
 
 
@@ -134,6 +194,11 @@ def test_one_sequence_takes_the_kernel_for_a_token(path: Path):
   # A level of an activation may round the other way.
   np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
   np.testing.assert_allclose(cache[1], after[1], atol=0.02 * np.abs(after[1]).max())
+  wide = (in_slots(cache, (1,), 2) for cache in caches(whole, 1))
+  slotted, *_ = fused.step(
+    whole, TOKENS[0, :1], *wide, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32), kernels=kernels
+  )
+  np.testing.assert_array_equal(slotted, found)
 
 
 def test_sampling_follows_the_key_and_the_temperature(whole: Fused):

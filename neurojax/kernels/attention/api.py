@@ -1,5 +1,8 @@
 """Attention for inference: over a whole prompt, over the cache, and one step of decoding.
 
+Keys and values of all sequences are in one cache [L, P, K, S, H] of P slots; `slot_B` names the slot
+of each row of a step. None: row b has slot b.
+
 Each function takes `implementation`: a name, or None for the fastest that this machine and these
 shapes allow. Off a GPU that is the reference, which is written to be read. On a GPU the reference
 is only a last resort, and the log says so, once for each reason.
@@ -31,39 +34,43 @@ log = logging.getLogger(__name__)
 
 def decode(
   qkv_BX: Float[Array, "B X"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   position_B: Int[Array, "B"],
   *,
+  slot_B: Int[Array, "B"] | None = None,
   rotation_B2H: Float[Array, "B 2 H"] | None = None,
   rope_style: RopeStyle = "half",
   norms: tuple[Float[Array, "H"], Float[Array, "H"]] | None = None,
   norm_eps: float = 1e-6,
   implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B Y"], Float[Array, "L B K S H"], Float[Array, "L B K S H"]]:
+) -> tuple[Float[Array, "B Y"], Float[Array, "L P K S H"], Float[Array, "L P K S H"]]:
   """Attend for one new token of each sequence, from the projections to the output projection's input.
 
   Normalises and turns queries and keys, stores the new key and value at `position_B`, and attends
-  over keys 0..position_B[b]. For a position outside the cache nothing is stored, so that no other row
-  is hurt, and what comes out has no meaning.
+  over keys 0..position_B[b]. For a position outside the cache, or below 0, nothing is stored, so that
+  no other row is hurt, and what comes out has no meaning. By Triton a row's result has the same bits
+  alone, among any others, and in any slot.
 
   Args:
     qkv_BX: The heads of queries, then of keys, then of values: X = (N + 2K) * H.
-    k_LBKSH: All layers' keys; donate them, and they are written in place. Likewise v_LBKSH.
+    k_LPKSH: All layers' keys; donate them, and they are written in place. Likewise v_LPKSH.
     layer: Index of the layer, at least 0. An array of any value shares one compiled kernel.
+    slot_B: 0 .. P-1. Rows that store nothing may name the slot of another row; others may not.
     rotation_B2H: `rotation(position_B, ...)`, computed once for all layers; None: no rotation.
     norms: RMSNorm scales of queries and of keys, per element of a head (Qwen3); None: no norm.
   Returns: [B, N*H] in the dtype of qkv_BX, and the caches.
   Raises: NotImplementedError: `implementation` is named and does not take these shapes or dtypes.
   """
   kwargs = {
+    "slot_B": slot_B,
     "rotation_B2H": rotation_B2H,
     "rope_style": rope_style,
     "norms": norms,
     "norm_eps": norm_eps,
   }
-  args = (qkv_BX, k_LBKSH, v_LBKSH, layer, position_B)
+  args = (qkv_BX, k_LPKSH, v_LPKSH, layer, position_B)
   return _first(
     implementation,
     "triton",
@@ -74,30 +81,35 @@ def decode(
 
 def attend_cache(
   q_BTNH: Float[Array, "B T N H"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   start_B: Int[Array, "B"],
   *,
+  slot_B: Int[Array, "B"] | None = None,
   implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attend with T queries of each sequence over the cache: query t of row b sees keys 0..start_B[b]+t.
 
-  Their own keys are in the cache already. Time follows start_B + T, not the capacity.
+  Their own keys are in the cache already. Time follows start_B + T, not the capacity. By Triton, and
+  with T > 1, a query's result has the same bits in a chunk of any length, alone, among others, and
+  in any slot.
 
   Raises: NotImplementedError: `implementation` is named and does not take these shapes or dtypes.
   """
 
   def fast() -> jax.Array:
     if q_BTNH.shape[1] > 1:
-      return _triton().attend_cache(q_BTNH, k_LBKSH, v_LBKSH, layer, start_B)
-    return _triton().attend_one(q_BTNH[:, 0], k_LBKSH, v_LBKSH, layer, start_B + 1)[:, None]
+      return _triton().attend_cache(q_BTNH, k_LPKSH, v_LPKSH, layer, start_B, slot_B=slot_B)
+    return _triton().attend_one(q_BTNH[:, 0], k_LPKSH, v_LPKSH, layer, start_B + 1, slot_B=slot_B)[
+      :, None
+    ]
 
   return _first(
     implementation,
     "triton",
     fast,
-    lambda: reference.attend_cache(q_BTNH, k_LBKSH, v_LBKSH, layer, start_B),
+    lambda: reference.attend_cache(q_BTNH, k_LPKSH, v_LPKSH, layer, start_B, slot_B=slot_B),
   )
 
 

@@ -33,43 +33,53 @@ def attend(
 
 def attend_cache(
   q_BTNH: Float[Array, "B T N H"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   start_B: Int[Array, "B"],
+  *,
+  slot_B: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Attend with T queries over one layer's cache: query t of row b sees keys 0..start_B[b]+t."""
+  """Attend with T queries over one layer's cache: query t of row b sees keys 0..start_B[b]+t.
+
+  Args:
+    slot_B: The slot of each row's keys and values, 0 .. P-1; None: row b has slot b.
+  """
   last_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
-  seen_BTS = jnp.arange(k_LBKSH.shape[3])[None, None] <= last_BT[:, :, None]
-  return _softmax_average(q_BTNH, _layer(k_LBKSH, layer), _layer(v_LBKSH, layer), seen_BTS)
+  seen_BTS = jnp.arange(k_LPKSH.shape[3])[None, None] <= last_BT[:, :, None]
+  k_BKSH, v_BKSH = (_rows(c, layer, slot_B, q_BTNH.shape[0]) for c in (k_LPKSH, v_LPKSH))
+  return _softmax_average(q_BTNH, k_BKSH, v_BKSH, seen_BTS)
 
 
 def attend_one(
   q_BNH: Float[Array, "B N H"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   length_B: Int[Array, "B"],
+  *,
+  slot_B: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B N H"]:
   """Attend with one query per row over keys 0..length_B[b]-1; zeros where there is none."""
-  out_BNH = attend_cache(q_BNH[:, None], k_LBKSH, v_LBKSH, layer, length_B - 1)[:, 0]
-  return jnp.where(length_B[:, None, None] > 0, out_BNH, 0)
+  out_BTNH = attend_cache(q_BNH[:, None], k_LPKSH, v_LPKSH, layer, length_B - 1, slot_B=slot_B)
+  return jnp.where(length_B[:, None, None] > 0, out_BTNH[:, 0], 0)
 
 
 def decode(
   qkv_BX: Float[Array, "B X"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   position_B: Int[Array, "B"],
   *,
+  slot_B: Int[Array, "B"] | None = None,
   rotation_B2H: Float[Array, "B 2 H"] | None = None,
   rope_style: RopeStyle = "half",
   norms: tuple[Float[Array, "H"], Float[Array, "H"]] | None = None,
   norm_eps: float = 1e-6,
-) -> tuple[Float[Array, "B Y"], Float[Array, "L B K S H"], Float[Array, "L B K S H"]]:
+) -> tuple[Float[Array, "B Y"], Float[Array, "L P K S H"], Float[Array, "L P K S H"]]:
   """Attend for one new token of each sequence, from the projections on, see `api.decode`."""
-  num_kv_heads, capacity, width = k_LBKSH.shape[2:]
+  num_kv_heads, capacity, width = k_LPKSH.shape[2:]
   x_BMH = qkv_BX.reshape(qkv_BX.shape[0], -1, width).astype(jnp.float32)
   num_heads = x_BMH.shape[1] - 2 * num_kv_heads
   q_BNH, k_BKH, v_BKH = jnp.split(x_BMH, (num_heads, num_heads + num_kv_heads), axis=1)
@@ -78,16 +88,18 @@ def decode(
   if rotation_B2H is not None:
     q_BNH, k_BKH = (turn(x, rotation_B2H, rope_style) for x in (q_BNH, k_BKH))
 
-  def put(cache_LBKSH: jax.Array, new_BKH: jax.Array) -> jax.Array:
-    row_B = jnp.arange(new_BKH.shape[0])
+  def put(cache_LPKSH: jax.Array, new_BKH: jax.Array) -> jax.Array:
+    row_B = jnp.arange(new_BKH.shape[0]) if slot_B is None else slot_B
     # A position outside the cache is dropped, here and by the kernels: no other row is hurt.
     at_B = jnp.where(position_B < 0, capacity, position_B)
-    return cache_LBKSH.at[layer, row_B, :, at_B].set(new_BKH.astype(cache_LBKSH.dtype), mode="drop")
+    return cache_LPKSH.at[layer, row_B, :, at_B].set(new_BKH.astype(cache_LPKSH.dtype), mode="drop")
 
-  k_LBKSH, v_LBKSH = put(k_LBKSH, k_BKH), put(v_LBKSH, v_BKH)
-  q_BNH = q_BNH.astype(k_LBKSH.dtype)
-  out_BNH = attend_one(q_BNH.astype(jnp.float32), k_LBKSH, v_LBKSH, layer, position_B + 1)
-  return out_BNH.reshape(qkv_BX.shape[0], -1).astype(qkv_BX.dtype), k_LBKSH, v_LBKSH
+  k_LPKSH, v_LPKSH = put(k_LPKSH, k_BKH), put(v_LPKSH, v_BKH)
+  q_BNH = q_BNH.astype(k_LPKSH.dtype)
+  out_BNH = attend_one(
+    q_BNH.astype(jnp.float32), k_LPKSH, v_LPKSH, layer, position_B + 1, slot_B=slot_B
+  )
+  return out_BNH.reshape(qkv_BX.shape[0], -1).astype(qkv_BX.dtype), k_LPKSH, v_LPKSH
 
 
 def rotation(
@@ -132,8 +144,13 @@ def _rms_norm(x_BNH: jax.Array, scale_H: jax.Array, eps: float) -> jax.Array:
   return x_BNH * scale_H.astype(jnp.float32)[None, None]
 
 
-def _layer(cache_LBKSH: jax.Array, layer: jax.Array | int) -> jax.Array:
-  return lax.dynamic_index_in_dim(cache_LBKSH, layer, keepdims=False)
+def _rows(
+  cache_LPKSH: jax.Array, layer: jax.Array | int, slot_B: jax.Array | None, batch: int
+) -> jax.Array:
+  """Take the keys, or values, of each row: [B, K, S, H]."""
+  if slot_B is None:
+    return lax.dynamic_index_in_dim(cache_LPKSH, layer, keepdims=False)[:batch]
+  return cache_LPKSH[layer, slot_B]
 
 
 def _softmax_average(

@@ -27,30 +27,32 @@ from neurojax.kernels.attention.tuned import LEAST_ROWS, Tiling, decode_tiling, 
 
 def decode(
   qkv_BX: Float[Array, "B X"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   position_B: Int[Array, "B"],
   *,
+  slot_B: Int[Array, "B"] | None = None,
   rotation_B2H: Float[Array, "B 2 H"] | None = None,
   rope_style: RopeStyle = "half",
   norms: tuple[Float[Array, "H"], Float[Array, "H"]] | None = None,
   norm_eps: float = 1e-6,
   tiling: Tiling | None = None,
   interpret: bool = False,
-) -> tuple[Float[Array, "B Y"], Float[Array, "L B K S H"], Float[Array, "L B K S H"]]:
+) -> tuple[Float[Array, "B Y"], Float[Array, "L P K S H"], Float[Array, "L P K S H"]]:
   """Attend for one new token of each sequence, see `api.decode`; at most two kernels.
 
   Raises: NotImplementedError: a shape, dtype or version that these kernels do not take.
   """
-  batch, num_kv_heads, width = qkv_BX.shape[0], k_LBKSH.shape[2], k_LBKSH.shape[4]
+  batch, num_kv_heads, width = qkv_BX.shape[0], k_LPKSH.shape[2], k_LPKSH.shape[4]
   x_BMH = qkv_BX.reshape(batch, -1, width)
-  _check(x_BMH.shape[1] - 2 * num_kv_heads, k_LBKSH, tiling, interpret)
-  out_BNH, k_LBKSH, v_LBKSH = _split_and_merge(
+  _check(x_BMH.shape[1] - 2 * num_kv_heads, k_LPKSH, tiling, interpret)
+  out_BNH, k_LPKSH, v_LPKSH = _split_and_merge(
     x_BMH,
-    (k_LBKSH, v_LBKSH),
+    (k_LPKSH, v_LPKSH),
     _as_array(layer),
     position_B,
+    slot_B,
     rotation_B2H,
     norms or (None, None),
     fused=True,
@@ -59,16 +61,17 @@ def decode(
     tiling=tiling,
     interpret=interpret,
   )
-  return out_BNH.reshape(batch, -1), k_LBKSH, v_LBKSH
+  return out_BNH.reshape(batch, -1), k_LPKSH, v_LPKSH
 
 
 def attend_one(
   q_BNH: Float[Array, "B N H"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   length_B: Int[Array, "B"],
   *,
+  slot_B: Int[Array, "B"] | None = None,
   tiling: Tiling | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B N H"]:
@@ -76,9 +79,15 @@ def attend_one(
 
   Raises: NotImplementedError: a shape, dtype or version that these kernels do not take.
   """
-  _check(q_BNH.shape[1], k_LBKSH, tiling, interpret)
+  _check(q_BNH.shape[1], k_LPKSH, tiling, interpret)
   [out_BNH] = _split_and_merge(
-    q_BNH, (k_LBKSH, v_LBKSH), _as_array(layer), length_B, tiling=tiling, interpret=interpret
+    q_BNH,
+    (k_LPKSH, v_LPKSH),
+    _as_array(layer),
+    length_B,
+    slot_B,
+    tiling=tiling,
+    interpret=interpret,
   )
   return out_BNH
 
@@ -91,6 +100,7 @@ def _split_and_merge(
   caches: tuple[jax.Array, jax.Array],
   layer_1: jax.Array,
   count_B: jax.Array,
+  slot_B: jax.Array | None,
   rotation_B2H: jax.Array | None = None,
   norms: tuple[jax.Array | None, jax.Array | None] = (None, None),
   *,
@@ -105,30 +115,33 @@ def _split_and_merge(
   Args:
     x_BMH: Queries, and with them new keys and values if fused.
     count_B: Keys of each row in the cache.
+    slot_B: The slot of each row; None: row b has slot b.
 
   It is jitted, so that a step of many layers traces it once.
   """
-  num_layers, batch, num_kv_heads, capacity, width = caches[0].shape
+  (num_layers, num_slots, num_kv_heads, capacity, width), batch = caches[0].shape, x_BMH.shape[0]
   num_heads = x_BMH.shape[1] - (2 * num_kv_heads if fused else 0)
-  tiling = tiling or decode_tiling(batch, num_kv_heads, capacity, width)
+  tiling = tiling or decode_tiling(num_kv_heads, capacity, width)
   parts = (tiling.splits, batch, num_heads)
   # The average over a single run is the result itself.
   part_dtype = x_BMH.dtype if tiling.splits == 1 else jnp.float32
   everything = pl.BlockSpec()
   cache_spec = pl.BlockSpec(
-    (num_layers, None, None, capacity, width), lambda k, run, b: (0, b, k, 0, 0)
+    (num_layers, num_slots, None, capacity, width), lambda k, run, b: (0, 0, k, 0, 0)
   )
   row_spec = pl.BlockSpec((None, *x_BMH.shape[1:]), lambda k, run, b: (b, 0, 0))
   rotation_spec = pl.BlockSpec((None, 2, width), lambda k, run, b: (b, 0, 0))
   kernel = functools.partial(
     _part_kernel, tiling=tiling, heads=(num_heads, num_kv_heads), style=rope_style, eps=norm_eps
   )
+  first_cache = 3 if slot_B is None else 4
   part_PBNH, lse_PBN, *new_caches = pl.pallas_call(
     kernel,
     grid=(num_kv_heads, tiling.splits, batch),
     in_specs=[
       everything,
       everything,
+      None if slot_B is None else everything,
       row_spec,
       (cache_spec, cache_spec),
       None if rotation_B2H is None else rotation_spec,
@@ -144,17 +157,18 @@ def _split_and_merge(
       jax.ShapeDtypeStruct(parts, jnp.float32),
       *([jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches] if fused else []),
     ],
-    input_output_aliases={3: 2, 4: 3} if fused else {},
+    input_output_aliases={first_cache: 2, first_cache + 1: 3} if fused else {},
     compiler_params=plgpu.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
     interpret=interpret,
     name="attention_part",
-  )(layer_1, count_B, x_BMH, caches, rotation_B2H, norms)
+  )(layer_1, count_B, slot_B, x_BMH, caches, rotation_B2H, norms)
   if tiling.splits == 1:
     return [part_PBNH[0], *new_caches]
   out_BNH = pl.pallas_call(
-    _merge_kernel,
+    functools.partial(_merge_kernel, tiling=tiling, capacity=capacity),
     grid=(num_heads, batch),
     in_specs=[
+      everything,
       pl.BlockSpec((tiling.splits, None, None, width), lambda n, b: (0, b, n, 0)),
       pl.BlockSpec((tiling.splits, None, None), lambda n, b: (0, b, n)),
     ],
@@ -163,13 +177,14 @@ def _split_and_merge(
     compiler_params=plgpu.CompilerParams(num_warps=4 if tiling.splits * width > 1024 else 1),
     interpret=interpret,
     name="attention_merge",
-  )(part_PBNH, lse_PBN)
+  )(count_B, part_PBNH, lse_PBN)
   return [out_BNH, *new_caches]
 
 
 def _part_kernel(
   layer_ref,
   count_ref,
+  slot_ref,
   x_ref,
   cache_refs,
   rotation_ref,
@@ -188,10 +203,10 @@ def _part_kernel(
   new key is one more row beside the queries, to be normalised, turned and multiplied with them.
   """
   k, run, b = (pl.program_id(axis) for axis in range(3))
-  (num_heads, num_kv_heads), (capacity, width) = heads, cache_refs[0].shape[1:]
+  (num_heads, num_kv_heads), (capacity, width) = heads, cache_refs[0].shape[2:]
   group, fused, dtype = num_heads // num_kv_heads, bool(new_refs), cache_refs[0].dtype
   rows = max(LEAST_ROWS, pl.next_power_of_2(group + fused))
-  layer, position = layer_ref[0], count_ref[b]
+  place, position = (layer_ref[0], _slot(slot_ref, b)), count_ref[b]
   count = jnp.clip(position, 0, capacity)
   row_R = lax.iota(jnp.int32, rows)
   query_R, key_R = row_R < group, (row_R == group) & fused
@@ -211,37 +226,52 @@ def _part_kernel(
     state = top_R, total_RS.astype(jnp.float32), v_RH.astype(jnp.float32)
     stored_R = key_R & is_first & (position >= 0) & (position < capacity)
     # The interpreter scatters all rows, masked or not: those not stored are sent past the end.
-    at = jnp.full(rows, layer), jnp.where(stored_R, position, capacity)
+    at = *(jnp.full(rows, i) for i in place), jnp.where(stored_R, position, capacity)
     for ref, new_RH in zip(new_refs, (x_RH, v_RH), strict=True):
       _store_rows(ref, at, stored_R, new_RH)
-  blocks = pl.cdiv(count, tiling.block)
-  share = pl.cdiv(blocks, tiling.splits)
+  blocks, share, used = _runs(count, tiling)
   step = functools.partial(
-    _step, x_RH, cache_refs, layer, tiling.block, seen=(jnp.full(rows, count), count)
+    _step, x_RH, cache_refs, place, tiling.block, seen=(jnp.full(rows, count), count)
   )
   first = run * share
   state = lax.fori_loop(first, jnp.minimum(first + share, blocks), step, state)
   average_RH, lse_R = _average(state)
+  query_R &= run < used
   _store_rows(part_ref, (head_R,), query_R, average_RH)
   plgpu.store(lse_ref.at[head_R], lse_R, mask=query_R)
 
 
-def _merge_kernel(part_ref, lse_ref, out_ref):
-  """Merges the averages over each run into the average over all."""
-  lse_P = lse_ref[...]
+def _runs(count, tiling: Tiling) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Cut `count` keys: blocks of all, blocks of a run, and runs that have any, at least one.
+
+  It follows from the row's own length, so that its sums have one order in any batch.
+  """
+  blocks = pl.cdiv(count, tiling.block)
+  share = pl.cdiv(blocks, tiling.splits)
+  return blocks, share, jnp.maximum(pl.cdiv(blocks, jnp.maximum(share, 1)), 1)
+
+
+def _merge_kernel(count_ref, part_ref, lse_ref, out_ref, *, tiling: Tiling, capacity: int):
+  """Merges the averages over each run that has keys into the average over all."""
+  count = jnp.clip(count_ref[pl.program_id(1)], 0, capacity)
+  run_P = lax.iota(jnp.int32, tiling.splits)
+  used_P = run_P < _runs(count, tiling)[2]
+  lse_P = plgpu.load(lse_ref.at[run_P], mask=used_P, other=MASKED)
   weight_P = jnp.exp2(lse_P - jnp.max(lse_P))
-  out_H = jnp.sum(weight_P[:, None] * part_ref[...], axis=0) / jnp.sum(weight_P)
+  part_PH = _load_rows(part_ref, (run_P,), used_P)
+  out_H = jnp.sum(weight_P[:, None] * part_PH, axis=0) / jnp.sum(weight_P)
   out_ref[...] = out_H.astype(out_ref.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
 def attend_cache(
   q_BTNH: Float[Array, "B T N H"],
-  k_LBKSH: Float[Array, "L B K S H"],
-  v_LBKSH: Float[Array, "L B K S H"],
+  k_LPKSH: Float[Array, "L P K S H"],
+  v_LPKSH: Float[Array, "L P K S H"],
   layer: Int[Array, ""] | int,
   start_B: Int[Array, "B"],
   *,
+  slot_B: Int[Array, "B"] | None = None,
   tiling: Tiling | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
@@ -252,38 +282,46 @@ def attend_cache(
   Raises: NotImplementedError: a shape, dtype or version that these kernels do not take.
   """
   batch, length, num_heads, width = q_BTNH.shape
-  _check(num_heads, k_LBKSH, tiling, interpret)
-  num_layers, _, num_kv_heads, capacity, _ = k_LBKSH.shape
+  _check(num_heads, k_LPKSH, tiling, interpret)
+  num_layers, num_slots, num_kv_heads, capacity, _ = k_LPKSH.shape
   group = num_heads // num_kv_heads
   tiling = tiling or prefill_tiling(length, group, capacity, width)
   everything = pl.BlockSpec()
   row_spec = pl.BlockSpec((None, length, num_heads, width), lambda i, k, b: (b, 0, 0, 0))
   cache_spec = pl.BlockSpec(
-    (num_layers, None, None, capacity, width), lambda i, k, b: (0, b, k, 0, 0)
+    (num_layers, num_slots, None, capacity, width), lambda i, k, b: (0, 0, k, 0, 0)
   )
   return pl.pallas_call(
     functools.partial(_chunk_kernel, tiling=tiling, group=group),
     grid=(pl.cdiv(length * group, tiling.rows), num_kv_heads, batch),
-    in_specs=[everything, everything, row_spec, (cache_spec, cache_spec)],
+    in_specs=[
+      everything,
+      everything,
+      None if slot_B is None else everything,
+      row_spec,
+      (cache_spec, cache_spec),
+    ],
     out_specs=row_spec,
     out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
     compiler_params=plgpu.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
     interpret=interpret,
     name="attention_chunk",
-  )(_as_array(layer), start_B, q_BTNH, (k_LBKSH, v_LBKSH))
+  )(_as_array(layer), start_B, slot_B, q_BTNH, (k_LPKSH, v_LPKSH))
 
 
-def _chunk_kernel(layer_ref, start_ref, q_ref, cache_refs, out_ref, *, tiling: Tiling, group: int):
+def _chunk_kernel(
+  layer_ref, start_ref, slot_ref, q_ref, cache_refs, out_ref, *, tiling: Tiling, group: int
+):
   """Attends with rows of queries: position after position, each with all heads of the group."""
   k, b = pl.program_id(1), pl.program_id(2)
   # The last rows see the most keys: their programs start first.
   first_row = (pl.num_programs(0) - 1 - pl.program_id(0)) * tiling.rows
-  (length, _, width), capacity = q_ref.shape, cache_refs[0].shape[1]
+  (length, _, width), capacity = q_ref.shape, cache_refs[0].shape[2]
   row_R = first_row + lax.iota(jnp.int32, tiling.rows)
   t_R, head_R, live_R = row_R // group, k * group + row_R % group, row_R < length * group
-  layer, start = layer_ref[0], start_ref[b]
+  place, start = (layer_ref[0], _slot(slot_ref, b)), start_ref[b]
   q_RH = _load_rows(q_ref, (t_R, head_R), live_R).astype(cache_refs[0].dtype)
-  step = functools.partial(_step, q_RH, cache_refs, layer, tiling.block)
+  step = functools.partial(_step, q_RH, cache_refs, place, tiling.block)
   seen_by_all = jnp.clip(start + first_row // group + 1, 0, capacity)
   last_t = jnp.minimum((first_row + tiling.rows - 1) // group, length - 1)
   limit = jnp.minimum(start + last_t + 1, capacity)
@@ -295,26 +333,32 @@ def _chunk_kernel(layer_ref, start_ref, q_ref, cache_refs, out_ref, *, tiling: T
   _store_rows(out_ref, (t_R, head_R), live_R, average_RH)
 
 
-def _step(q_RH, cache_refs, layer, block, i, state, *, seen=None):
+def _slot(slot_ref, b):
+  """The slot of row b: its own number, unless slots are named."""
+  return b if slot_ref is None else slot_ref[b]
+
+
+def _step(q_RH, cache_refs, place, block, i, state, *, seen=None):
   """Adds block i of keys to the running maximum, sums of exp2 and sum of values of each row.
 
   Sums of exp2 are kept apart for each column of a block: adding them up can wait.
 
   Args:
+    place: The indices of the layer and of the slot.
     seen: How many keys each row sees, and the most that any does. None: all of the block.
   """
   (k_ref, v_ref), (top_R, total_RS, sum_RH) = cache_refs, state
   at = pl.ds(i * block, block)
-  score_RS = plgpu.dot(q_RH, k_ref[layer, at, :].T) * _scale(q_RH.shape[1])
+  score_RS = plgpu.dot(q_RH, k_ref[*place, at, :].T) * _scale(q_RH.shape[1])
   if seen is None:
-    v_SH = v_ref[layer, at, :]
+    v_SH = v_ref[*place, at, :]
   else:
     seen_R, limit = seen
     key_S = i * block + lax.iota(jnp.int32, block)
     score_RS = jnp.where(key_S[None] < seen_R[:, None], score_RS, MASKED)
     # A weight of zero does not silence a NaN: values that no row sees are not read.
     exists_SH = jnp.broadcast_to((key_S < limit)[:, None], (block, q_RH.shape[1]))
-    v_SH = plgpu.load(v_ref.at[layer, at, :], mask=exists_SH, other=0.0)
+    v_SH = plgpu.load(v_ref.at[*place, at, :], mask=exists_SH, other=0.0)
   new_top_R = jnp.maximum(top_R, jnp.max(score_RS, axis=1))
   weight_RS = jnp.exp2(score_RS - new_top_R[:, None])
   shrink_R1 = jnp.exp2(top_R - new_top_R)[:, None]
@@ -390,15 +434,15 @@ def _as_array(layer: jax.Array | int) -> jax.Array:
   return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
-def _check(num_heads: int, k_LBKSH: jax.Array, tiling: Tiling | None, interpret: bool) -> None:
-  _, _, num_kv_heads, capacity, width = k_LBKSH.shape
+def _check(num_heads: int, k_LPKSH: jax.Array, tiling: Tiling | None, interpret: bool) -> None:
+  _, _, num_kv_heads, capacity, width = k_LPKSH.shape
   if num_heads < 1 or num_heads % num_kv_heads:
     raise ValueError(f"{num_heads} query heads over {num_kv_heads} key-value heads: use a multiple")
   if width & (width - 1) or not LEAST_ROWS <= width <= 256:
     raise NotImplementedError(f"head width {width}: these kernels take powers of two, 16 to 256")
   if capacity % (tiling.block if tiling else LEAST_ROWS):
     raise NotImplementedError(f"cache capacity {capacity}: use a multiple of 128")
-  if k_LBKSH.dtype not in (jnp.bfloat16, jnp.float16):
-    raise NotImplementedError(f"cache of {k_LBKSH.dtype}: these kernels take bfloat16 and float16")
+  if k_LPKSH.dtype not in (jnp.bfloat16, jnp.float16):
+    raise NotImplementedError(f"cache of {k_LPKSH.dtype}: these kernels take bfloat16 and float16")
   if not interpret and (reason := gpus.why_not_jax()):
     raise NotImplementedError(reason)

@@ -1,6 +1,6 @@
 """How the attention kernels are cut: estimates, checked by a few timings on an H200.
 
-No result depends on them but for the order of sums.
+No result depends on them but for the order of sums, and that does not follow the number of rows.
 """
 
 import dataclasses
@@ -30,17 +30,30 @@ class Tiling:
   num_stages: int = 3
 
 
-def decode_tiling(batch: int, num_kv_heads: int, capacity: int, head_dim: int) -> Tiling:
-  """Cut decode into programs enough to fill the GPU a few times over, yet few averages to merge."""
+_SEQUENCES = 16
+"""Sequences that decode is cut for: whatever their number is, the cut must be the same."""
+
+
+def decode_tiling(num_kv_heads: int, capacity: int, head_dim: int) -> Tiling:
+  """Cut decode into programs enough to fill the GPU a few times over, yet few averages to merge.
+
+  The cut orders a row's sums, so it does not follow the number of rows. Runs without keys store and
+  merge nothing: with many rows, too many runs cost little. With a single row there are fewer
+  programs than multiprocessors may want; one sequence has the kernel for a token.
+  """
   block = _block(capacity, head_dim)
-  wanted = 8 * gpus.MULTIPROCESSORS // (batch * num_kv_heads)
+  wanted = 8 * gpus.MULTIPROCESSORS // (_SEQUENCES * num_kv_heads)
   return Tiling(block, splits=_floor_power_of_two(min(wanted, 32, capacity // block)))
 
 
 def prefill_tiling(length: int, group: int, capacity: int, head_dim: int) -> Tiling:
-  """Cut a chunk into programs of 128 rows and two warpgroups, smaller ones for few queries."""
-  rows = min(max(LEAST_ROWS, _ceil_power_of_two(length * group)), 128)
-  return Tiling(_block(capacity, head_dim), rows=rows, num_warps=8 if rows == 128 else 4)
+  """Cut a chunk into programs of 128 rows and two warpgroups, or one of 64 for few queries.
+
+  Not fewer: each warpgroup then multiplies by the same instruction, and a row's sums have one order
+  in a chunk of any length.
+  """
+  rows = 64 if length * group <= 64 else 128
+  return Tiling(_block(capacity, head_dim), rows=rows, num_warps=rows // 16)
 
 
 def _block(capacity: int, head_dim: int) -> int:
@@ -49,7 +62,3 @@ def _block(capacity: int, head_dim: int) -> int:
 
 def _floor_power_of_two(x: int) -> int:
   return 1 << max(0, x.bit_length() - 1)
-
-
-def _ceil_power_of_two(x: int) -> int:
-  return 1 << max(0, x - 1).bit_length()

@@ -28,11 +28,12 @@ log = logging.getLogger(__name__)
 def decode(
   x_D: Float[Array, "D"],
   weights: LayerWeights,
-  keys: Float[Array, "L 1 K S H"],
-  values: Float[Array, "L 1 K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   rotation_B2H: Float[Array, "1 2 H"],
   position: Int[Array, ""],
   *,
+  slot: Int[Array, ""] | None = None,
   final_norm: Float[Array, "D"] | None = None,
   head: TernaryArray | None = None,
   implementation: Implementation | None = None,
@@ -42,13 +43,15 @@ def decode(
   """Run one token through the layers, and through final norm and head if they are given.
 
   Stores the token's key and value at `position` and attends over keys 0..position. Activations are
-  rounded to int8, one scale for each vector, in front of every product ("w2a8").
+  rounded to int8, one scale for each vector, in front of every product ("w2a8"). The kernel has an
+  order of sums of its own: its bits are not those of one row of a batch.
 
   Args:
     x_D: float32, the input of the first layer.
-    keys, values: All layers' caches; donate them, and they are written in place.
+    keys, values: All layers' caches, of P slots; donate them, and they are written in place.
     rotation_B2H: `attention.api.rotation` of the position, style "half".
     position: int32, below S.
+    slot: int32, 0 .. P-1: where the sequence's keys and values are. None: slot 0.
     final_norm: float32; given with the head.
     head: [D, V] or [V, D] as rows of V outputs.
     implementation: None: the kernel on a GPU that can run it, else the reference.
@@ -75,13 +78,14 @@ def decode(
         _warn(f"a token takes the slow reference in place of one kernel: {reason}")
   if implementation == "reference":
     return reference.decode(
-      x_D, weights, keys, values, rotation_B2H, position, final_norm=final_norm, head=head
-    )
+      x_D, weights, keys, values, rotation_B2H, position,
+      slot=slot, final_norm=final_norm, head=head,
+    )  # fmt: skip
   h = weights.shape.h
   return _triton().decode(
     x_D, weights, keys, values,
     rotation_B2H[0, 0, : h // 2], rotation_B2H[0, 1, h // 2 :], position,
-    final_norm=final_norm, head=head, programs=programs, interpret=interpret,
+    slot=slot, final_norm=final_norm, head=head, programs=programs, interpret=interpret,
   )  # fmt: skip
 
 
@@ -91,7 +95,7 @@ def why_not(
   """Why the kernel cannot run these weights on so many programs, or None if it can.
 
   Args:
-    capacity: Positions of the cache.
+    capacity: Positions of a slot of the cache.
     device: The device to run on; None: only the shapes are asked about.
   """
   if device is not None and (reason := gpus.why_not_jax() or gpus.why_not_card("triton", device)):

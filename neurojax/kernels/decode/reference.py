@@ -15,7 +15,7 @@ from neurojax.kernels.gemm import reference as gemm
 from neurojax.weights.ternary import TernaryArray
 
 Cache = tuple[Array, Array]
-"""Keys and values [L, B, K, S, H]."""
+"""Keys and values [L, P, K, S, H]."""
 
 Attend = Callable[[Array, Cache, Array], tuple[Array, Cache]]
 """(heads of queries, keys and values [M, X], cache, layer) to (attended [M, N*H], cache)."""
@@ -62,11 +62,12 @@ def normalise(x: Float[Array, "... D"], scale_D: Array, eps: float) -> Float[Arr
 def decode(
   x_D: Float[Array, "D"],
   weights: LayerWeights,
-  keys: Float[Array, "L 1 K S H"],
-  values: Float[Array, "L 1 K S H"],
+  keys: Float[Array, "L P K S H"],
+  values: Float[Array, "L P K S H"],
   rotation_B2H: Float[Array, "1 2 H"],
   position: Int[Array, ""],
   *,
+  slot: Int[Array, ""] | None = None,
   final_norm: Float[Array, "D"] | None = None,
   head: TernaryArray | None = None,
 ) -> tuple[Float[Array, "D"], Float[Array, "V"] | None, Array, Array]:
@@ -80,6 +81,7 @@ def decode(
     norms = None if layers.q_norm is None else (layers.q_norm[layer], layers.k_norm[layer])
     out_MY, keys, values = attention.decode(
       qkv_MX, *cache, layer, position[None],
+      slot_B=None if slot is None else slot[None],
       rotation_B2H=rotation_B2H, norms=norms, norm_eps=s.norm_eps,
     )  # fmt: skip
     return out_MY, (keys, values)

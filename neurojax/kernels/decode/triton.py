@@ -283,7 +283,7 @@ class _Kernel:
     key = first + jnp.arange(tuned.KEYS)
     column = jnp.arange(self.shape.h)[None, :]
     mask = jnp.broadcast_to((key < end)[:, None], (tuned.KEYS, self.shape.h))
-    at = (layer, 0, head, key[:, None], column)
+    at = (layer, self.slot, head, key[:, None], column)
     return tuple(plgpu.load(ref.at[at], mask=mask, other=0.0) for ref in (refs.keys, refs.values))
 
   def attention(self, layer, refs, position):
@@ -363,7 +363,7 @@ class _Kernel:
 
     @pl.when(owner)
     def _():
-      at = (layer, 0, head, position + jnp.zeros((1, 1), jnp.int32), column)
+      at = (layer, self.slot, head, position + jnp.zeros((1, 1), jnp.int32), column)
       plgpu.store(refs.keys.at[at], k)
       plgpu.store(refs.values.at[at], v)
 
@@ -448,6 +448,7 @@ class _Kernel:
     s = self.shape
     # Read once: interpret mode knows no program inside a loop.
     self.pid = pl.program_id(0)
+    self.slot = 0 if refs.slot is None else refs.slot[0]
     position = refs.position[0]
     zero = jnp.int32(0)
 
@@ -543,7 +544,7 @@ def why_not(weights: LayerWeights, capacity: int, programs: int) -> str | None:
   if most >= 2**31:
     return f"{most} bytes of codes in one stack: offsets have 31 bits"
   if 2 * weights.num_layers * s.k * capacity * s.h >= 2**32:
-    return f"a cache for {capacity} positions: its offsets have 32 bits"
+    return f"a cache for {capacity} positions: offsets within a slot have 32 bits"
   if programs < max(1, -(-s.f // TILE)) and programs != 1:
     return f"{programs} programs: too few for {s.f} columns"
   for name in ("qkv", "o", "gate_up", "down"):
@@ -561,6 +562,7 @@ def decode(
   sin: Array,
   position: Array,
   *,
+  slot: Array | None = None,
   final_norm: Array | None = None,
   head: TernaryArray | None = None,
   programs: int,
@@ -570,9 +572,10 @@ def decode(
 
   Args:
     x_D: float32 [D], the input of the first layer.
-    keys, values: bfloat16 [L, 1, K, S, H]; position `position` of each layer is written.
+    keys, values: bfloat16 [L, P, K, S, H]; position `position` of each layer is written.
     cos, sin: float32 [H / 2]: the rotation at this position.
     position: int32 scalar, below S.
+    slot: int32 scalar, below P; None: 0.
     head: [D, V] or [V, D] as rows of V outputs.
     programs: Programs of the grid: one for each multiprocessor; 1 in interpret mode.
   Returns: x float32 [D] after the last layer, logits float32 [V] or None, keys, values.
@@ -601,6 +604,8 @@ def decode(
     interpret=interpret,
   )
   inputs = {"position": position.reshape(1), "cos": cos, "sin": sin}
+  if slot is not None:
+    inputs["slot"] = slot.reshape(1)
   inputs |= {"attn_norm": weights.attn_norm, "ffn_norm": weights.ffn_norm}
   if weights.q_norm is not None:
     inputs |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
@@ -628,7 +633,8 @@ def decode(
     )
     for name in matrices:
       given[name] = (given.pop(f"{name}.codes"), given.pop(f"{name}.scales"))
-    kernel.run(types.SimpleNamespace(**({"q_norm": None, "k_norm": None} | given)))
+    absent = {"slot": None, "q_norm": None, "k_norm": None}
+    kernel.run(types.SimpleNamespace(**(absent | given)))
 
   results = pl.pallas_call(
     body,

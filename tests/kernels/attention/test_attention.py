@@ -1,6 +1,7 @@
 """Attention kernels, interpreted on the CPU, against float64 and against properties."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -263,14 +264,135 @@ def test_a_slow_way_is_taken_only_unasked_and_said_once(monkeypatch, caplog):
   assert len(caplog.messages) == 1 and "head width 24" in caplog.text
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16, 64, 300])
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 5, 8, 32])
 @pytest.mark.parametrize("capacity", [16, 128, 640, 2048, 40960])
-def test_tilings_fit(batch: int, capacity: int):
+def test_tilings_fit(num_kv_heads: int, capacity: int):
   for head_dim in (64, 128, 256):
-    tiling = tuned.decode_tiling(batch, 8, capacity, head_dim)
+    tiling = tuned.decode_tiling(num_kv_heads, capacity, head_dim)
     assert capacity % tiling.block == 0
     assert tiling.block * tiling.splits <= capacity
-    # Powers of two, and at least a program for each multiprocessor where there are keys enough.
+    # Powers of two, and with 16 sequences a program for each multiprocessor where there are keys enough.
     assert tiling.block.bit_count() == tiling.splits.bit_count() == 1
     enough = tiling.splits == 32 or 2 * tiling.block * tiling.splits > capacity
-    assert batch * 8 * tiling.splits >= 132 or enough
+    assert 16 * num_kv_heads * tiling.splits >= 132 or enough
+
+
+def test_a_chunks_length_changes_only_how_many_rows_a_program_has():
+  """A warpgroup multiplies 64 rows: with as many warps for each row, their sums have one order."""
+  tilings = [tuned.prefill_tiling(length, 4, 2048, 128) for length in (2, 16, 17, 64, 2048)]
+  assert {t.rows for t in tilings} == {64, 128}
+  assert (
+    len({dataclasses.replace(t, rows=0, num_warps=t.rows // t.num_warps) for t in tilings}) == 1
+  )
+
+
+SLOTS = 7
+"""More than rows, and none of them row b's own in `in_slots`."""
+
+
+def in_slots(case: Case, dtype=np.float16):
+  """`arrays`, but rows in any order of slots; the caches hold noise wherever a row has no slot."""
+  qkv, k, v, position, kwargs = arrays(case, dtype)
+  slot = jnp.asarray([5, 2, 6, 0, 1][: len(case.position)], jnp.int32)
+  shape = (LAYERS, SLOTS, case.num_kv_heads, CAPACITY, case.head_dim)
+  wide = (jnp.asarray(normal(seed, *shape, dtype=dtype)) for seed in (8, 9))
+  k, v = (noise.at[:, slot].set(cache) for noise, cache in zip(wide, (k, v), strict=True))
+  return qkv, k, v, position, slot, kwargs
+
+
+def runs(case: Case):
+  """The two implementations of `decode`, each with one signature."""
+  yield functools.partial(triton.decode, tiling=case.tiling, interpret=True)
+  yield reference.decode
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_in_any_slots_are_rows_in_their_own(case: Case):
+  qkv, k, v, position, kwargs = arrays(case)
+  _, wide_k, wide_v, _, slot, _ = in_slots(case)
+  for decode in runs(case):
+    wanted = decode(qkv, k, v, LAYER, position, **kwargs)
+    out, *stored = decode(qkv, wide_k, wide_v, LAYER, position, slot_B=slot, **kwargs)
+    np.testing.assert_array_equal(out, wanted[0])
+    for new, old, expected in zip(stored, (wide_k, wide_v), wanted[1:], strict=True):
+      np.testing.assert_array_equal(new, old.at[:, slot].set(expected))
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_a_row_has_the_same_bits_alone_among_others_and_beside_padding(case: Case):
+  qkv, k, v, position, slot, kwargs = in_slots(case)
+  turns = kwargs.pop("rotation_B2H")
+
+  def rows(decode, which, at=None):
+    which = jnp.asarray(which)
+    at = position[which] if at is None else jnp.asarray(at, jnp.int32)
+    return decode(
+      qkv[which], k, v, LAYER, at, slot_B=slot[which], rotation_B2H=turns[which], **kwargs
+    )
+
+  for decode in runs(case):
+    # XLA multiplies a single row by other loops than several: the reference keeps its bits from two on.
+    tolerance = 1e-6 if decode is reference.decode else 0
+    together, stored_k, stored_v = rows(decode, range(len(case.position)))
+    for b, p in enumerate(case.position):
+      alone, *stored = rows(decode, [b])
+      np.testing.assert_allclose(alone[0], together[b], rtol=0, atol=tolerance)
+      # Rows that stand for nothing name the same slot, before and behind the row.
+      padded, *padded_stored = rows(decode, [b, b, b, b], [-1, p, CAPACITY, -7])
+      np.testing.assert_array_equal(padded[1], together[b])
+      for one, other, both in zip(stored, padded_stored, (stored_k, stored_v), strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one[:, slot[b]], both[:, slot[b]])
+
+
+def test_the_cut_of_keys_follows_the_rows_own_length():
+  """Long and short rows side by side, at the cut of `decode_tiling`, merged runs included."""
+  case = dataclasses.replace(CASES[3], position=(31, 63, 0), tiling=Tiling(16, splits=4))
+  qkv, k, v, position, kwargs = arrays(case)
+  wanted = triton.decode(qkv, k, v, LAYER, position, tiling=case.tiling, interpret=True, **kwargs)[
+    0
+  ]
+  for b in range(3):
+    row = slice(b, b + 1)
+    alone = triton.decode(
+      qkv[row], k[:, row], v[:, row], LAYER, position[row], tiling=case.tiling, interpret=True,
+      **kwargs,
+    )  # fmt: skip
+    np.testing.assert_array_equal(alone[0][0], wanted[b])
+
+
+@pytest.mark.parametrize("tiling", [Tiling(16, rows=16), Tiling(32, rows=64)], ids=str)
+def test_a_chunk_reads_the_slot_it_names_and_any_cut_of_it_gives_the_same_bits(tiling: Tiling):
+  length, start = 13, 9
+  q = jnp.asarray(normal(0, 2, length, 4, 32))
+  k, v = (
+    jnp.asarray(normal(seed, LAYERS, 2, 2, CAPACITY, 32, dtype=np.float16)) for seed in (1, 2)
+  )
+  starts, slot = jnp.array([start, 40], jnp.int32), jnp.array([4, 1], jnp.int32)
+  wide_k, wide_v = (jnp.full((LAYERS, 5, *c.shape[2:]), jnp.nan, c.dtype) for c in (k, v))
+  wide = wide_k.at[:, slot].set(k), wide_v.at[:, slot].set(v)
+  for attend in (
+    functools.partial(triton.attend_cache, tiling=tiling, interpret=True),
+    reference.attend_cache,
+  ):
+    wanted = attend(q, k, v, LAYER, starts)
+    out = attend(q, *wide, LAYER, starts, slot_B=slot)
+    np.testing.assert_array_equal(out, wanted)
+    if attend is reference.attend_cache:
+      continue
+    for first, last in ((0, 2), (2, 3), (3, 13)):
+      part = attend(q[:1, first:last], *wide, LAYER, starts[:1] + first, slot_B=slot[:1])
+      np.testing.assert_array_equal(part[0], wanted[0, first:last])
+
+
+def test_one_query_reads_the_slot_it_names():
+  k, v = (jnp.asarray(normal(seed, LAYERS, 5, 2, CAPACITY, 32), jnp.bfloat16) for seed in (1, 2))
+  q = jnp.asarray(normal(0, 3, 6, 32))
+  length, slot = jnp.array([0, 33, CAPACITY], jnp.int32), jnp.array([4, 0, 2], jnp.int32)
+  tiling = Tiling(16, splits=4)
+  for attend in (
+    functools.partial(triton.attend_one, tiling=tiling, interpret=True),
+    reference.attend_one,
+  ):
+    out = attend(q, k, v, LAYER, length, slot_B=slot)
+    np.testing.assert_array_equal(out, attend(q, k[:, slot], v[:, slot], LAYER, length))

@@ -13,7 +13,7 @@ from tests.kernels import aot
 REASON = aot.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-LAYERS, CAPACITY = 4, 2048
+LAYERS, SLOTS, CAPACITY = 4, 64, 2048
 BF16 = jnp.bfloat16
 
 compile_without_spills = functools.partial(
@@ -25,8 +25,8 @@ def abstract(*shape: int, dtype=BF16) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def caches(shape: AttentionShape, batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-  cache = abstract(*shape.cache_shape(layers=LAYERS, batch=batch, capacity=CAPACITY))
+def caches(shape: AttentionShape) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+  cache = abstract(*shape.cache_shape(layers=LAYERS, batch=SLOTS, capacity=CAPACITY))
   return cache, cache
 
 
@@ -35,22 +35,22 @@ def caches(shape: AttentionShape, batch: int) -> tuple[jax.ShapeDtypeStruct, jax
 def test_decode_is_two_kernels_a_layer_and_the_cache_stays_where_it_is(shape, batch):
   width = shape.head_dim
 
-  def step(qkv, k, v, position, scale_q, scale_k):
+  def step(qkv, k, v, position, slot, scale_q, scale_k):
     rotation = api.rotation(position, width, base=1e6, style="half")
     outs = []
     for layer in range(2):
       out, k, v = api.decode(
         qkv, k, v, layer, position,
-        rotation_B2H=rotation, norms=(scale_q, scale_k), implementation="triton",
+        slot_B=slot, rotation_B2H=rotation, norms=(scale_q, scale_k), implementation="triton",
       )  # fmt: skip
       outs.append(out)
     return outs, k, v
 
-  k, v = caches(shape, batch)
+  k, v = caches(shape)
   compiled = compile_without_spills(
     step,
     abstract(batch, (shape.num_heads + 2 * shape.num_kv_heads) * width),
-    k, v, abstract(batch, dtype=jnp.int32), abstract(width), abstract(width),
+    k, v, *[abstract(batch, dtype=jnp.int32)] * 2, abstract(width), abstract(width),
     donate=(1, 2),
   )  # fmt: skip
   text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -65,12 +65,15 @@ def test_decode_is_two_kernels_a_layer_and_the_cache_stays_where_it_is(shape, ba
   ("shape", "length"), [(QWEN3_8B, 2), (QWEN3_8B, 64), *((shape, 512) for shape in SHAPES)]
 )
 def test_a_chunk_compiles(shape, length):
-  attend = functools.partial(api.attend_cache, implementation="triton")
+  def attend(q, k, v, layer, start_B, slot_B):
+    return api.attend_cache(q, k, v, layer, start_B, slot_B=slot_B, implementation="triton")
+
   compiled = compile_without_spills(
     attend,
     abstract(1, length, shape.num_heads, shape.head_dim),
-    *caches(shape, 1),
+    *caches(shape),
     abstract(dtype=jnp.int32),
+    abstract(1, dtype=jnp.int32),
     abstract(1, dtype=jnp.int32),
   )
   assert compiled.memory_analysis().temp_size_in_bytes == 0
@@ -90,4 +93,4 @@ def test_a_spill_would_be_an_error():
   q = abstract(1, 512, QWEN3_8B.num_heads, QWEN3_8B.head_dim)
   layer, start_B = abstract(dtype=jnp.int32), abstract(1, dtype=jnp.int32)
   with pytest.raises(jax.errors.JaxRuntimeError, match="spill"):
-    compile_without_spills(attend, q, *caches(QWEN3_8B, 1), layer, start_B)
+    compile_without_spills(attend, q, *caches(QWEN3_8B), layer, start_B)

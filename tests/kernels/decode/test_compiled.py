@@ -34,8 +34,13 @@ def matrix(*lead: int, n: int, k: int) -> TernaryArray:
   )
 
 
+# Few sequences, and caches of more than 2**32 bytes, whose offsets have 64 bits.
+SIZES = [(2, 4), (8, 128)]
+"""Layers and slots."""
+
+
 @functools.cache
-def compiled(layers: int) -> tuple[Any, str]:
+def compiled(layers: int, slots: int) -> tuple[Any, str]:
   """The program, and the PTX of its kernel."""
   s = QWEN3_8B
   w = LayerWeights(
@@ -49,12 +54,13 @@ def compiled(layers: int) -> tuple[Any, str]:
     k_norm=spec(layers, s.h),
     shape=s,
   )
-  cache = spec(layers, 1, s.k, CAPACITY, s.h, dtype=jnp.bfloat16)
+  cache = spec(layers, slots, s.k, CAPACITY, s.h, dtype=jnp.bfloat16)
 
-  def step(x, w, keys, values, cos, sin, position, final_norm, head):
+  def step(x, w, keys, values, cos, sin, position, slot, final_norm, head):
     return triton.decode(
-      x, w, keys, values, cos, sin, position, final_norm=final_norm, head=head, programs=132
-    )
+      x, w, keys, values, cos, sin, position,
+      slot=slot, final_norm=final_norm, head=head, programs=132,
+    )  # fmt: skip
 
   return aot.compile_to_ptx(
     step,
@@ -65,6 +71,7 @@ def compiled(layers: int) -> tuple[Any, str]:
     spec(s.h // 2),
     spec(s.h // 2),
     spec(dtype=jnp.int32),
+    spec(dtype=jnp.int32),
     spec(s.d),
     matrix(n=VOCAB, k=s.d),
     kernel="ternary_decode",
@@ -73,32 +80,32 @@ def compiled(layers: int) -> tuple[Any, str]:
 
 
 def test_a_step_is_one_kernel_that_writes_the_cache_in_place():
-  layers, s = 2, QWEN3_8B
-  program, _ = compiled(layers)
+  (layers, slots), s = SIZES[0], QWEN3_8B
+  program, _ = compiled(layers, slots)
   text = program.as_text()
   assert text.count("__gpu$xla.gpu.triton") == 1
   assert not re.search(r"(?:u8|f16|bf16)\[[\d,]+\]\S* copy\(", text), "weights or caches are copied"
-  both = 2 * 2 * layers * s.k * CAPACITY * s.h
+  both = 2 * 2 * layers * slots * s.k * CAPACITY * s.h
   assert program.memory_analysis().alias_size_in_bytes == both
 
 
-@pytest.mark.parametrize("layers", [2, 8])
-def test_nothing_is_spilled(layers):
-  _, ptx = compiled(layers)
+@pytest.mark.parametrize(("layers", "slots"), SIZES)
+def test_nothing_is_spilled(layers, slots):
+  _, ptx = compiled(layers, slots)
   assert aot.spills(aot.assemble(ptx)) == 0
 
 
 def test_a_spill_would_be_found():
-  _, ptx = compiled(2)
+  _, ptx = compiled(*SIZES[0])
   # Two blocks of 256 threads on a multiprocessor leave 128 registers a thread.
   halved, times = re.subn(r"^\.reqntid 256.*$", r"\g<0>\n.minnctapersm 2", ptx, flags=re.MULTILINE)
   assert times == 1
   assert aot.spills(aot.assemble(halved)) > 0
 
 
-@pytest.mark.parametrize("layers", [2, 8])
-def test_instructions_per_weight_do_not_creep_up(layers):
-  _, ptx = compiled(layers)
+@pytest.mark.parametrize(("layers", "slots"), SIZES)
+def test_instructions_per_weight_do_not_creep_up(layers, slots):
+  _, ptx = compiled(layers, slots)
   for product, most in INSTRUCTIONS.items():
     count = aot.instructions_per_weight(ptx, product)
     assert count < most

@@ -1,6 +1,7 @@
 """The decode kernel in interpret mode, by a single program, against float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,24 @@ def test_a_step_equals_float64(case: Case, monkeypatch: pytest.MonkeyPatch):
     seen = np.s_[:, :, :, : case.position + 1]
     np.testing.assert_allclose(np.asarray(a)[seen], b[seen], atol=2e-5)
     assert np.isnan(np.asarray(a)[:, :, :, case.position + 1 :]).all()
+
+
+def test_a_sequence_in_any_slot_is_that_sequence():
+  s, slot, capacity, position = Shape(128, 256, 4, 2, 32, 1e-6), 2, 128, 70
+  w = oracle.weights(s, layers=2, group=64, qk_norm=True, seed=1)
+  w = jax.tree.map(jnp.asarray, w)
+  rng = np.random.default_rng(2)
+  x = jnp.asarray(rng.normal(size=s.d), jnp.float32)
+  alone = jnp.asarray(rng.normal(size=(2, 2, 1, s.k, capacity, s.h)), jnp.float32)
+  others = jnp.full((2, 2, 4, *alone.shape[3:]), jnp.nan, jnp.float32)
+  turn = jnp.asarray(rng.normal(size=(2, s.h // 2)), jnp.float32)
+  decode = functools.partial(triton.decode, programs=1, interpret=True)
+  wanted = decode(x, w, *alone, *turn, jnp.int32(position))
+  among = others.at[:, :, slot].set(alone[:, :, 0])
+  found = decode(x, w, *among, *turn, jnp.int32(position), slot=jnp.int32(slot))
+  np.testing.assert_array_equal(found[0], wanted[0])
+  for new, old, expected in zip(found[2:], among, wanted[2:], strict=True):
+    np.testing.assert_array_equal(new, old.at[:, slot].set(expected[:, 0]))
 
 
 def test_what_does_not_fit_is_named():
