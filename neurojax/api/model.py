@@ -51,7 +51,7 @@ def load(
   weights: Weights | Literal["auto"] = "auto",
   dtype: Dtype = "float32",
   context: int | None = None,
-  sequences: int = 4,
+  sequences: int = 1,
   cache: CacheForm = "auto",
   prefix: int = DEFAULT_PREFIX,
   programs: Programs = "auto",
@@ -71,7 +71,8 @@ def load(
     weights: How matrices are held; "auto" takes the form that the file is made for, exactly.
     dtype: Floating-point type of activations and caches, and of dense weights.
     context: Positions for prompt and answer; None takes the model's own, at most 2048.
-    sequences: Answers that may be computed at the same time; more wait in a queue.
+    sequences: Answers that may be computed at the same time; more wait in a queue. With several, a step
+      may be compiled for so many, and then one answer alone takes about as long.
     cache: How keys and values are kept: "auto" in the dtype, "int8" in 8 bits and half the memory.
     prefix: Positions of earlier prompts that are kept: a prompt that begins like one of them, as the next
       turn of a chat does, is not computed from its start again. 0 keeps none.

@@ -41,7 +41,7 @@ class Engine:
   """Floating-point type of activations and caches."""
   cache: Literal["auto", "int8"] = "auto"
   """Form of keys and values: "auto" keeps them in the dtype, "int8" rounds them to 8 bits."""
-  programs: Literal["auto", "model", "fused"] = "auto"
+  programs: Literal["auto", "model", "fused", "quick"] = "auto"
   """As for `neurojax generate`."""
   concurrent: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1, 8)
   """Requests at once."""

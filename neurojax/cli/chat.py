@@ -34,6 +34,8 @@ class Chat(ModelOptions, EngineOptions, SamplingOptions):
   Example: echo "Why is the sky blue?" | neurojax chat --model smollm2
   """
 
+  sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+  """Sequences that there is room for; this command uses one."""
   system: str | None = None
   """A system message, which begins the talk."""
   max_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 256

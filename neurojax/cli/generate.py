@@ -26,6 +26,8 @@ class Generate(ModelOptions, EngineOptions, SamplingOptions):
   Example: neurojax generate --model neurollm --prompt "The sea was" --stages 2 --temperature 0.8 --seed 7
   """
 
+  sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+  """Sequences that there is room for; this command uses one."""
   prompt: str | None = None
   """The text to continue; "-" reads it from standard input."""
   prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

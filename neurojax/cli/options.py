@@ -58,9 +58,10 @@ class EngineOptions:
   them to the dtype; "int8" rounds them to 8-bit integers with scales; "w2a16" and "w2a8" keep a
   file's ternary matrices in two bits, with activations as they are or rounded to 8 bits; "stored"
   keeps every matrix as its file has it."""
-  programs: Literal["auto", "model", "fused"] = "auto"
+  programs: Literal["auto", "model", "fused", "quick"] = "auto"
   """Programs that compute a stage. "fused" is a few large GPU kernels, for ternary weights in
-  bfloat16; "model" runs any model anywhere; "auto" is "fused" where that can run."""
+  bfloat16; "model" runs any model anywhere; "auto" is "fused" where that can run. "quick" is "auto",
+  but an answer that is alone is computed by the fastest program for one, which may round otherwise."""
   context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
   """Positions for prompt and answer together. Without it, the model's own, at most 2048."""
   sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4

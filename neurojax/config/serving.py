@@ -9,7 +9,7 @@ from neurojax.config.model import ModelConfig
 from neurojax.forms import PREFILL, Form, Forms, Scales, Weights, capacity_for
 
 Dtype = Literal["float32", "bfloat16"]
-Programs = Literal["auto", "model", "fused"]
+Programs = Literal["auto", "model", "fused", "quick"]
 Activations = Literal["int8"]
 CacheForm = Literal["auto", "int8"]
 
@@ -45,7 +45,10 @@ class Serving:
     prefix: Positions of earlier prompts that are kept, so that a prompt which begins like one of them
       need not be computed from its start. Memory for them is reserved.
     programs: "fused" runs a few large GPU kernels, for ternary weights in bfloat16; "model" runs any
-      model anywhere; "auto" is fused where it can be.
+      model anywhere; "auto" is fused where it can be. With all of these a request has the same tokens and
+      the same bits of their log-probabilities, alone or beside others. "quick" is "auto", but a sequence
+      that is alone has the program that is fastest for one, whose sums may have another order: answers
+      are then the same but for tokens that are equally likely within rounding.
   Raises: ValueError: a value that no engine takes.
 
   Example:

@@ -98,7 +98,12 @@ class CompiledStage:
     self.capacity = capacity_for(context_length)
     lengths = tuple(b for b in buckets if b <= self.capacity)
     self._programs = programs_of(
-      model, programs, capacity=self.capacity, lengths=lengths, cache=cache, kernels=kernels
+      model,
+      "auto" if programs == "quick" else programs,
+      capacity=self.capacity,
+      lengths=lengths,
+      cache=cache,
+      kernels=kernels,
     )
     if self._programs.lengths_agree and self.capacity >= LONG > lengths[-1]:
       lengths = (*lengths, LONG)
@@ -108,6 +113,8 @@ class CompiledStage:
     self.widths = (slots,)
     if self._programs.rows_agree:
       self.widths = (*(w for w in WIDTHS if w < slots), slots)
+    elif programs == "quick" and slots > 1:
+      self.widths = (1, slots)
     # A GPU runs a loop whose count is not known by looking at the device after every round.
     self.loop = LOOP
     self.tops = min(TOPS, model.config.vocab_size)
@@ -322,8 +329,7 @@ class CompiledStage:
       live_R = count_R > i
       rows = Rows(start_R + i, live_R.astype(jnp.int32), slot_R)
       inputs = token_R if hidden_RD is None else hidden_RD
-      x_R1D, cache = self._programs.forward(params, inputs[:, None], cache, rows)
-      logits_RV = self._programs.logits(params, x_R1D)[:, 0]
+      logits_RV, cache = self._programs.step(params, inputs, cache, rows)
       forced_R = given_NR[i + 1]
       drawing_R = live_R & (forced_R != NOT_DRAWN)
       drawn, sampler = sampling.sample(

@@ -68,6 +68,12 @@ class Programs(Protocol):
     """Compute logits by the final norm and the head, which only the last span has."""
     ...
 
+  def step(
+    self, params: Any, inputs: Array, cache: Cache, rows: Rows
+  ) -> tuple[Float32[Array, "B V"], Cache]:
+    """Run one input of each row, [B] or [B, D], through the layers of the last span, to the logits."""
+    ...
+
   @property
   def weight_bytes(self) -> int:
     """Bytes of the weights; arrays that two parameters share count once."""
@@ -105,6 +111,12 @@ class ModelPrograms:
 
   def logits(self, params: Any, x_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
     return self._rebuild(params).logits(x_BTD)
+
+  def step(
+    self, params: Any, inputs: Array, cache: Cache, rows: Rows
+  ) -> tuple[Float32[Array, "B V"], Cache]:
+    x_B1D, cache = self.forward(params, inputs[:, None], cache, rows)
+    return self.logits(params, x_B1D)[:, 0], cache
 
   @property
   def weight_bytes(self) -> int:
@@ -145,12 +157,25 @@ class FusedPrograms:
         kernels=self.kernels, dtype=self.dtype,
       )  # fmt: skip
       return x_BTD, KVCache(*caches)
-    # Nothing is stored at a position outside the cache.
-    position_B = rows.start_B if rows.live_B is None else jnp.where(rows.live_B, rows.start_B, -1)
     x_BD, *caches = fused.decode(
-      params, x_BTD[:, 0], *caches, position_B, slot_B=rows.slot_B, kernels=self.kernels
+      params, x_BTD[:, 0], *caches, _positions(rows), slot_B=rows.slot_B, kernels=self.kernels
     )
     return x_BD[:, None], KVCache(*caches)
+
+  def step(
+    self, params: Fused, inputs: Array, cache: KVCache, rows: Rows
+  ) -> tuple[Float32[Array, "B V"], KVCache]:
+    if not fused.has_token_kernel(params, inputs.shape[0], self.kernels):
+      x_B1D, cache = self.forward(params, inputs[:, None], cache, rows)
+      return fused.logits(params, x_B1D[:, 0], kernels=self.kernels), cache
+    x_BD = inputs if params.embedding is None else fused.embed(params, inputs)
+    # The kernel for a single token goes on through the head.
+    _, logits_BV, *caches = fused.decode_one(
+      params, x_BD, cache.k_LPKSH, cache.v_LPKSH, _positions(rows), rows.slot_B,
+      kernels=self.kernels, head=True,
+    )  # fmt: skip
+    assert logits_BV is not None
+    return logits_BV, KVCache(*caches)
 
   def logits(self, params: Fused, x_BTD: Float32[Array, "B T D"]) -> Float32[Array, "B T V"]:
     b, t, d = x_BTD.shape
@@ -159,6 +184,11 @@ class FusedPrograms:
   @property
   def weight_bytes(self) -> int:
     return self.params.nbytes
+
+
+def _positions(rows: Rows) -> Array:
+  """Where each row stores its token; nothing is stored at a position outside the cache."""
+  return rows.start_B if rows.live_B is None else jnp.where(rows.live_B, rows.start_B, -1)
 
 
 def rows_agree(model: NeuroLLM) -> bool:
