@@ -105,7 +105,10 @@ class Batch:
     """Stream the answers of a request, as `engine.api.Engine.generate` promises it."""
     check_request(request, self._limits)
     ticket = self._ticket(request.priority)
-    ticket.sequences = answers(ticket, request, block=self._steps.chunks[0])
+    # A replayed row keeps others waiting; where each token costs a round trip it is worth it.
+    ticket.sequences = answers(
+      ticket, request, block=self._steps.chunks[0], replays=not self._steps.chains
+    )
     async with self._served(ticket):
       left = request.n
       while left:
@@ -376,7 +379,11 @@ class Batch:
 
   def _requeue(self, sequence: Sequence) -> None:
     if not sequence.is_over:
-      sequence.reset()
+      try:
+        sequence.reset()
+      except Exception as error:
+        self._fail_one(sequence, error)
+        return
       bisect.insort(self._line, sequence, key=lambda waiting: waiting.order)
 
   def _help(self, work: Coroutine[Any, Any, None]) -> None:

@@ -242,13 +242,15 @@ class FakeSteps:
     block, rule = self.chunks[0], self._rule
     at, length = len(slot.tokens), row.length
     rule(row.start == at, f"a row starts at {row.start}, the slot holds {at}")
-    rule(0 <= row.draws <= self.most_draws, f"a row draws {row.draws}")
+    least, most = (0, 1) if row.role == "prompt" else (1, self.most_draws)
+    rule(least <= row.draws <= most, f"a {row.role} row draws {row.draws}")
     rule(row.allowed is None or row.draws == 1, f"a row with a mask draws {row.draws}")
     rule(row.targets is None or len(row.targets) == length, "targets are not as many as tokens")
     is_free = self.chains and row.role == "drawn"
     rule(row.tokens is not None or is_free, f"a {row.role} row has no tokens")
     if row.role == "prompt":
-      rule(at == slot.prompt, "a prompt goes on after its answer began")
+      has_begun = at != slot.prompt or slot.last is not None
+      rule(not has_begun, "a prompt goes on after its answer began")
       rule(row.start % block == 0, f"a row of a prompt starts at {row.start}")
       rule(length in self.chunks or length < block, f"a row of a prompt has {length} tokens")
       whole = length // block
@@ -256,7 +258,7 @@ class FakeSteps:
     else:
       rule(not row.keep and row.seen is None, f"a {row.role} row keeps or has seen")
     if row.role == "drawn":
-      rule(length == 1 and row.draws > 0, f"a drawn row has {length} tokens, {row.draws} draws")
+      rule(length == 1, f"a drawn row has {length} tokens")
       rule(slot.last is not None, "a row goes on from a token that was not drawn")
       is_last = row.tokens is None or row.tokens.tolist() == [slot.last]
       rule(is_last, f"a row has {row.tokens}, {slot.last} was drawn")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Literal
 
@@ -22,9 +23,6 @@ from neurojax.engine.prefix import Block, block_keys
 from neurojax.engine.ticket import Ticket
 from neurojax.stage.step import Row, RowOutput, Tops
 
-REPLAY = 16
-"""Tokens of a replayed row at most: it shares its step with rows that others wait for."""
-
 Phase = Literal["queued", "waiting", "opening", "prompt", "answer"]
 """Where a sequence is: without a slot; in a slot that is not open yet; being opened; in its prompt; in
 its answer, which begins when the last row of the prompt is given."""
@@ -41,6 +39,11 @@ class Part:
 
 class Sequence:
   """Gives the rows of one sequence in order and takes their outputs.
+
+  One that had to leave its slot begins anew with its prompt, and what it had drawn either is drawn once
+  more or, if `replays`, given in one row but for the last token, which spares a round trip for each. Both
+  run the program that drew it at first. Whatever is drawn twice has to be equal, to the last bit of its
+  log-probability.
 
   Attributes:
     ticket: The request that it belongs to.
@@ -74,12 +77,14 @@ class Sequence:
     targets: np.ndarray | None = None,
     first: int = 1,
     score_top: int = 0,
-    constraint: Constraint | None = None,
+    constrain: Callable[[], Constraint] | None = None,
+    replays: bool = False,
   ):
     self.ticket, self.answer, self.prompt, self.block = ticket, answer, prompt, block
     self.max_tokens, self.sampling, self.stop_ids, self.top = max_tokens, sampling, stop_ids, top
     self.targets, self.first, self.score_top = targets, first, score_top
-    self.constraint = constraint
+    self.constraint, self._constrain = constrain() if constrain else None, constrain
+    self._replays = replays
     # What is only scored keeps nothing: a text is seldom scored twice.
     self.keys = block_keys(prompt, block) if max_tokens else ()
     self.last_block = (len(prompt) - 1) // block * block
@@ -87,10 +92,9 @@ class Sequence:
     self.slot: int | None = None
     self.is_over = self.is_preempted = False
     self.tokens: list[int] = []
+    self._logprobs: list[float] = []
     self.holds = self.passed = self.turn = 0
     self.cached: int | None = None
-    self._last_logprob = math.nan
-    self._allowed: np.ndarray | None = None
     self._prompt_scores: Scores | None = None
     self._admitted_s: float | None = None
     self._first_s = self._last_s = 0.0
@@ -123,14 +127,20 @@ class Sequence:
     return self._came >= self.given
 
   def reset(self) -> None:
-    """Begin anew in another slot; the answer so far will be replayed."""
+    """Begin anew in another slot.
+
+    Raises: what the constraint raises.
+    """
     self.phase, self.slot, self.is_preempted = "queued", None, False
-    self.at = self.flying = 0
-    # The last token is drawn once more and compared: that costs no more than replaying it.
-    self._replayed, self._replay_to = 0, max(0, len(self.tokens) - 1)
-    self.given, self._came = 0, self._replay_to
+    self.at = self.flying = self.given = 0
+    self._to_replay = max(0, len(self.tokens) - 1) if self._replays else 0
+    self._came = self._to_replay
     self._unseen: np.ndarray | None = None
     self._scored: list[RowOutput] = []
+    if self._constrain is not None and self.tokens:
+      self.constraint = self._constrain()
+      for token in self.tokens[: self._came]:
+        self.constraint.accept(token)
 
   def admit(self, slot: int, now_s: float) -> None:
     self.phase, self.slot = "waiting", slot
@@ -150,7 +160,7 @@ class Sequence:
     """The next row of the prompt; the last one draws the first token."""
     start, stop = self.at, self.at + length
     is_last = stop == len(self.prompt)
-    draws = int(is_last and self.max_tokens > 0 and self._replay_to == 0)
+    draws = int(is_last and self.max_tokens > 0 and not self._to_replay)
     scores = self.targets is not None and self._prompt_scores is None and stop >= self.first
     row = Row(
       slot=self._slot(),
@@ -169,38 +179,27 @@ class Sequence:
     return row
 
   def answer_row(self, draws: int) -> Row:
-    """The next row of the answer, which draws up to `draws` tokens."""
-    if self._replayed < self._replay_to:
-      return self._replay_row(draws)
+    """The next row of the answer, which draws up to `draws` tokens.
+
+    Drafts of the tokens to come would have their place here, after the token that is given.
+    """
+    count = self._to_replay
+    if count:
+      tokens, self.given, self._to_replay = np.array(self.tokens[:count], np.int32), count, 0
+    else:
+      tokens = np.array([self.tokens[self.given - 1]], np.int32) if self.knows_last else None
     draws = min(1 if self.constraint else draws, self.max_tokens - self.given)
     row = Row(
       slot=self._slot(),
       start=self.at,
-      tokens=np.array([self.tokens[self.given - 1]], np.int32) if self.knows_last else None,
-      role="drawn",
+      tokens=tokens,
+      role="replayed" if count else "drawn",
       draws=draws,
       top=self.top,
       allowed=self._mask(),
     )
-    self.at, self.given = self.at + draws, self.given + draws
-    return row
-
-  def _replay_row(self, draws: int) -> Row:
-    stop = min(self._replayed + REPLAY, self._replay_to)
-    tokens = np.array(self.tokens[self._replayed : stop], np.int32)
-    is_last = stop == self._replay_to
-    draws = min(1 if self.constraint else draws, self.max_tokens - stop) if is_last else 0
-    row = Row(
-      slot=self._slot(),
-      start=self.at,
-      tokens=tokens,
-      role="replayed",
-      draws=draws,
-      top=self.top if draws else 0,
-      allowed=self._allowed if draws else None,
-    )
-    self.at += len(tokens) + max(0, draws - 1)
-    self._replayed, self.given = stop, stop + draws
+    self.at += row.length + draws - 1
+    self.given += draws
     return row
 
   def _slot(self) -> int:
@@ -208,10 +207,8 @@ class Sequence:
     return self.slot
 
   def _mask(self) -> np.ndarray | None:
-    """What may be drawn next; that of the last token if it is drawn once more."""
-    if self.constraint is not None and self._came == len(self.tokens):
-      self._allowed = self.constraint.allowed(self.tokens)
-    return self._allowed
+    """What may be drawn next."""
+    return self.constraint.allowed(self.tokens[: self.given]) if self.constraint else None
 
   # ---- outputs
 
@@ -232,11 +229,13 @@ class Sequence:
       raise EngineError(f"a step did not give the {row.draws} tokens that a row asked for")
     ids, logprobs = output.tokens.tolist(), output.logprobs.tolist()
     for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-      self._came += 1
-      if self._came <= len(self.tokens):
-        self._compare(token, logprob)
+      if self.constraint is not None:
+        self.constraint.accept(token)
+      if self._came < len(self.tokens):
+        self._compare(self._came, token, logprob)
       else:
         self._emit(token, logprob, _tops(output.tops, i, self.top), now_s)
+      self._came += 1
       if self.is_over:
         return
 
@@ -266,11 +265,12 @@ class Sequence:
       tops = Tops(ids[len(ids) - count :], logprobs[len(ids) - count :])
     return Scores(scores[len(scores) - count :], tops)
 
-  def _compare(self, token: int, logprob: float) -> None:
-    if token != self.tokens[-1] or logprob != self._last_logprob:
+  def _compare(self, index: int, token: int, logprob: float) -> None:
+    was, was_logprob = self.tokens[index], self._logprobs[index]
+    if (token, logprob) != (was, was_logprob):
       raise EngineError(
-        f"token {len(self.tokens) - 1} of an answer came out as {token} ({logprob}) after a preemption"
-        f" and was {self.tokens[-1]} ({self._last_logprob}) before"
+        f"token {index} of an answer came out as {token} ({logprob}) after a preemption, and was"
+        f" {was} ({was_logprob}) before"
       )
 
   def _emit(self, token: int, logprob: float, tops: tuple, now_s: float) -> None:
@@ -281,10 +281,9 @@ class Sequence:
       self._greatest_gap_s = max(self._greatest_gap_s, now_s - self._last_s)
     else:
       self._first_s = now_s
-    self._last_s, self._last_logprob = now_s, logprob
+    self._last_s = now_s
     self.tokens.append(token)
-    if self.constraint is not None:
-      self.constraint.accept(token)
+    self._logprobs.append(logprob)
     reason = self._finish(token)
     self.is_over = reason is not None
     self.ticket.post(
@@ -335,7 +334,9 @@ def _tops(tops: Tops | None, place: int, count: int) -> tuple[tuple[int, float],
   return tuple(zip(ids, logprobs, strict=True))
 
 
-def answers(ticket: Ticket[Sequence], request: Request, *, block: int) -> list[Sequence]:
+def answers(
+  ticket: Ticket[Sequence], request: Request, *, block: int, replays: bool
+) -> list[Sequence]:
   """The sequences of a request, one for each of its answers."""
   prompt = np.asarray(request.prompt, np.int32)
   sampling = request.sampling
@@ -352,7 +353,8 @@ def answers(ticket: Ticket[Sequence], request: Request, *, block: int) -> list[S
       top=request.top_logprobs,
       targets=scored if answer == 0 else None,
       score_top=request.prompt_logprobs or 0,
-      constraint=request.constraint() if request.constraint else None,
+      constrain=request.constraint,
+      replays=replays,
     )
     for answer in range(request.n)
   ]

@@ -157,6 +157,7 @@ class EveryThird:
     return {token for token in range(VOCAB) if token % 3 == len(tokens) % 3}
 
   def allowed(self, tokens):
+    # One object serves an answer from its beginning to its end, or to the point where it began anew.
     assert list(tokens) == self.accepted
     return None if len(tokens) == 2 else mask(self.ids(tokens))
 
@@ -263,6 +264,21 @@ def test_answers_go_on_beside_a_long_prompt():
   assert {rows[0].draws for rows in steps.given[1 : first - 3]} == {8}
 
 
+def test_the_shortest_prompt_goes_first_and_the_better_priority_before_it():
+  steps = FakeSteps(slots=4, latency_s=lambda rows: 1.0)
+  asked = [
+    Request(prompt=prompt(length, length), max_tokens=1, priority=priority)
+    for length, priority in [(40, 0), (12, 0), (3, 0), (60, -1)]
+  ]
+
+  async def work() -> None:
+    engine = batch(steps)
+    await asyncio.gather(*(collect(engine, request) for request in asked))
+
+  run(work())
+  assert [rows[0].slot for rows in steps.given] == [3] * 15 + [2] + [1] * 3 + [0] * 10
+
+
 def test_a_step_holds_the_answers_of_all_whatever_they_need():
   steps = FakeSteps(slots=6, most_draws=4, latency_s=lambda rows: 1.0)
   asked = [
@@ -332,8 +348,11 @@ def test_the_queue_is_bounded_and_ordered_by_priority_and_arrival():
 
 @pytest.mark.parametrize("ahead", [1, 2, 4])
 @pytest.mark.parametrize("chunks", [(4,), (64,)])
-def test_a_better_priority_takes_the_slot_of_the_worst_which_goes_on_later(ahead, chunks):
-  steps = FakeSteps(slots=2, ahead=ahead, chunks=chunks, places=3, latency_s=lambda rows: 1.0)
+@pytest.mark.parametrize("chains", [True, False])
+def test_a_better_priority_takes_the_slot_of_the_worst_which_goes_on_later(ahead, chunks, chains):
+  steps = FakeSteps(
+    slots=2, ahead=ahead, chunks=chunks, places=3, chains=chains, latency_s=lambda rows: 1.0
+  )
   slow = [Request(prompt=prompt(11, i), max_tokens=200, priority=i) for i in (1, 2)]
   urgent = [Request(prompt=prompt(5, i), max_tokens=20) for i in (3, 4, 5)]
 
@@ -356,20 +375,24 @@ def test_a_better_priority_takes_the_slot_of_the_worst_which_goes_on_later(ahead
     assert found == [[expected(request)] for request in [*slow, *urgent]]
     assert {*map(id, ended[:3])} == {*map(id, urgent)} and ended[-1] is slow[1]
     assert engine.load().preempted == 2
+    # Where a step can go on from the last one, tokens are drawn once more; else given in one row.
     replayed = [row for rows in steps.given for row in rows if row.role == "replayed"]
-    assert len(replayed) >= 2 and all(row.length <= 16 for row in replayed)
+    assert len(replayed) == (0 if chains else 2)
+    draws = sum(row.draws for rows in steps.given for row in rows)
+    assert (draws > 2 * 200 + 3 * 20) and (chains or draws <= 2 * 200 + 3 * 20 + 2)
     await settle(engine, steps)
 
   run(work())
 
 
-def test_what_comes_out_otherwise_after_a_preemption_is_an_error():
+@pytest.mark.parametrize("chains", [True, False])
+def test_what_comes_out_otherwise_after_a_preemption_is_an_error(chains: bool):
   class Fickle(FakeSteps):
     def draw(self, slot):
       token, logprob = super().draw(slot)
       return token, logprob - (len(self.given) > 25)
 
-  steps = Fickle(slots=1, latency_s=lambda rows: 1.0)
+  steps = Fickle(slots=1, chains=chains, latency_s=lambda rows: 1.0)
 
   async def work() -> None:
     engine = batch(steps)
@@ -419,13 +442,17 @@ def test_a_second_turn_computes_only_what_is_new(chunks):
 
 
 @pytest.mark.parametrize("places", [0, 20])
-def test_many_answers_of_a_prompt_compute_it_once(places):
-  steps = FakeSteps(slots=5, places=places, latency_s=lambda rows: 1.0)
-  request = Request(prompt=prompt(41), max_tokens=9, n=5, sampling=Sampling(seed=2**64 - 2))
+@pytest.mark.parametrize("chunks", [(4,), (4, 16)])
+@pytest.mark.parametrize(("length", "shared"), [(41, 40), (48, 44), (3, 0)])
+def test_many_answers_of_a_prompt_compute_it_once_but_its_last_block(
+  places, chunks, length, shared
+):
+  steps = FakeSteps(slots=5, places=places, chunks=chunks, latency_s=lambda rows: 1.0)
+  request = Request(prompt=prompt(length), max_tokens=9, n=5, sampling=Sampling(seed=2**64 - 2))
   found = run(collect(batch(steps), request))
   assert found == [expected(request, answer) for answer in range(5)]
   assert len({tuple(answer) for answer in found}) == 5
-  assert computed(steps) == 40 + 5
+  assert computed(steps) == shared + 5 * (length - shared)
 
 
 def test_requests_that_share_a_beginning_wait_for_it_rather_than_compute_it_again():
