@@ -1,7 +1,6 @@
 """Compiles a span of layers over slots: rows of prompts of a few lengths, and steps of many sequences."""
 
 import concurrent.futures
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,21 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt
 
 from neurojax import config
 from neurojax.config import Sampling
 from neurojax.forms import PREFILL, capacity_for
 from neurojax.model import sample as sampling
-from neurojax.model.cache import Rows, check_room
+from neurojax.model.cache import check_room
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.sample import Kind, SamplerState, SlotSettings
 from neurojax.stage import state as stage_state
 from neurojax.stage.fused import Kernels
 from neurojax.stage.programs import programs_of
 from neurojax.stage.state import StageState
+from neurojax.stage.step_programs import LOOP, PLAN, StepPrograms
 
 BUCKETS = (1, 64, PREFILL)
 """Lengths of prompt rows that are compiled; a shorter row is padded to the next."""
@@ -33,18 +31,6 @@ LONG = 2048
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of rows that steps are compiled for, where rows do not depend on each other."""
-
-LOOP = 8
-"""Tokens that one call of a program draws of each row at most."""
-
-PLAN = 4 + LOOP + 1
-"""Integers that tell a program of one row, see `CompiledStage.decode`."""
-
-NOT_DRAWN = -2
-"""Stands in a plan for a token that nothing draws."""
-
-SCORED = 64
-"""Positions whose logits are in memory at the same time when a prompt is scored."""
 
 TOPS = 20
 """Likeliest tokens that a program names where any are asked for."""
@@ -115,10 +101,10 @@ class CompiledStage:
       self.widths = (*(w for w in WIDTHS if w < slots), slots)
     elif programs == "quick" and slots > 1:
       self.widths = (1, slots)
-    # A GPU runs a loop whose count is not known by looking at the device after every round.
     self.loop = LOOP
     self.tops = min(TOPS, model.config.vocab_size)
-    self._is_static = jax.default_backend() == "gpu"
+    is_gpu = jax.default_backend() == "gpu"
+    self._steps = StepPrograms(self._programs, self.span.is_first, is_static=is_gpu)
     self._run: dict[tuple[Any, ...], Any] = {}
     self._compile_first()
 
@@ -213,7 +199,14 @@ class CompiledStage:
     rounds = LOOP if plan_XR[2].max() > 1 else 1
     if not self.span.is_last:
       return self._call(("pass", width), state, plan_XR, *extra)
-    key = ("decode", width, kind, top, rounds if self._is_static else LOOP, allowed is not None)
+    key = (
+      "decode",
+      width,
+      kind,
+      top,
+      rounds if self._steps.is_static else LOOP,
+      allowed is not None,
+    )
     return self._call(key, state, plan_XR, *extra)
 
   def keep(self, state: StageState, slot: int, start: int, place: int) -> StageState:
@@ -265,125 +258,6 @@ class CompiledStage:
     """Bytes of the neediest program beside its inputs and outputs, by XLA's memory analysis."""
     return max(run.memory_analysis().temp_size_in_bytes for run in self._run.values())
 
-  # ---- programs
-
-  def _prompt(
-    self,
-    params: Any,
-    state: StageState,
-    tokens_T: Int[Array, "T"],
-    where_3: Int[Array, "3"],
-    hidden_TD: Float[Array, "T D"] | None = None,
-  ) -> tuple[StageState, Array, Array]:
-    slot, start, count = where_3
-    rows = Rows(start[None], count[None], slot[None])
-    inputs = tokens_T if hidden_TD is None else hidden_TD
-    x_BTD, cache = self._programs.forward(params, inputs[None], state.cache, rows)
-    sampler = state.sampler
-    if sampler is not None:
-      sampler = sampling.observe(sampler, slot, tokens_T, count)
-    x_1D = lax.dynamic_slice_in_dim(x_BTD[0], count - 1, 1)
-    return dataclasses.replace(state, cache=cache, sampler=sampler), x_BTD[0], x_1D
-
-  def _draw(
-    self,
-    params: Any,
-    state: StageState,
-    x_1D: Float[Array, "1 D"],
-    slot: Int[Array, ""],
-    allowed_1W: UInt[Array, "1 W"] | None = None,
-    *,
-    kind: Kind,
-    top: int,
-  ) -> tuple[StageState, Array]:
-    logits_1V = self._programs.logits(params, x_1D[:, None])[:, 0]
-    drawn, sampler = sampling.sample(
-      logits_1V, state.sampler, slot[None], jnp.ones(1, bool),
-      kind=kind, top=top, allowed_RW=allowed_1W, sort=self._is_static,
-    )  # fmt: skip
-    last_P = state.last_P.at[slot].set(drawn.token_R[0])
-    return dataclasses.replace(state, sampler=sampler, last_P=last_P), _packed(drawn)[None]
-
-  def _decode(
-    self,
-    params: Any,
-    state: StageState,
-    plan_XR: Int[Array, "X R"],
-    *extra: Array,
-    kind: Kind,
-    top: int,
-    rounds: int,
-    masked: bool,
-  ) -> tuple[StageState, Array]:
-    slot_R, start_R, count_R, fresh_R = plan_XR[:4]
-    given_NR = plan_XR[4:]
-    allowed_RW = extra[-1] if masked else None
-    hidden_RD = None if self.span.is_first else extra[0]
-    token_R = jnp.where(given_NR[0] >= 0, given_NR[0], state.last_P[slot_R])
-    sampler = sampling.count(
-      state.sampler, slot_R, token_R, (fresh_R > 0) & (count_R > 0), kind=kind
-    )
-
-    def one(i: Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-      cache, sampler, token_R, out_NRX = carry
-      live_R = count_R > i
-      rows = Rows(start_R + i, live_R.astype(jnp.int32), slot_R)
-      inputs = token_R if hidden_RD is None else hidden_RD
-      logits_RV, cache = self._programs.step(params, inputs, cache, rows)
-      forced_R = given_NR[i + 1]
-      drawing_R = live_R & (forced_R != NOT_DRAWN)
-      drawn, sampler = sampling.sample(
-        logits_RV, sampler, slot_R, drawing_R,
-        kind=kind, top=top, allowed_RW=allowed_RW, forced_R=forced_R, sort=self._is_static,
-      )  # fmt: skip
-      token_R = jnp.where(live_R, drawn.token_R, token_R)
-      out_NRX = lax.dynamic_update_index_in_dim(out_NRX, _packed(drawn), i, 0)
-      return cache, sampler, token_R, out_NRX
-
-    out_NRX = jnp.zeros((LOOP, plan_XR.shape[1], 2 + 2 * top), jnp.int32)
-    carry = state.cache, sampler, token_R, out_NRX
-    count = rounds if self._is_static else jnp.max(count_R)
-    cache, sampler, token_R, out_NRX = lax.fori_loop(0, count, one, carry)
-    # Rows that are padding may name any slot: they are sent past the end.
-    to_R = jnp.where(count_R > 0, slot_R, state.last_P.shape[0])
-    last_P = state.last_P.at[to_R].set(token_R, mode="drop")
-    return dataclasses.replace(state, cache=cache, sampler=sampler, last_P=last_P), out_NRX
-
-  def _pass(
-    self,
-    params: Any,
-    state: StageState,
-    plan_XR: Int[Array, "X R"],
-    hidden_RD: Float[Array, "R D"] | None = None,
-  ) -> tuple[StageState, Float[Array, "R D"]]:
-    rows = Rows(plan_XR[1], plan_XR[2], plan_XR[0])
-    inputs = plan_XR[4] if hidden_RD is None else hidden_RD
-    # A loop of a count that XLA does not know, as where tokens are drawn: or it would round otherwise.
-    x_R1D, cache = self._programs.forward(params, inputs[:, None], state.cache, rows)
-    return dataclasses.replace(state, cache=cache), x_R1D[:, 0]
-
-  def _score(
-    self, params: Any, x_TD: Float[Array, "T D"], target_T: Int[Array, "T"], *, top: int
-  ) -> Int[Array, "T X"]:
-    block = min(SCORED, x_TD.shape[0])
-
-    def one(given: tuple[Array, Array]) -> Array:
-      x_MD, target_M = given
-      logits_MV = self._programs.logits(params, x_MD[None])[0]
-      score_M = sampling.score(logits_MV[None], target_M[None])[0]
-      columns = [_bits(score_M)[:, None]]
-      if top:
-        ids_MX, logprob_MX = sampling.tops(logits_MV, top)
-        columns += [ids_MX, _bits(logprob_MX)]
-      return jnp.concatenate(columns, axis=1)
-
-    length, width = x_TD.shape
-    padded = -(-length // block) * block
-    x_TD = jnp.pad(x_TD, ((0, padded - length), (0, 0)))
-    target_T = jnp.pad(target_T, (0, padded - length))
-    out = lax.map(one, (x_TD.reshape(-1, block, width), target_T.reshape(-1, block)))
-    return out.reshape(padded, -1)[:length]
-
   # ---- compiling
 
   def _compile_first(self) -> None:
@@ -423,21 +297,27 @@ class CompiledStage:
     match name:
       case "prompt":
         args = [_ints(rest[0]), _ints(3), *hidden(rest[0])]
-        return self._with_weights(self._prompt, state, *args)
+        return self._with_weights(self._steps.prompt, state, *args)
       case "draw":
         kind, top, *masked = rest
         args = [self._activations(1), one, *([masks(1)] if masked else [])]
-        return self._with_weights(functools.partial(self._draw, kind=kind, top=top), state, *args)
+        return self._with_weights(
+          functools.partial(self._steps.draw, kind=kind, top=top), state, *args
+        )
       case "decode":
         width, kind, top, rounds, masked = rest
         args = [_ints(PLAN, width), *hidden(width), *([masks(width)] if masked else [])]
-        run = functools.partial(self._decode, kind=kind, top=top, rounds=rounds, masked=masked)
+        run = functools.partial(
+          self._steps.decode, kind=kind, top=top, rounds=rounds, masked=masked
+        )
         return self._with_weights(run, state, *args)
       case "pass":
-        return self._with_weights(self._pass, state, _ints(PLAN, rest[0]), *hidden(rest[0]))
+        return self._with_weights(
+          self._steps.pass_on, state, _ints(PLAN, rest[0]), *hidden(rest[0])
+        )
       case "score":
         length, top = rest
-        run = functools.partial(self._score, top=top)
+        run = functools.partial(self._steps.score, top=top)
         params = self._programs.params
         return jax.jit(run).lower(params, self._activations(length), _ints(length))
       case "logits":
@@ -474,19 +354,6 @@ class CompiledStage:
 
   def _activations(self, rows: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, self.config.model_dim), self.activations)
-
-
-def _packed(drawn: sampling.Drawn) -> Int[Array, "R X"]:
-  """What was drawn, as integers that one transfer brings to the host."""
-  columns = [drawn.token_R[:, None], _bits(drawn.logprob_R)[:, None]]
-  if drawn.tops is not None:
-    ids_RX, logprob_RX = drawn.tops
-    columns += [ids_RX, _bits(logprob_RX)]
-  return jnp.concatenate(columns, axis=1)
-
-
-def _bits(x: Array) -> Array:
-  return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -10,9 +10,10 @@ import numpy as np
 from neurojax.config import Sampling
 from neurojax.model import sample as sampling
 from neurojax.model.sample import Kind
-from neurojax.stage.compile import LOOP, NOT_DRAWN, PLAN, CompiledStage
+from neurojax.stage.compile import CompiledStage
 from neurojax.stage.slots import Limits, SlotTable
 from neurojax.stage.step import Row, RowOutput, Tops
+from neurojax.stage.step_programs import LOOP, NOT_DRAWN, PLAN
 
 Fetch = Callable[[], RowOutput]
 """Waits for the device, and reads what it computed for a row."""
