@@ -99,6 +99,8 @@ def test_spans():
     ("min_p", -0.1),
     ("repetition_penalty", 0.0),
     ("presence_penalty", float("inf")),
+    ("min_tokens", -1),
+    ("min_tokens", 1.5),
     ("seed", -1),
     ("seed", 2**64),
   ],
@@ -106,6 +108,37 @@ def test_spans():
 def test_bad_sampling_is_refused_by_name(field: str, value: float):
   with pytest.raises(ValueError, match=f"{field} = "):
     Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+  ("bias", "message"),
+  [
+    (5, "logit_bias = 5: it must be a mapping"),
+    ([1, 2], r"logit_bias = \[1, 2\]: it must be a mapping"),
+    ({-1: 0.5}, "of token -1: ids are whole numbers"),
+    ({1.0: 0.5}, "of token 1.0: ids are whole numbers"),
+    ({7: float("nan")}, "of token 7 = nan: it must be a number between -1e6 and 1e6, or -inf"),
+    ({7: float("inf")}, "of token 7 = inf"),
+    ({7: -1e7}, "of token 7 = -10000000.0"),
+    ({7: "1"}, "of token 7 = '1'"),
+    ([(3, 1.0), (2, 0.0), (3, 1.0)], "names token 3 twice"),
+    (dict.fromkeys(range(513), 1.0), "has 513 tokens: give at most 512"),
+  ],
+)
+def test_bad_biases_are_refused_by_token(bias: object, message: str):
+  with pytest.raises(ValueError, match=f"logit_bias.*{message}" if message[0] != "l" else message):
+    Sampling(logit_bias=bias)
+
+
+def test_biases_are_the_same_however_they_are_given():
+  given = Sampling(logit_bias={9: -100, 2: 0.5})
+  assert given.logit_bias == ((2, 0.5), (9, -100.0))
+  assert (
+    given == Sampling(logit_bias=[(9, -100.0), (2, 0.5)]) == Sampling(logit_bias=given.logit_bias)
+  )
+  assert hash(given) == hash(Sampling(logit_bias=iter([(9, -100), (2, 0.5)])))
+  assert dataclasses.replace(given, seed=1).logit_bias == given.logit_bias
+  assert Sampling(logit_bias={1: -float("inf")}).logit_bias == ((1, -float("inf")),)
 
 
 def test_architectures_are_found_by_name_and_by_path(tmp_path: Path):

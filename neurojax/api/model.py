@@ -231,7 +231,7 @@ class Model:
       prompt: Text, or token ids.
       max_tokens: Tokens of the answer at most, 128 if absent.
       temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-        seed: As in `Sampling`; without a temperature the likeliest token is taken.
+        logit_bias, min_tokens, seed: As in `Sampling`; without a temperature the likeliest token is taken.
       sampling: A whole `Sampling` in place of these.
       stop: Texts before which the answer ends.
       ignore_eos: Whether to go on past an end-of-sequence token.

@@ -2,7 +2,7 @@
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from neurojax.config import Sampling
@@ -18,6 +18,8 @@ class SamplingOptions(TypedDict, total=False):
   repetition_penalty: float
   presence_penalty: float
   frequency_penalty: float
+  logit_bias: Mapping[int, float] | Iterable[tuple[int, float]]
+  min_tokens: int
   seed: int
 
 

@@ -128,6 +128,13 @@ class SamplingOptions:
   frequency_penalty: float = 0.0
   """Subtracted from a token's logit for each time that the answer already holds it. 0 changes
   nothing."""
+  logit_bias: Annotated[
+    tuple[tuple[int, float], ...], tyro.conf.arg(metavar="[ID NUMBER ...]")
+  ] = ()
+  """Numbers to add to the logits of single tokens, given by their ids: -100 all but bans a token, 100
+  all but forces it."""
+  min_tokens: int = 0
+  """Do not end the answer before so many tokens."""
   seed: int = 0
   """Seed of the random draws: the same seed gives the same answer. Unused at temperature 0."""
 

@@ -63,11 +63,18 @@ def sampling(request: Sampling) -> pb.Sampling:
     presence_penalty=request.presence_penalty,
     frequency_penalty=request.frequency_penalty,
     seed=request.seed,
+    bias_ids=[token for token, _ in request.logit_bias],
+    bias_values=[value for _, value in request.logit_bias],
+    min_tokens=request.min_tokens,
   )
 
 
 def sampling_request(message: pb.Sampling) -> Sampling:
   """Read sampling settings. Raises: ValueError: as `Sampling` does."""
+  if len(message.bias_ids) != len(message.bias_values):
+    raise ValueError(
+      f"{len(message.bias_ids)} tokens with {len(message.bias_values)} biases: send one for each"
+    )
   return Sampling(
     temperature=message.temperature,
     top_k=message.top_k or None,
@@ -77,6 +84,8 @@ def sampling_request(message: pb.Sampling) -> Sampling:
     presence_penalty=message.presence_penalty,
     frequency_penalty=message.frequency_penalty,
     seed=message.seed,
+    logit_bias=zip(message.bias_ids, message.bias_values, strict=True),
+    min_tokens=message.min_tokens,
   )
 
 

@@ -16,6 +16,8 @@ from tests import tinymodel
   Sampling, temperature=st.floats(0, 100), top_k=st.one_of(st.none(), st.integers(1, 2**31 - 1)),
   top_p=st.floats(0.001, 1), min_p=st.floats(0, 1), repetition_penalty=st.floats(0.01, 10),
   presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), seed=st.integers(0, 2**64 - 1),
+  logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-1e6, 1e6) | st.just(-np.inf)),
+  min_tokens=st.integers(0, 2**31 - 1),
 ))  # fmt: skip
 def test_sampling_travels_exactly(sampling: Sampling):
   message = pb.Sampling.FromString(messages.sampling(sampling).SerializeToString())
