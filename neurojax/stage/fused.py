@@ -28,7 +28,7 @@ from neurojax.config import ModelConfig, RopeStyle
 from neurojax.kernels.attention import api as attention
 from neurojax.kernels.attention.reference import turn
 from neurojax.kernels.decode import api as token
-from neurojax.kernels.decode.reference import Attend, Cache, normalise, run_layer
+from neurojax.kernels.decode.reference import Attend, Cache, Norm, normalise, run_layer
 from neurojax.kernels.decode.shapes import Shape
 from neurojax.kernels.decode.weights import LayerWeights, fuse_rows
 from neurojax.kernels.gemm import api as gemm
@@ -55,6 +55,9 @@ class Kernels:
       anywhere.
     programs: Multiprocessors that the kernel for a single token fills; 0: no such kernel, and one
       sequence is a batch of one. It rounds activations, so it is for "w2a8" only.
+    invariant: Take products and norms whose sums have one order for any number of rows, so that a
+      row's bits follow neither what runs beside it nor the length of a chunk; docs/kernels.md says
+      for which weights. The kernel for a single token is another choice: `programs` = 0 leaves it out.
     unroll: Write layers one after the other into the program: one graph for all, but more to compile.
     interpret: Run the kernel for a single token in interpret mode.
   """
@@ -63,6 +66,7 @@ class Kernels:
   attention: Literal["reference", "gpu"] = "gpu"
   device: str | None = None
   programs: int = 0
+  invariant: bool = False
   unroll: bool = False
   interpret: bool = False
 
@@ -269,8 +273,9 @@ def prefill(
     heads_MNH = qkv_MX.astype(jnp.float32).reshape(batch * length, -1, s.h)
     q, k, v = jnp.split(heads_MNH, (s.n, s.n + s.k), axis=1)
     if model.layers.q_norm is not None:
-      q = normalise(q, model.layers.q_norm[layer], s.norm_eps)
-      k = normalise(k, model.layers.k_norm[layer], s.norm_eps)
+      norm = _norm(kernels)
+      q = norm(q, model.layers.q_norm[layer], s.norm_eps)
+      k = norm(k, model.layers.k_norm[layer], s.norm_eps)
     q, k = (turn(heads, rotation, "half") for heads in (q, k))
     q_BTNH, k_BTKH, v_BTKH = (
       heads.reshape(batch, length, -1, s.h).astype(dtype) for heads in (q, k, v)
@@ -390,7 +395,8 @@ def decode(
 
 def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
   """Compute float32 logits from the last layer's output."""
-  x_BD = ends.final_norm(x_BD, model.final_norm, model.layers.shape.norm_eps)
+  norm = _norm(kernels) if kernels.invariant else ends.final_norm
+  x_BD = norm(x_BD, model.final_norm, model.layers.shape.norm_eps)
   return multiply(x_BD, model.head, None, kernels=kernels)
 
 
@@ -473,12 +479,19 @@ def multiply(
     # Imported when needed: it loads the GPU's compiler.
     from neurojax.kernels.gemm import triton
 
+    if kernels.invariant:
+      raise ValueError("cuBLAS adds up in an order of its choice: product 'dense' is not invariant")
     return triton.prefill(x_MK, w, layer=layer).astype(dtype)
   product = functools.partial(gemm.matmul, x_MK, w if layer is None else TernaryLayer(w, layer))
   if kernels.product == "reference":
     return product(implementation="reference").astype(dtype)
-  if _is_by_triton(x_MK.shape[0], w, kernels.device):
-    return product(implementation="triton").astype(dtype)
+  m, tiles = x_MK.shape[0], {}
+  by_triton = _is_by_triton(m, w, kernels.device)
+  if by_triton and kernels.invariant:
+    tiles = _whole_tiles(m, w)
+    by_triton = tiles is not None
+  if by_triton:
+    return product(implementation="triton", **tiles).astype(dtype)
   return product(implementation="mosaic", dtype=dtype)
 
 
@@ -487,6 +500,33 @@ def _is_by_triton(m: int, w: TernaryArray, device: str | None) -> bool:
     return False
   entry = tuned.find(tuned.load(device), w.mode, m, w.contraction.n, w.contraction.k)
   return entry is not None and entry.implementation == "triton"
+
+
+_MOST_WHOLE_ROWS = 64
+"""Most rows that Triton multiplies where sums must have one order: beyond, weights are written out."""
+
+
+def _whole_tiles(m: int, w: TernaryArray) -> dict[str, Any] | None:
+  """Cut a product by Triton so that it has the bits of Mosaic's, or None where it cannot have them.
+
+  Both add float32(sum of a group) * scale to a total by one fused operation, group after group. The
+  sums of "w2a16" are no integers, and groups of 64 are added up in two columns.
+  """
+  if w.mode != "w2a8" or w.group_size == 64 or m > _MOST_WHOLE_ROWS:
+    return None
+  from neurojax.kernels.gemm import triton
+
+  *_, n, y = w.codes.shape
+  return {"tiles": triton.tiles_for(m, n, y, w.mode, w.group_size, whole=True)}
+
+
+def _norm(kernels: Kernels) -> Norm:
+  if not kernels.invariant or kernels.attention == "reference":
+    return normalise
+  # Imported when needed: it loads the GPU's compiler.
+  from neurojax.kernels import norm
+
+  return norm.normalise
 
 
 def _run_layers(
@@ -504,6 +544,7 @@ def _run_layers(
     return run_layer(
       *carry, layers, i,
       attend=attend, multiply=functools.partial(multiply, kernels=kernels), dtype=dtype,
+      norm=_norm(kernels),
     )  # fmt: skip
 
   start = (x_MD.astype(jnp.float32), cache)

@@ -81,6 +81,63 @@ def test_a_step_where_a_table_prefers_triton_for_some_shapes(mode: str, monkeypa
   assert copied(text) == []
 
 
+SLOTS = 64
+
+
+def copied_caches(text: str) -> list[str]:
+  """Whatever makes another array of the shape of all slots, but views and what writes in place."""
+  free = "parameter|get-tuple-element|tuple|bitcast|custom-call|while|dynamic-update-slice|fusion"
+  wide = rf"bf16\[{LAYERS},{SLOTS},8,{CAPACITY},128\]"
+  return re.findall(rf"^.* = {wide}\S* (?!(?:{free})\()[\w-]+\(.*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+  ("batch", "kernels"),
+  [
+    (1, Kernels(programs=132)),
+    (8, Kernels(device="NVIDIA H200")),
+    (8, Kernels(device="NVIDIA H200", invariant=True)),
+  ],
+  ids=["the kernel for a token", "a batch", "a batch, invariant"],
+)
+def test_a_loop_over_tokens_leaves_the_caches_of_all_slots_where_they_are(batch, kernels):
+  """Rows of few of the slots: nothing of a cache's size is allocated beside the caches."""
+
+  def loop(model, tokens, keys, values, position, slot):
+    return fused.generate(
+      model, tokens, keys, values, position, slot_B=slot, steps=8, kernels=kernels
+    )
+
+  keys, values = caches(SLOTS)
+  compiled = aot.compile_for_h200(
+    loop, model("w2a8"), ints(batch), keys, values, ints(batch), ints(batch), donate=(2, 3)
+  )
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert copied(text) == copied_caches(text) == []
+  assert memory.alias_size_in_bytes == 2 * 2 * keys.size
+  # Logits and the like: less than half of one cache.
+  assert memory.temp_size_in_bytes < keys.size
+  assert ("rms_norm_rows" in text) == kernels.invariant
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_chunk_is_written_into_its_slot(invariant: bool):
+  def chunk(model, tokens, keys, values, start, slot):
+    x_BTD = fused.embed(model, tokens)
+    kernels = Kernels(device="NVIDIA H200", invariant=invariant)
+    return fused.prefill(model, x_BTD, keys, values, start, slot, kernels=kernels)
+
+  keys, values = caches(SLOTS)
+  compiled = aot.compile_for_h200(
+    chunk, model("w2a8"), ints(1, 256), keys, values, ints(1), ints(1), donate=(2, 3)
+  )
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert copied(text) == copied_caches(text) == []
+  assert memory.alias_size_in_bytes == 2 * 2 * keys.size
+  # A weight that is written out is less than half of one cache.
+  assert memory.temp_size_in_bytes < keys.size
+
+
 @pytest.mark.parametrize("length", [1, 256])
 @pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
 def test_a_stage_of_middle_layers(mode: str, length: int):
@@ -123,6 +180,12 @@ def test_a_prompt_of_2048_tokens(product: str):
   assert "cudnn$fmha" in text
   assert copied(text) == []
   assert compiled.memory_analysis().alias_size_in_bytes == 2 * 2 * keys.size
+
+
+def test_a_copy_of_a_cache_would_be_found():
+  keys, _ = caches(SLOTS)
+  text = aot.compile_for_h200(lambda keys: (keys, keys + 1), keys).as_text()
+  assert copied(text) or copied_caches(text), text
 
 
 def test_a_copy_would_be_found():

@@ -92,3 +92,51 @@ def test_the_token_kernel_gives_the_same_bits_twice():
   np.testing.assert_array_equal(
     generate(model("w2a8"), [5], chosen), generate(model("w2a8"), [5], chosen)
   )
+
+
+WIDTHS, SLOTS = (1, 8, 16, 64), 64
+
+
+@functools.cache
+def row_bits(width: int) -> tuple[np.ndarray, ...]:
+  """Logits, and new keys and values, of the first rows of a step; each in a slot of its own."""
+  how = kernels("w2a8", 2, invariant=True)
+  rng = np.random.default_rng(1)
+  tokens, position = (rng.integers(0, most, max(WIDTHS)) for most in (4096, CAPACITY))
+  slot = rng.permutation(SLOTS)[: max(WIDTHS)]
+  tokens, position, slot = (jnp.asarray(a[:width], jnp.int32) for a in (tokens, position, slot))
+  whole = model("w2a8")
+  shape = whole.new_cache(batch=SLOTS, capacity=CAPACITY)[0].shape
+  cache = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2)]
+  step = jax.jit(functools.partial(fused.step, kernels=how))
+  logits, *cache = step(whole, tokens, *cache, position, slot)
+  return tuple(np.asarray(a) for a in (logits, *(c[:, slot, :, position] for c in cache)))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_row_of_an_invariant_step_has_the_same_bits_beside_any_others(width: int):
+  for a, b in zip(row_bits(width), row_bits(max(WIDTHS)), strict=True):
+    assert (a != b[:width]).sum() == 0
+
+
+@pytest.mark.parametrize("length", [2, 32, 64, 256])
+def test_a_position_of_an_invariant_prompt_has_the_same_bits_in_chunks_of_any_length(length: int):
+  how, total = kernels("w2a8", 2, invariant=True), 512
+  ids = jax.random.randint(jax.random.key(0), (1, total), 0, 4096)
+  whole, slot = model("w2a8"), jnp.full(1, 2, jnp.int32)
+
+  @jax.jit
+  def chunk(whole, ids, keys, values, start):
+    return fused.prefill(whole, fused.embed(whole, ids), keys, values, start, slot, kernels=how)
+
+  def run(length: int) -> tuple[np.ndarray, ...]:
+    cache, parts = whole.new_cache(batch=3, capacity=total), []
+    for start in range(0, total, length):
+      x, *cache = chunk(
+        whole, ids[:, start : start + length], *cache, jnp.full(1, start, jnp.int32)
+      )
+      parts.append(np.asarray(x))
+    return np.concatenate(parts, axis=1), *(np.asarray(c) for c in cache)
+
+  for a, b in zip(run(length), run(total), strict=True):
+    assert (a != b).sum() == 0

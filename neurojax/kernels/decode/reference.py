@@ -20,6 +20,8 @@ Cache = tuple[Array, Array]
 Attend = Callable[[Array, Cache, Array], tuple[Array, Cache]]
 """(heads of queries, keys and values [M, X], cache, layer) to (attended [M, N*H], cache)."""
 
+Norm = Callable[[Array, Array, float], Array]
+"""(rows [..., D], scale [D], epsilon) to the rows normalised."""
 
 Multiply = Callable[..., Array]
 """(rows [M, K], stacked weights, layer, dtype=float32) to the product [M, N] in the weights' mode."""
@@ -34,20 +36,21 @@ def run_layer(
   attend: Attend,
   multiply: Multiply,
   dtype: DTypeLike = jnp.float32,
+  norm: Norm | None = None,
 ) -> tuple[Float[Array, "M D"], Cache]:
   """Run M tokens through one layer: attention and FFN, each after a norm and added to its input.
 
   Args:
     x_MD: The residual stream, float32.
     dtype: The dtype of what passes between the steps of a layer.
+    norm: RMSNorm by another implementation than `normalise`.
   """
+  norm = norm or normalise
   eps = weights.shape.norm_eps
-  qkv_MX = multiply(normalise(x_MD, weights.attn_norm[layer], eps), weights.qkv, layer, dtype=dtype)
+  qkv_MX = multiply(norm(x_MD, weights.attn_norm[layer], eps), weights.qkv, layer, dtype=dtype)
   attended_MY, cache = attend(qkv_MX, cache, layer)
   x_MD = x_MD + multiply(attended_MY, weights.o, layer)
-  both = multiply(
-    normalise(x_MD, weights.ffn_norm[layer], eps), weights.gate_up, layer, dtype=dtype
-  )
+  both = multiply(norm(x_MD, weights.ffn_norm[layer], eps), weights.gate_up, layer, dtype=dtype)
   gate_MF, up_MF = jnp.split(both.astype(jnp.float32), 2, axis=1)
   hidden_MF = (jax.nn.silu(gate_MF) * up_MF).astype(dtype)
   return x_MD + multiply(hidden_MF, weights.down, layer), cache

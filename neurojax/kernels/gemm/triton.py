@@ -80,11 +80,19 @@ def _product(
   return f(x, codes, scales, w.group_size, layer, tiles, interpret)
 
 
-def tiles_for(m: int, n: int, y: int, mode: str, group_size: int | None) -> Any:
+def tiles_for(
+  m: int, n: int, y: int, mode: str, group_size: int | None, *, whole: bool = False
+) -> Any:
   """Cut a product of m rows, n channels and y bytes of codes a channel: `Tiles` of dp4a or dot.
 
   Estimates from counts of instructions, checked by a few timings on an H200.
+
+  Args:
+    whole: One program adds up all of a channel, group after group, for any m. A row's bits then do
+      not follow m, and in "w2a8" with groups of 128 and more they are Mosaic's.
   """
+  if whole:
+    return _whole_tiles(m, n)
   if mode == "w2a8" and m <= triton_dp4a.MAX_ROWS:
     warps = 2 if y >= 1024 else 1
     rows = 8 if n >= 16384 and m == 1 else 4
@@ -102,6 +110,14 @@ def tiles_for(m: int, n: int, y: int, mode: str, group_size: int | None) -> Any:
     split *= 2
   width = 64 if (tiles_m == 64 and mode == "w2a16") or (group_size == 64 and m > 8) else 128
   return triton_dot.Tiles(n=tiles_n, m=tiles_m, y=width, split=split, warps=warps)
+
+
+def _whole_tiles(m: int, n: int) -> triton_dot.Tiles:
+  """Cut by channels and rows alone: narrow where a matrix has few channels, or few would multiply."""
+  if m <= 16:
+    return triton_dot.Tiles(n=32, m=8 if m <= 8 else 16, y=128 if m <= 8 else 64, warps=2)
+  tiles_n = 64 if -(-n // 64) >= gpus.MULTIPROCESSORS else 32
+  return triton_dot.Tiles(n=tiles_n, m=32 if m <= 32 else 64, y=128, warps=4)
 
 
 def prefill(

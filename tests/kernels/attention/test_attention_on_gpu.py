@@ -69,3 +69,50 @@ def test_a_whole_prompt(length: int):
     for name in ("cudnn", "reference")
   )
   close(out, wanted, 1.5e-2)
+
+
+WIDTHS = (1, 8, 16, 64)
+SLOTS = 80
+
+
+@pytest.mark.parametrize("batch", WIDTHS)
+def test_a_step_has_the_same_bits_beside_any_rows_and_in_any_slot(batch: int):
+  """Rows of the widest step, in slots of a shuffled order, against fewer in slots of another."""
+  most = max(WIDTHS)
+  qkv = normal(0, most, (N + 2 * K) * H, dtype=jnp.float32)
+  keys, values = (normal(seed, LAYERS, SLOTS, K, CAPACITY, H) for seed in (1, 2))
+  position = jax.random.randint(jax.random.key(3), (most,), 0, CAPACITY)
+  slot, other = (jax.random.permutation(jax.random.key(seed), SLOTS)[:most] for seed in (4, 5))
+
+  @jax.jit
+  def step(qkv, keys, values, position, slot):
+    turns = api.rotation(position, H, base=1e6, style="half")
+    out, keys, values = api.decode(
+      qkv, keys, values, jnp.int32(1), position,
+      slot_B=slot, rotation_B2H=turns, implementation="triton",
+    )  # fmt: skip
+    return out, keys[1, slot, :, position], values[1, slot, :, position]
+
+  def moved(cache):
+    return cache.at[:, other].set(cache[:, slot])
+
+  wanted = step(qkv, keys, values, position, slot)
+  found = step(qkv[:batch], moved(keys), moved(values), position[:batch], other[:batch])
+  for a, b in zip(found, wanted, strict=True):
+    assert int((a != b[:batch]).sum()) == 0
+
+
+@pytest.mark.parametrize("length", [2, 16, 64, 256, 512, 1024])
+def test_a_query_has_the_same_bits_in_a_chunk_of_any_length(length: int):
+  total, slot = 2048, jnp.full(1, 3, jnp.int32)
+  q = normal(0, 1, total, N, H)
+  keys, values = (normal(seed, 1, 5, K, CAPACITY, H) for seed in (1, 2))
+  attend = jax.jit(
+    lambda q, start: api.attend_cache(
+      q, keys, values, jnp.int32(0), start, slot_B=slot, implementation="triton"
+    )
+  )
+  whole = attend(q, jnp.zeros(1, jnp.int32))
+  for start in (0, total - length, (total - length) // 2):
+    part = attend(q[:, start : start + length], jnp.full(1, start, jnp.int32))
+    assert int((part != whole[:, start : start + length]).sum()) == 0

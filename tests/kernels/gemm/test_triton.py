@@ -69,6 +69,29 @@ def test_any_tiles_give_the_same_product(mode):
     assert_close(y, oracle(x, w))
 
 
+@pytest.mark.parametrize("group_size", [None, 128, 256])
+def test_whole_sums_give_a_row_the_same_bits_in_any_number_of_rows(group_size):
+  """The tiles of each number of rows: how many channels and rows a program has changes no sum."""
+  x, w = jnp.asarray(rows(16, 1280)), weight(80, 1280, group_size, "w2a8")
+
+  def product(which: list[int]) -> jax.Array:
+    tiles = triton.tiles_for(len(which), 80, w.codes.shape[1], "w2a8", group_size, whole=True)
+    return triton.matmul(x[jnp.asarray(which)], w, tiles=tiles, interpret=True)
+
+  together = product(list(range(16)))
+  assert_close(together, oracle(np.asarray(x), w))
+  for which in ([0], [15], [3, 9, 1], list(range(8))):
+    np.testing.assert_array_equal(product(which), together[jnp.asarray(which)])
+
+
+def test_whole_tiles_take_all_of_a_channel():
+  for m in (1, 2, 5, 8, 9, 33, 64, 200):
+    for n in (64, 4096, 6144, 24576):
+      tiles = triton.tiles_for(m, n, 1024, "w2a8", 128, whole=True)
+      assert isinstance(tiles, triton_dot.Tiles) and tiles.split == 1
+      assert tiles.n >= 16 and tiles.m >= min(m, 64)
+
+
 @pytest.mark.parametrize("m", [2, 9])
 @pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
 def test_a_layer_of_a_stack_is_that_layer(m, mode):
@@ -144,14 +167,15 @@ COMPILED = {
 
 
 @functools.cache
-def compiled(m: int, mode: str) -> str:
+def compiled(m: int, mode: str, whole: bool = False) -> str:
   w = TernaryArray(
     jax.ShapeDtypeStruct((2, N, K // 4), jnp.uint8),
     jax.ShapeDtypeStruct((2, N, K // 128), jnp.float16),
     (K, N), 1, 128, mode,
   )  # fmt: skip
+  tiles = triton.tiles_for(m, N, K // 4, mode, 128, whole=whole)
   _, ptx = aot.compile_to_ptx(
-    lambda x, w, i: triton.matmul(x, w, layer=i),
+    lambda x, w, i: triton.matmul(x, w, layer=i, tiles=tiles),
     jax.ShapeDtypeStruct((m, K), jnp.float32),
     w,
     jax.ShapeDtypeStruct((), jnp.int32),
@@ -176,3 +200,9 @@ def test_instructions_per_weight_do_not_creep_up(name):
   m, mode, product, most = COMPILED[name]
   count = aot.instructions_per_weight(compiled(m, mode), product)
   assert count < most
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("m", [1, 8, 16, 32, 64])
+def test_whole_sums_compile_without_spills(m):
+  assert aot.spills(aot.assemble(compiled(m, "w2a8", whole=True))) == 0
