@@ -29,8 +29,11 @@ BUCKETS = (1, 64, PREFILL)
 LONG = 2048
 """Length of a prompt row that takes the place of several, where that gives the same bits."""
 
-WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Numbers of rows that steps are compiled for, where rows do not depend on each other."""
+WIDTHS = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256), "gpu": (1, 8, 64)}
+"""Numbers of rows that steps are compiled for by platform, where rows do not depend on each other."""
+
+MANY = 8
+"""Slots from which on a GPU draws one token in each call."""
 
 TOPS = 20
 """Likeliest tokens that a program names where any are asked for."""
@@ -90,6 +93,7 @@ class CompiledStage:
       lengths=lengths,
       cache=cache,
       kernels=kernels,
+      has_lone=slots == 1 or programs == "quick",
     )
     if self._programs.lengths_agree and self.capacity >= LONG > lengths[-1]:
       lengths = (*lengths, LONG)
@@ -98,12 +102,15 @@ class CompiledStage:
     self.chunks = tuple(b for b in lengths if b % PREFILL == 0) or lengths[-1:]
     self.widths = (slots,)
     if self._programs.rows_agree:
-      self.widths = (*(w for w in WIDTHS if w < slots), slots)
+      platform = jax.default_backend()
+      self.widths = (*(w for w in WIDTHS.get(platform, (1,)) if w < slots), slots)
     elif programs == "quick" and slots > 1:
       self.widths = (1, slots)
-    self.loop = LOOP
     self.tops = min(TOPS, model.config.vocab_size)
     is_gpu = jax.default_backend() == "gpu"
+    # Where a loop always makes all its rounds, many rows do better without one: the host keeps up with their
+    # longer steps, and none waits for the rounds of others.
+    self.loop = 1 if is_gpu and slots >= MANY else LOOP
     self._steps = StepPrograms(self._programs, self.span.is_first, is_static=is_gpu)
     self._run: dict[tuple[Any, ...], Any] = {}
     self._compile_first()
@@ -196,17 +203,9 @@ class CompiledStage:
     """
     width = plan_XR.shape[1]
     extra = [array for array in (hidden, allowed) if array is not None]
-    rounds = LOOP if plan_XR[2].max() > 1 else 1
     if not self.span.is_last:
       return self._call(("pass", width), state, plan_XR, *extra)
-    key = (
-      "decode",
-      width,
-      kind,
-      top,
-      rounds if self._steps.is_static else LOOP,
-      allowed is not None,
-    )
+    key = ("decode", width, kind, top, allowed is not None)
     return self._call(key, state, plan_XR, *extra)
 
   def keep(self, state: StageState, slot: int, start: int, place: int) -> StageState:
@@ -265,9 +264,8 @@ class CompiledStage:
     keys: list[tuple[Any, ...]] = [("prompt", length) for length in self.buckets if length > 1]
     keys = keys or [("prompt", 1)]
     if self.span.is_last:
-      rounds = LOOP
       keys += [
-        ("decode", self.widths[0], "greedy", 0, rounds, False), ("draw", "greedy", 0), ("open",),
+        ("decode", self.widths[0], "greedy", 0, False), ("draw", "greedy", 0), ("open",),
       ]  # fmt: skip
     else:
       keys.append(("pass", self.widths[0]))
@@ -305,10 +303,10 @@ class CompiledStage:
           functools.partial(self._steps.draw, kind=kind, top=top), state, *args
         )
       case "decode":
-        width, kind, top, rounds, masked = rest
+        width, kind, top, masked = rest
         args = [_ints(PLAN, width), *hidden(width), *([masks(width)] if masked else [])]
         run = functools.partial(
-          self._steps.decode, kind=kind, top=top, rounds=rounds, masked=masked
+          self._steps.decode, kind=kind, top=top, rounds=self.loop, masked=masked
         )
         return self._with_weights(run, state, *args)
       case "pass":

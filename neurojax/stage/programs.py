@@ -139,8 +139,14 @@ class FusedPrograms:
 
   kind: Chosen = "fused"
   activations: np.dtype = np.dtype(np.float32)
-  rows_agree: bool = False
-  lengths_agree: bool = False
+
+  @property
+  def rows_agree(self) -> bool:
+    return self.kernels.invariant
+
+  @property
+  def lengths_agree(self) -> bool:
+    return self.kernels.invariant
 
   def new_cache(self, *, slots: int, capacity: int) -> KVCache:
     return KVCache(*self.params.new_cache(batch=slots, capacity=capacity, dtype=self.dtype))
@@ -214,6 +220,7 @@ def programs_of(
   lengths: Sequence[int],
   cache: DTypeLike | None = None,
   kernels: Kernels | None = None,
+  has_lone: bool = True,
 ) -> Programs:
   """Choose the programs that run a span. Fused programs consume the model.
 
@@ -228,6 +235,8 @@ def programs_of(
     cache: Dtype of the cache; the model's if absent. Fused programs have no other yet.
     kernels: Kernels of the fused programs; those for the default device if absent. `REFERENCE` runs
       anywhere.
+    has_lone: Whether a step of a single row may take the kernel for a single token, whose sums have an
+      order of their own.
   Raises:
     ValueError: `wanted` is something else, or kernels are given for the model as it is.
     NotImplementedError: "fused" is wanted and cannot be had; names the reason.
@@ -243,7 +252,7 @@ def programs_of(
       raise NotImplementedError(f"they keep keys and values in {model.dtype}, not in {cache}")
     if wanted == "auto" or kernels is None or _needs_gpu(kernels):
       _check_gpu(model)
-    kernels = _fitting(model, kernels, capacity, lengths)
+    kernels = _fitting(model, kernels, capacity, lengths, has_lone)
   except NotImplementedError as reason:
     if wanted == "fused":
       raise NotImplementedError(f"the fused programs cannot run this model: {reason}") from reason
@@ -256,7 +265,11 @@ def programs_of(
 
 
 def _fitting(
-  model: NeuroLLM, kernels: Kernels | None, capacity: int, lengths: Sequence[int]
+  model: NeuroLLM,
+  kernels: Kernels | None,
+  capacity: int,
+  lengths: Sequence[int],
+  has_lone: bool,
 ) -> Kernels:
   """Check that the kernels given, or the device's own, take the model.
 
@@ -266,7 +279,7 @@ def _fitting(
     whole = _whole(model)
   except ValueError as error:
     raise NotImplementedError(str(error)) from error
-  kernels = kernels or _of_device(whole, capacity)
+  kernels = kernels or _of_device(whole, capacity, has_lone)
   programs = FusedPrograms(whole, kernels, np.dtype(model.dtype))
   cache = jax.eval_shape(lambda: programs.new_cache(slots=1, capacity=capacity))
   rows = Rows(jax.ShapeDtypeStruct((1,), jnp.int32))
@@ -292,10 +305,10 @@ def _whole(model: NeuroLLM) -> Fused:
   return dataclasses.replace(part, layers=layers)
 
 
-def _of_device(whole: Fused, capacity: int) -> Kernels:
+def _of_device(whole: Fused, capacity: int, has_lone: bool) -> Kernels:
   # A loop over layers, not unrolled: what XLA makes of a layer is then the same in every span.
-  kernels = Kernels(device=_device().device_kind)
-  if whole.layers.qkv.mode != "w2a8":
+  kernels = Kernels(device=_device().device_kind, invariant=True)
+  if whole.layers.qkv.mode != "w2a8" or not has_lone:
     return kernels
   programs = _device().core_count
   if reason := decode.why_not(whole.layers, capacity, programs):

@@ -13,7 +13,7 @@ from neurojax.model.sample import Kind
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.slots import Limits, SlotTable
 from neurojax.stage.step import Row, RowOutput, Tops
-from neurojax.stage.step_programs import LOOP, NOT_DRAWN, PLAN
+from neurojax.stage.step_programs import NOT_DRAWN, PLAN
 
 Fetch = Callable[[], RowOutput]
 """Waits for the device, and reads what it computed for a row."""
@@ -218,7 +218,7 @@ class StageRuntime:
     parts: dict[int, list[tuple[jax.Array, int, int]]] = {index: [] for index in left}
     while left:
       # Rows in falling order of their tokens: those that still run are in front at any time.
-      counts = {index: min(len(tokens) - 1, LOOP) for index, tokens in left.items()}
+      counts = {index: min(len(tokens) - 1, self.stage.loop) for index, tokens in left.items()}
       order = sorted(left, key=lambda index: -counts[index])
       out = self._call(
         [moved[index] for index in order],
