@@ -544,6 +544,23 @@ def test_a_step_that_fails_ends_those_in_it_and_later_requests_are_served(ahead,
   run(work())
 
 
+def test_a_step_that_fails_ends_those_in_the_steps_behind_it():
+  steps = FakeSteps(slots=2, chains=False, most_draws=1, fails=lambda step: step == 12)
+  asked = [Request(prompt=prompt(9, i), max_tokens=40) for i in range(2)]
+
+  async def work() -> None:
+    engine = batch(steps)
+    found = await asyncio.gather(
+      *(collect(engine, request) for request in asked), return_exceptions=True
+    )
+    # Each step has a row of one of them.
+    assert [{row.slot for row in rows} for rows in steps.given[12:14]] in ([{0}, {1}], [{1}, {0}])
+    assert all(isinstance(error, EngineError) and "told to" in str(error) for error in found)
+    await settle(engine, steps)
+
+  run(work())
+
+
 def test_a_slot_that_could_not_be_closed_is_closed_before_it_is_used_again(caplog):
   class Stubborn(FakeSteps):
     refusals = 2
