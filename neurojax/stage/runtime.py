@@ -1,6 +1,8 @@
 """Runs steps of many sequences on one compiled stage, and checks every input and output."""
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,32 +17,52 @@ from neurojax.stage.slots import Limits, SlotTable
 from neurojax.stage.step import Row, RowOutput, Tops
 from neurojax.stage.step_programs import NOT_DRAWN, PLAN
 
-Fetch = Callable[[], RowOutput]
-"""Waits for the device, and reads what it computed for a row."""
+Fetch = Callable[[float], RowOutput]
+"""Reads what the device computed for a row; is told the seconds that the step took."""
+
+
+class Read:
+  """An array on its way from the device, brought to the host once for all rows that have a part in it."""
+
+  def __init__(self, array: jax.Array):
+    array.copy_to_host_async()
+    self._array = array
+
+  @functools.cached_property
+  def numpy(self) -> np.ndarray:
+    """The array; waits for the device."""
+    return np.asarray(self._array)
+
+  @functools.cached_property
+  def floats(self) -> np.ndarray:
+    """The same bits as float32."""
+    return self.numpy.view(np.float32)
 
 
 class Pending:
   """A step that was given to the device.
 
   Args:
-    began_s: When it was, on the clock of `time.perf_counter`.
+    fetches: One for each row.
+    reads: All that the device has to compute for them.
+    began_s: When the step was given, on the clock of `time.perf_counter`.
   """
 
-  def __init__(
-    self, runtime: "StageRuntime", rows: Sequence[Row], fetches: list[Fetch], began_s: float
-  ):
-    self._runtime, self._rows, self._fetches, self._began_s = runtime, rows, fetches, began_s
+  def __init__(self, fetches: list[Fetch], reads: list[Read], began_s: float):
+    self._fetches, self._reads, self._began_s = fetches, reads, began_s
 
   def result(self) -> list[RowOutput]:
     """Wait for the device. A row that failed has its error in place of a result, and its slot is closed."""
+    for read in self._reads:
+      _ = read.numpy
+    took_s = time.perf_counter() - self._began_s
     outputs = []
     for fetch in self._fetches:
       try:
-        outputs.append(fetch())
+        outputs.append(fetch(took_s))
       except (ValueError, FloatingPointError) as error:
-        outputs.append(RowOutput(error=error))
-    took_s = time.perf_counter() - self._began_s
-    return [dataclasses.replace(output, compute_s=took_s) for output in outputs]
+        outputs.append(RowOutput(error=error, compute_s=took_s))
+    return outputs
 
 
 class StageRuntime:
@@ -56,6 +78,7 @@ class StageRuntime:
   def __init__(self, stage: CompiledStage):
     self.stage = stage
     self._state = stage.new_state()
+    self._reads: list[Read] = []
     self.most_draws = stage.loop if self._is_whole else 1
     self._slots = SlotTable(
       Limits(
@@ -121,38 +144,41 @@ class StageRuntime:
     Rows of prompts run one after the other, all others together.
     """
     began_s = time.perf_counter()
-    fetches: dict[int, Fetch] = {}
-    steps: list[int] = []
+    self._reads: list[Read] = []
+    fetches: list[Fetch | None] = []
+    steps: list[Row] = []
     seen: set[int] = set()
-    for index, row in enumerate(rows):
+    for row in rows:
       try:
         if row.slot in seen:
           raise ValueError(f"slot {row.slot} has two rows in one step")
         seen.add(row.slot)
         self._slots.check(row)
         if row.role == "prompt":
-          fetches[index] = self._prompt(row)
+          fetches.append(self._prompt(row))
         elif row.length > 1 and not self._is_whole:
-          fetches[index] = self._one_by_one(row)
+          fetches.append(self._one_by_one(row))
         else:
-          steps.append(index)
+          steps.append(row)
+          fetches.append(None)
       except (ValueError, FloatingPointError) as error:
         self.close(row.slot)
-        fetches[index] = _failed(error)
-    if steps:
-      together = self._together([rows[index] for index in steps])
-      fetches.update(zip(steps, together, strict=True))
-    ordered = [self._closing(row, fetches[index]) for index, row in enumerate(rows)]
-    return Pending(self, rows, ordered, began_s)
+        fetches.append(_failed(error))
+    together = iter(self._together(steps) if steps else ())
+    ordered = [
+      self._closing(row, next(together) if fetch is None else fetch)
+      for row, fetch in zip(rows, fetches, strict=True)
+    ]
+    return Pending(ordered, self._reads, began_s)
 
   @property
   def _is_whole(self) -> bool:
     return self.stage.span.is_first and self.stage.span.is_last
 
   def _closing(self, row: Row, fetch: Fetch) -> Fetch:
-    def run() -> RowOutput:
+    def run(took_s: float) -> RowOutput:
       try:
-        return fetch()
+        return fetch(took_s)
       except (ValueError, FloatingPointError):
         self.close(row.slot)
         raise
@@ -172,7 +198,7 @@ class StageRuntime:
       start = row.start + index * stage.chunks[0]
       self._state = stage.keep(self._state, row.slot, start, place)
     if not stage.span.is_last:
-      return _hidden(x_TD, row.length)
+      return _hidden(self._read(x_TD), slice(row.length))
     top = stage.tops if row.top else 0
     drawn = scores = None
     if row.draws:
@@ -183,10 +209,17 @@ class StageRuntime:
       slot.has_drawn = True
     if row.targets is not None:
       scores = stage.score(x_TD, row.targets, top=top)
-    for array in (drawn, scores):
-      if array is not None:
-        array.copy_to_host_async()
-    return lambda: _prompt_output(row, drawn, scores, x_1D)
+    if drawn is None and scores is None:
+      self._read(x_1D)
+    draws = None if drawn is None else [(self._read(drawn), 0, 1)]
+    return functools.partial(
+      _prompt_output, row, draws, None if scores is None else self._read(scores)
+    )
+
+  def _read(self, array: jax.Array) -> Read:
+    read = Read(array)
+    self._reads.append(read)
+    return read
 
   # ---- rows of single tokens
 
@@ -197,62 +230,54 @@ class StageRuntime:
     for index in range(len(tokens) - 1):
       hidden = None if row.hidden is None else row.hidden[index : index + 1]
       one = dataclasses.replace(row, start=row.start + index, hidden=hidden)
-      pair = tokens[index : index + 2]
-      out = self._call([one], [pair], [1], [row.role == "replayed" and index == 0])
-      fetches.append(self._fetch(row, [(out, 0, 1)]))
+      is_fresh = row.role == "replayed" and index == 0
+      read = self._call(
+        [one], [_column(one.slot, one.start, 1, is_fresh, tokens[index : index + 2])]
+      )
+      fetches.append(self._fetch(row, [(read, 0, 1)]))
     self._advance(row)
 
-    def fetch_all() -> RowOutput:
-      outputs = [fetch() for fetch in fetches]
+    def fetch_all(took_s: float) -> RowOutput:
+      outputs = [fetch(took_s) for fetch in fetches]
       if outputs[-1].hidden is None:
         return outputs[-1]
-      return RowOutput(hidden=np.concatenate([output.hidden for output in outputs]))
+      hidden = np.concatenate([output.hidden for output in outputs])
+      return RowOutput(hidden=hidden, compute_s=took_s)
 
     return fetch_all
 
   def _together(self, rows: list[Row]) -> list[Fetch]:
     """Run rows side by side; one with more tokens than a call takes has several calls."""
     left = {index: _tokens(row) for index, row in enumerate(rows)}
-    moved = list(rows)
-    fresh = [row.role == "replayed" for row in rows]
-    parts: dict[int, list[tuple[jax.Array, int, int]]] = {index: [] for index in left}
+    starts = [row.start for row in rows]
+    parts: list[list[Part]] = [[] for _ in rows]
     while left:
       # Rows in falling order of their tokens: those that still run are in front at any time.
       counts = {index: min(len(tokens) - 1, self.stage.loop) for index, tokens in left.items()}
       order = sorted(left, key=lambda index: -counts[index])
-      out = self._call(
-        [moved[index] for index in order],
-        [left[index][: counts[index] + 1] for index in order],
-        [counts[index] for index in order],
-        [fresh[index] for index in order],
-      )
+      columns = []
+      for index in order:
+        row, count = rows[index], counts[index]
+        is_fresh = row.role == "replayed" and not parts[index]
+        tokens = left[index][: count + 1]
+        columns.append(_column(row.slot, starts[index], count, is_fresh, tokens))
+      read = self._call([rows[index] for index in order], columns)
       for place, index in enumerate(order):
         count = counts[index]
-        parts[index].append((out, place, count))
-        moved[index] = dataclasses.replace(moved[index], start=moved[index].start + count)
-        fresh[index], left[index] = False, left[index][count:]
+        parts[index].append((read, place, count))
+        starts[index] += count
+        left[index] = left[index][count:]
         if len(left[index]) == 1:
           del left[index]
     for row in rows:
       self._advance(row)
     return [self._fetch(row, parts[index]) for index, row in enumerate(rows)]
 
-  def _call(
-    self, rows: list[Row], tokens: list[list[int]], counts: list[int], fresh: list[bool]
-  ) -> jax.Array:
-    """Give one call of the decode program to the device.
-
-    Args:
-      tokens: For each row those that it runs, and the one after them.
-    """
+  def _call(self, rows: list[Row], columns: list[list[int]]) -> Read:
+    """Give one call of the decode program to the device. columns: The plan of each row."""
     plan_XR = np.zeros((PLAN, self.stage.width(len(rows))), np.int32)
-    plan_XR[4:] = -1
-    for place, row in enumerate(rows):
-      plan_XR[:4, place] = row.slot, row.start, counts[place], fresh[place]
-      plan_XR[4 : 4 + len(tokens[place]), place] = tokens[place]
-    out = self._run(rows, plan_XR)
-    out.copy_to_host_async()
-    return out
+    plan_XR[:, : len(rows)] = np.array(columns, np.int32).T
+    return self._read(self._run(rows, plan_XR))
 
   def _advance(self, row: Row) -> None:
     slot = self._slots[row.slot]
@@ -278,11 +303,11 @@ class StageRuntime:
     )
     return out
 
-  def _fetch(self, row: Row, parts: list[tuple[jax.Array, int, int]]) -> Fetch:
+  def _fetch(self, row: Row, parts: "list[Part]") -> Fetch:
     if not self.stage.span.is_last:
-      [(out, place, _)] = parts
-      return lambda: _hidden_row(out, place)
-    return lambda: _drawn(row, parts)
+      [(read, place, _)] = parts
+      return _hidden(read, slice(place, place + 1))
+    return functools.partial(_drawn, row, parts)
 
   def _kind(self, rows: Sequence[Row]) -> Kind:
     kinds = [self._slots[row.slot].kind for row in rows]
@@ -295,46 +320,54 @@ def _tokens(row: Row) -> list[int]:
   return given + ([-1] * row.draws if row.draws else [NOT_DRAWN])
 
 
+def _column(slot: int, start: int, count: int, is_fresh: bool, tokens: list[int]) -> list[int]:
+  """What a program is told of one row, see `CompiledStage.decode`."""
+  return [slot, start, count, int(is_fresh), *tokens, *([-1] * (PLAN - 4 - len(tokens)))]
+
+
+Part = tuple[Read, int, int]
+"""What a call of the decode program gave, the place of a row in it, and how many tokens the row ran."""
+
+
 def _failed(error: Exception) -> Fetch:
-  def fetch() -> RowOutput:
+  def fetch(took_s: float) -> RowOutput:
     raise error
 
   return fetch
 
 
-def _hidden(x_TD: jax.Array, count: int) -> Fetch:
-  x_TD.copy_to_host_async()
-  return lambda: RowOutput(hidden=_finite(np.asarray(x_TD)[:count], "activations"))
-
-
-def _hidden_row(x_RD: jax.Array, place: int) -> RowOutput:
-  return RowOutput(hidden=_finite(np.asarray(x_RD)[place : place + 1], "activations"))
+def _hidden(read: Read, rows: slice) -> Fetch:
+  return lambda took_s: RowOutput(hidden=_finite(read.numpy[rows], "activations"), compute_s=took_s)
 
 
 def _prompt_output(
-  row: Row, drawn: jax.Array | None, scores: jax.Array | None, x_1D: jax.Array
+  row: Row, drawn: list[Part] | None, scores: Read | None, took_s: float
 ) -> RowOutput:
-  output = RowOutput() if drawn is None else _drawn(row, [(drawn, 0, 1)])
-  if scores is not None:
-    columns = np.asarray(scores)[: row.length]
-    logprobs = _finite(columns[:, 0].view(np.float32), "logits")
-    tops = _tops(columns[:, 1:], row.top)
-    output = dataclasses.replace(output, scores=logprobs, score_tops=tops)
-  if drawn is None and scores is None:
-    jax.block_until_ready(x_1D)
-  return output
+  output = RowOutput(compute_s=took_s) if drawn is None else _drawn(row, drawn, took_s)
+  if scores is None:
+    return output
+  logprobs = _finite(scores.floats[: row.length, 0], "logits")
+  tops = _tops(scores.numpy[: row.length, 1:], row.top)
+  return dataclasses.replace(output, scores=logprobs, score_tops=tops)
 
 
-def _drawn(row: Row, parts: list[tuple[jax.Array, int, int]]) -> RowOutput:
+def _drawn(row: Row, parts: list[Part], took_s: float) -> RowOutput:
   """Reads the tokens that a row drew: the last ones of all that it ran."""
-  columns = np.concatenate([np.asarray(out)[:count, place] for out, place, count in parts])
-  logprobs = np.ascontiguousarray(columns[:, 1]).view(np.float32)
-  _finite(logprobs, "logits")
+  if len(parts) == 1:
+    [(read, place, count)] = parts
+    columns, floats = read.numpy[:count, place], read.floats[:count, place]
+  else:
+    columns = np.concatenate([read.numpy[:count, place] for read, place, count in parts])
+    floats = columns.view(np.float32)
+  logprobs = floats[:, 1]
+  if not math.isfinite(logprobs.sum()):
+    _finite(logprobs, "logits")
   first = len(columns) - row.draws
   return RowOutput(
     tokens=columns[first:, 0],
     logprobs=logprobs[first:],
     tops=_tops(columns[first:, 2:], row.top),
+    compute_s=took_s,
   )
 
 

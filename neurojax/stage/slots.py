@@ -119,7 +119,7 @@ class SlotTable:
       )
     most = self._limits.vocab_size
     for name, ids in (("token", row.tokens), ("target", row.targets), ("token", row.seen)):
-      if ids is not None and not ((ids >= 0) & (ids < most)).all():
+      if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < most:
         bad = int(ids[(ids < 0) | (ids >= most)][0])
         raise ValueError(f"{name} {bad} is outside the vocabulary of {most}")
     if row.targets is not None:
