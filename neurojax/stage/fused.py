@@ -438,7 +438,8 @@ def generate(
 
   Args:
     tokens_B: The last token of each sequence so far, which is not in the cache yet.
-    position_B: Its position; position_B + steps must not exceed the capacity.
+    position_B: Its position; position_B + steps must not exceed the capacity. Below 0 for a row that
+      is padding, whose tokens have no meaning.
     key: A random key, for a temperature > 0. At 0 the likeliest token is taken (ties: the lowest id).
     slot_B: Slot of each sequence.
   Returns: The tokens, and the caches: donate them, and they are written in place.
@@ -448,9 +449,8 @@ def generate(
 
   def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
     out_BT, tokens_B, keys, values = carry
-    logits_BV, keys, values = step(
-      model, tokens_B, keys, values, position_B + i, slot_B, kernels=kernels
-    )
+    at_B = jnp.where(position_B < 0, position_B, position_B + i)
+    logits_BV, keys, values = step(model, tokens_B, keys, values, at_B, slot_B, kernels=kernels)
     if temperature:
       tokens_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
     else:

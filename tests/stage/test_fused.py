@@ -172,12 +172,17 @@ def test_generate_takes_the_models_tokens(path: Path, mode: str, unroll: bool):
     whole, TOKENS[:, 0], *caches(whole, 2), jnp.zeros(2, jnp.int32), steps=6, kernels=kernels
   )
   np.testing.assert_array_equal(found, jnp.concatenate(wanted, axis=1))
-  slots = (2, 0)
-  wide = (in_slots(cache, slots, 3) for cache in caches(whole, 2))
-  found, *_ = fused.generate(
-    whole, TOKENS[:, 0], *wide, jnp.zeros(2, jnp.int32), slot_B=jnp.asarray(slots), steps=6,
-    kernels=kernels,
+  # In slots, beside a row that stands for nothing and stays so.
+  slots, pad = (2, 0), jnp.asarray([-1], jnp.int32)
+  wide = [in_slots(cache, slots, 3) for cache in caches(whole, 2)]
+  found, *after = fused.generate(
+    whole, jnp.append(TOKENS[:, 0], 5), *wide, jnp.append(jnp.zeros(2, jnp.int32), pad),
+    slot_B=jnp.asarray([*slots, 2]), steps=6, kernels=kernels,
   )  # fmt: skip
+  for new, old in zip(after, wide, strict=True):
+    np.testing.assert_array_equal(new[:, :, :, 6:], old[:, :, :, 6:])
+    np.testing.assert_array_equal(new[:, 1], old[:, 1])
+  found = found[:2]
   np.testing.assert_array_equal(found, jnp.concatenate(wanted, axis=1))
 
 
@@ -248,6 +253,18 @@ def test_memory_counts_a_tied_embedding_once(model: NeuroLLM, whole: Fused):
   if not model.config.tied_embedding:
     matrices += sum(leaf.nbytes for leaf in jax.tree.leaves(whole.embedding))
   assert whole.nbytes == matrices
+
+
+def test_invariant_products_are_those_whose_bits_agree(path: Path):
+  """Triton's in place of Mosaic's only where it adds up the same numbers in the same order."""
+  w = fuse(load(path, "w2a8")).layers.qkv
+  grouped = {size: dataclasses.replace(w, group_size=size) for size in (None, 64, 128, 256)}
+  for m, size, taken in ((1, 128, True), (64, None, True), (65, 128, False), (8, 64, False)):
+    assert (fused._whole_tiles(m, grouped[size]) is not None) == taken
+  assert fused._whole_tiles(8, dataclasses.replace(grouped[128], mode="w2a16")) is None
+  kernels = Kernels("dense", invariant=True)
+  with pytest.raises(ValueError, match="not invariant"):
+    fused.multiply(jnp.ones((1, LLAMA.model_dim)), w, jnp.int32(0), kernels=kernels)
 
 
 def test_kernels_are_a_static_argument():
