@@ -479,12 +479,35 @@ def test_nobody_waits_for_blocks_that_cannot_be_kept_or_are_kept(places):
   async def work() -> None:
     engine = batch(steps)
     first = asyncio.create_task(collect(engine, long))
+    await asyncio.sleep(0)
     assert await collect(engine, short) == [expected(short)]
     assert asyncio.get_running_loop().time() < 40 and not first.done()
     assert await first == [expected(long)]
     await settle(engine, steps)
 
   run(work())
+
+
+def test_nobody_waits_for_what_a_worse_priority_computes():
+  steps = FakeSteps(places=40, latency_s=lambda rows: 1.0)
+
+  async def work() -> None:
+    engine = batch(steps)
+    slow = asyncio.create_task(
+      collect(engine, Request(prompt=prompt(41), max_tokens=1, priority=1))
+    )
+    await asyncio.sleep(3)
+    await collect(engine, Request(prompt=prompt(41), max_tokens=1))
+    assert not slow.done()
+    await slow
+    await settle(engine, steps)
+
+  run(work())
+  slots = [rows[0].slot for rows in steps.given]
+  first = slots.index(1)
+  # It begins with what is kept by then, and its rows go first.
+  assert 0 < first < 8 and slots == [0] * first + [1] * slots.count(1) + [0] * (11 - first)
+  assert steps.given[first][0].start > 0
 
 
 def test_what_a_stage_lost_is_computed_again():
@@ -545,7 +568,7 @@ def test_a_step_that_fails_ends_those_in_it_and_later_requests_are_served(ahead,
 
 
 def test_a_step_that_fails_ends_those_in_the_steps_behind_it():
-  steps = FakeSteps(slots=2, chains=False, most_draws=1, fails=lambda step: step == 12)
+  steps = FakeSteps(slots=2, chains=False, most_draws=1, places=9, fails=lambda step: step == 12)
   asked = [Request(prompt=prompt(9, i), max_tokens=40) for i in range(2)]
 
   async def work() -> None:

@@ -117,6 +117,7 @@ def check_clean(engine: Batch, steps: FakeSteps) -> None:
   index = engine._index
   assert index.free + len(index) == steps.places and not index._claims
   assert all(block.pins == 0 and block.is_written for block in index._blocks.values())
+  assert {block.place for block in index._blocks.values()} <= steps._kept.keys()
 
 
 async def settle(engine: Batch, steps: FakeSteps) -> None:
