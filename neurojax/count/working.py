@@ -28,7 +28,7 @@ class Working:
   Attributes:
     base: Bytes of any stage.
     layer: Bytes that each layer adds.
-    last: Bytes that the last stage adds, whose head is a program of its own.
+    last: Bytes that the last stage adds, which draws tokens.
   """
 
   base: int = 0
@@ -58,7 +58,7 @@ def working(
             and their sum; in decode, keys and values of one layer, S of them, and their scores
     dense   a copy of a layer, which the loop over layers takes out of the stack
     int8    in prefill, the matrices of attention or one of the FFN as floats; also for weights as stored
-    last    logits, and the arrays that sampling makes of them
+    last    logits, and the arrays that sampling makes of them, beside all else: a step draws its tokens too
 
   XLA:CPU computes bfloat16 as float32. Up to jax 0.10 it widens all dense layers, caches and the head of a
   stage before the loop over layers; later versions take a third to a half of that, and the estimate is on the
@@ -77,7 +77,7 @@ def working(
   width = _FLOAT if widens else DTYPE_BYTES[dtype]
   wide = "float32" if widens else dtype
   inner = f * max(1, config.experts_per_token)
-  attention = 2 * heads * (KEY_BLOCK + h)
+  attention = heads * (2 * KEY_BLOCK + 3 * h)
   dense_layer = count.layer_bytes(config, dtype=wide, weights="dense")
   prefill = tokens * _FLOAT * (d + h)
   decode = capacity * (2 * kv_heads * h * width + heads * _FLOAT)
@@ -102,4 +102,4 @@ def working(
   draw = 10 * config.vocab_size * _FLOAT + _SMALL
   if widens and weights == "dense":
     draw += count.head_bytes(config, dtype="float32", weights="dense")
-  return Working(base=base, layer=layer, last=max(0, draw - base - layer))
+  return Working(base=base, layer=layer, last=draw)

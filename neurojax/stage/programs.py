@@ -205,7 +205,7 @@ def rows_agree(model: NeuroLLM) -> bool:
   if _device().platform != "cpu" or model.config.num_experts or cpu.unavailable():
     return False
   return all(
-    leaf.ndim < 2 or isinstance(leaf, TernaryArray)
+    isinstance(leaf, TernaryArray) or leaf.ndim < 2
     for leaf in jax.tree.leaves(
       nnx.to_pure_dict(nnx.state(model)), is_leaf=lambda leaf: isinstance(leaf, TernaryArray)
     )

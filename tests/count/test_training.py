@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from neurojax import count
 from neurojax.config import ModelConfig, Span
 from neurojax.count import training
+from neurojax.model.cache import Rows
 from neurojax.model.neurollm import NeuroLLM
 from tests.scaling.shapes import CONFIGS, configs
 
@@ -98,7 +99,7 @@ def kept_bytes(
 
     def one(x_BTD, params):
       block = nnx.merge(graph_layers, params)
-      return block(x_BTD, position_BT, None, jnp.int32(0))[0], None
+      return block(x_BTD, position_BT, None, jnp.int32(0), Rows(position_BT[:, 0]))[0], None
 
     x_BTD, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, x_BTD, stacked)
     if not span.is_last:
@@ -193,7 +194,7 @@ def test_a_compiled_step_takes_what_is_predicted(config, sequence: int, remat: b
 
     def one(x_BTD, params):
       block = nnx.merge(graph_layers, params)
-      return block(x_BTD, position_BT, None, jnp.int32(0))[0], None
+      return block(x_BTD, position_BT, None, jnp.int32(0), Rows(position_BT[:, 0]))[0], None
 
     x_BTD, _ = jax.lax.scan(jax.checkpoint(one) if remat else one, model.embed(ids), stacked)
     return -jnp.take_along_axis(jax.nn.log_softmax(model.logits(x_BTD)), ids[..., None], -1).mean()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import itertools
 import logging
 import types
 import weakref
@@ -25,7 +24,7 @@ from neurojax.stage.compile import CompiledStage
 from neurojax.stage.cut import cut
 from neurojax.stage.fused import REFERENCE, Kernels, fuse
 from neurojax.stage.runtime import StageRuntime
-from neurojax.stage.step import StepInput
+from neurojax.stage.step import Row, RowOutput
 
 pytestmark = pytest.mark.optimized
 
@@ -64,25 +63,28 @@ def stage(model: NeuroLLM, kernels: Kernels | None = REFERENCE, **options) -> Co
 
 def answer(stages: list[CompiledStage]) -> tuple[list[int], list[float], np.ndarray]:
   """Tokens and log-probabilities after PROMPT, and of PROMPT itself, through all stages."""
-  runtimes = [StageRuntime(stage, max_sequences=1) for stage in stages]
+  runtimes = [StageRuntime(stage) for stage in stages]
   for runtime in runtimes:
-    runtime.open("s", Sampling())
+    runtime.open(0, Sampling())
 
-  def step(given: StepInput):
+  def step(row: Row) -> RowOutput:
     for runtime in runtimes:
-      output = runtime.step("s", given)
-      given = dataclasses.replace(given, hidden=output.hidden)
+      [output] = runtime.step([row])
+      assert output.error is None, output.error
+      row = dataclasses.replace(row, hidden=output.hidden)
     return output
 
-  scores = step(StepInput(start=0, tokens=PROMPT[:-1], targets=PROMPT[1:])).scores
-  output = step(StepInput(start=len(PROMPT) - 1, tokens=PROMPT[-1:], sample=True))
-  outputs = [output]
-  for position in itertools.count(len(PROMPT)):
-    if len(outputs) == ANSWER:
-      break
-    last = np.array([outputs[-1].token], np.int32)
-    outputs.append(step(StepInput(start=position, tokens=last, is_answer=True, sample=True)))
-  return [o.token for o in outputs], [o.logprob for o in outputs], scores
+  scores, chunk, last = [], stages[0].chunks[0], len(PROMPT) - 1
+  for start in range(0, last, chunk):
+    part = slice(start, min(start + chunk, last))
+    targets = PROMPT[start + 1 : part.stop + 1]
+    scores.append(step(Row(slot=0, start=start, tokens=PROMPT[part], targets=targets)).scores)
+  outputs = [step(Row(slot=0, start=last, tokens=PROMPT[-1:], draws=1))]
+  while len(outputs) < ANSWER:
+    row = Row(slot=0, start=last + len(outputs), tokens=outputs[-1].tokens, role="drawn", draws=1)
+    outputs.append(step(row))
+  tokens = [int(output.tokens[0]) for output in outputs]
+  return tokens, [float(output.logprobs[0]) for output in outputs], np.concatenate(scores)
 
 
 @pytest.mark.parametrize(("family", "mode"), [("llama", "w2a16"), ("qwen3", "w2a8")])
@@ -157,13 +159,11 @@ def test_activations_are_float32_and_others_are_refused(paths):
   span = Span(first_layer=1, last_layer=2, num_layers=3)
   last = stage(load(paths["qwen3"], "w2a8", span=span))
   assert (last.programs, last.dtype, last.activations) == ("fused", jnp.bfloat16, np.float32)
-  runtime = StageRuntime(last, max_sequences=1)
-  runtime.open("s", Sampling())
-  given = StepInput(start=0, tokens=PROMPT[:2], hidden=np.ones((2, 256), jnp.bfloat16))
-  with pytest.raises(
-    ValueError, match=r"activations bfloat16\[2, 256\]: expected float32.*'fused'"
-  ):
-    runtime.step("s", given)
+  runtime = StageRuntime(last)
+  runtime.open(0, Sampling())
+  hidden = np.ones((2, 256), jnp.bfloat16)
+  [output] = runtime.step([Row(slot=0, start=0, tokens=PROMPT[:2], hidden=hidden)])
+  assert str(output.error) == "activations bfloat16[2, 256]: expected float32[2, 256]"
 
 
 def test_what_cannot_be_fused_is_refused_by_name_and_left_whole(paths, tmp_path: Path):
@@ -280,8 +280,13 @@ def test_on_hopper_the_fused_programs_run(tmp_path, said, hopper):
   write_dummy(tmp_path / "fits.gguf", config, "Q2_0 (group 64)")
   chosen = choose(load(tmp_path / "fits.gguf", "w2a8"))
   device = hopper.device_kind
-  assert (chosen.kind, chosen.kernels) == ("fused", Kernels(programs=132, device=device))
-  assert choose(load(tmp_path / "fits.gguf", "w2a16")).kernels == Kernels(device=device)
+  assert (chosen.kind, chosen.kernels) == (
+    "fused",
+    Kernels(programs=132, device=device, invariant=True),
+  )
+  assert choose(load(tmp_path / "fits.gguf", "w2a16")).kernels == Kernels(
+    device=device, invariant=True
+  )
   # A vocabulary of 97 is no multiple of 128.
   odd = dataclasses.replace(config, vocab_size=97)
   write_dummy(tmp_path / "odd.gguf", odd, "Q2_0 (group 64)")
