@@ -74,6 +74,8 @@ class Contact:
     clock_ahead_s: Seconds that the server's clock is ahead of ours, to about half a round trip.
     span: The layers that it is to hold.
     lost: Why nothing can be sent any more; None while it can.
+    places: Places for kept blocks that the server grants while the link lasts.
+    block: Positions of a kept block there, and the grid on which prompts are cut.
     timing: Times of its decode steps.
   """
 
@@ -86,6 +88,8 @@ class Contact:
   clock_ahead_s: float
   span: Span
   lost: str | None = "not linked yet"
+  places: int = 0
+  block: int = 0
   timing: Timing = dataclasses.field(default_factory=Timing)
   _outlet: Outlet | None = None
   _reader: asyncio.Task[None] | None = None
@@ -167,6 +171,7 @@ class Contact:
       name=NAME,
       your_first_layer=self.span.first_layer,
       your_last_layer=self.span.last_layer,
+      places=self.options.serving.places,
     )
     try:
       await asyncio.wait_for(call.write(pb.Frame(hello=hello)), self.options.connect_s)
@@ -179,6 +184,12 @@ class Contact:
       answer = grpc.aio.EOF
     if answer is grpc.aio.EOF:
       raise HandshakeError(self.label, f"it refused the link: {printable(await call.details())}")
+    if answer.WhichOneof("body") != "hello" or not 1 <= answer.hello.block <= PREFILL:
+      raise HandshakeError(
+        self.label, f"its Hello names blocks of {answer.hello.block}: 1 to {PREFILL}"
+      )
+    self.places = min(answer.hello.places, self.options.serving.places)
+    self.block = answer.hello.block
     self._outlet, self.lost = Outlet(call.write, limit_s=self.options.step_s), None
     self._reader = asyncio.create_task(self._read(call, on_frame, on_lost))
 

@@ -4,13 +4,10 @@ import dataclasses
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Self
 
-import numpy as np
-
 from neurojax.config import ModelConfig, Span
-from neurojax.engine import loop
-from neurojax.engine.api import Request, StageReport, Token
+from neurojax.engine.api import EngineLoad, Request, Scores, StageReport, Token
+from neurojax.engine.batch import Batch
 from neurojax.pipeline import messages
-from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline.contact import PipelineOptions
 from neurojax.pipeline.flights import Flights
 from neurojax.pipeline.stages import Stages
@@ -21,10 +18,11 @@ from neurojax.plan.plan import Placement
 class PipelineEngine:
   """An `engine.api.Engine` over stage servers, made by `connect`. Use from one event loop."""
 
-  def __init__(self, config: ModelConfig, identity: pb.Identity, options: PipelineOptions):
-    self._config, self._options = config, options
-    self.stages = Stages(config, identity, options)
-    self._flights = Flights(self.stages, vocab_size=config.vocab_size, step_s=options.step_s)
+  def __init__(
+    self, config: ModelConfig, options: PipelineOptions, stages: Stages, flights: Flights
+  ):
+    self._config, self._options, self.stages = config, options, stages
+    self._flights, self._batch = flights, Batch(flights, self)
 
   @classmethod
   async def connect(
@@ -54,17 +52,20 @@ class PipelineEngine:
       sha256=sha256,
       dtype=serving.dtype,
       context_length=serving.context,
-      programs=serving.programs,
+      programs="auto" if serving.programs == "quick" else serving.programs,
     )
-    self = cls(config, identity, options)
+    stages = Stages(config, identity, options)
+    flights = Flights(
+      stages, slots=serving.sequences, vocab_size=config.vocab_size, step_s=options.step_s
+    )
     try:
-      await self.stages.meet(fleet, spans)
-      await self.stages.load()
-      await self.stages.link(self._flights.on_frame, self._flights.on_lost)
+      await stages.meet(fleet, spans)
+      await stages.load()
+      await stages.link(flights.on_frame, flights.on_lost)
     except BaseException:
-      await self.close()
+      await stages.close()
       raise
-    return self
+    return cls(config, options, stages, flights)
 
   @property
   def vocab_size(self) -> int:
@@ -85,10 +86,13 @@ class PipelineEngine:
     return self.stages.placements
 
   def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-    return loop.generate(self._flights, request, self)
+    return self._batch.generate(request)
 
-  async def score(self, tokens: Sequence[int], *, first: int = 1) -> np.ndarray:
-    return await loop.score(self._flights, tokens, self, first=first)
+  async def score(self, tokens: Sequence[int], *, first: int = 1, top: int = 0) -> Scores:
+    return await self._batch.score(tokens, first=first, top=top)
+
+  def load(self) -> EngineLoad:
+    return self._batch.load()
 
   async def reports(self) -> tuple[StageReport, ...]:
     return tuple(
@@ -109,8 +113,10 @@ class PipelineEngine:
   @property
   def return_s(self) -> float | None:
     """Mean seconds of a token from the last stage back to here."""
-    return self._flights.returned.mean(self._flights.returned.wire_s)
+    returned = self._flights.marks.returned
+    return returned.mean(returned.wire_s)
 
   async def close(self) -> None:
     self._flights.end()
+    await self._batch.close()
     await self.stages.close()

@@ -1,194 +1,205 @@
-"""Follows the sequences of a coordinator: sends their steps and takes the stages' answers."""
+"""Sends the steps of a pipeline's sequences to the stages, and takes the stages' answers."""
 
 import asyncio
 import contextlib
 import dataclasses
 import time
-
-import numpy as np
+import uuid
+from collections.abc import Iterator, Sequence
 
 from neurojax.config import Sampling
 from neurojax.engine.api import EngineError
 from neurojax.pipeline import messages
 from neurojax.pipeline import pipeline_pb2 as pb
-from neurojax.pipeline.contact import Contact, Timing
-from neurojax.pipeline.errors import (
-  PipelineError,
-  ProtocolError,
-  StageFailed,
-  StageLost,
-  StageTimeout,
-)
+from neurojax.pipeline import rows as wire
+from neurojax.pipeline.contact import Contact
+from neurojax.pipeline.errors import PipelineError, ProtocolError, StageFailed, StageLost
+from neurojax.pipeline.marks import Marks
 from neurojax.pipeline.stages import Stages
-from neurojax.stage.step import StepInput, StepOutput
-from neurojax.wire import tensor
+from neurojax.pipeline.work import OPENING, Flown, Work, blame
+from neurojax.stage.step import Row, RowOutput
 from neurojax.wire.identity import printable
-
-
-@dataclasses.dataclass
-class _Mark:
-  """Times of one decode step.
-
-  Attributes:
-    sent_s: When it was sent.
-    outcomes: The stages' outcomes of the step, by the stage's index.
-    back_s: When the last stage's outcome arrived.
-  """
-
-  sent_s: float
-  outcomes: dict[int, pb.Outcome] = dataclasses.field(default_factory=dict)
-  back_s: float = 0.0
-
-
-@dataclasses.dataclass
-class _Flight:
-  """A sequence under way.
-
-  Attributes:
-    done: Number of steps that each stage has finished.
-    opened: Indices of the stages that have opened the sequence.
-    steps: Number of steps that were sent.
-    waiting_for: Index of the step whose outcome is awaited.
-    outcome: Set with that outcome; with None once all stages have opened, or with a failure.
-    failure: Why the sequence ended; None while it goes on.
-    progress_s: When some stage last got on with it, or a step was sent.
-    marks: Decode steps whose times not all stages have told yet, by index.
-  """
-
-  done: list[int]
-  opened: set[int] = dataclasses.field(default_factory=set)
-  steps: int = 0
-  waiting_for: int = -1
-  outcome: asyncio.Future[pb.Outcome | None] | None = None
-  failure: EngineError | None = None
-  progress_s: float = 0.0
-  marks: dict[int, _Mark] = dataclasses.field(default_factory=dict)
 
 
 class Flights:
   """The `engine.steps.Steps` of a pipeline. Use from one event loop.
 
+  Several steps may be under way, each on another stage, or behind others on the way to it. They are
+  carried out in the order in which they are given: each stage takes the frames of a link in order.
+
   Args:
+    slots: Sequences that may be open at the same time.
     vocab_size: Tokens that the last stage may answer.
-    step_s: Longest seconds in which no stage gets on with a sequence that waits.
+    step_s: Longest seconds in which no stage gets on with what is waited for, or was asked before it.
 
   Attributes:
-    returned: Times of tokens from the last stage back to here.
+    marks: Times of decode steps.
   """
 
-  def __init__(self, stages: Stages, *, vocab_size: int, step_s: float):
-    self._stages, self._vocab_size, self._step_s = stages, vocab_size, step_s
-    self._flights: dict[str, _Flight] = {}
-    self.returned = Timing()
+  most_draws = 1
+  chains = False
 
-  async def open(self, sequence: str, sampling: Sampling) -> None:
+  def __init__(self, stages: Stages, *, slots: int, vocab_size: int, step_s: float):
+    self.slots, self.marks = slots, Marks(stages)
+    self._stages, self._vocab_size, self._step_s = stages, vocab_size, step_s
+    self._slots: dict[int, Flown] = {}
+    self._names: dict[str, Flown] = {}
+    # In the order in which they were asked.
+    self._works: list[Work] = []
+    self._sending = asyncio.Lock()
+
+  @property
+  def chunks(self) -> tuple[int, ...]:
+    return (self._stages.block,)
+
+  @property
+  def places(self) -> int:
+    """Places that every stage grants."""
+    return self._stages.places
+
+  @property
+  def ahead(self) -> int:
+    """One step for each stage, and one that is on its way back or forth."""
+    return len(self._stages) + 1
+
+  # ---- what it does
+
+  async def open(
+    self,
+    slot: int,
+    sampling: Sampling,
+    *,
+    stop_ids: frozenset[int] = frozenset(),
+    restore: Sequence[int] = (),
+    copy: tuple[int, int] | None = None,
+  ) -> None:
     stages = self._stages
     if not len(stages):
       raise EngineError("the pipeline is closed")
     if any(contact.lost for contact in stages):
       await stages.relink()
-    flight = _Flight(done=[0] * len(stages), progress_s=time.monotonic())
-    flight.outcome = asyncio.get_running_loop().create_future()
-    self._flights[sequence] = flight
-    for index, contact in enumerate(stages):
-      message = pb.Open(sequence=sequence, sampling=messages.sampling(sampling))
-      if index + 1 < len(stages):
-        after = stages[index + 1]
-        message.next_address = after.host.address
-        message.next_first_layer = after.span.first_layer
-        message.next_last_layer = after.span.last_layer
-      await contact.send(pb.Frame(open=message))
-    await self._wait(flight)
+    if restore and max(restore) >= self.places:
+      raise EngineError("the kept blocks are gone, with the link to a stage")
+    assert slot not in self._slots, "a slot is closed before it is opened again"
+    message = pb.Open(
+      sequence=uuid.uuid4().hex,
+      sampling=messages.sampling(sampling),
+      stop_ids=sorted(stop_ids),
+      restore=restore,
+    )
+    if copy is not None:
+      message.copy_sequence, message.copy_positions = self._slots[copy[0]].name, copy[1]
+    sequence = Flown(message.sequence, [OPENING] * len(stages))
+    self._slots[slot] = self._names[sequence.name] = sequence
+    with self._under_way({sequence: (OPENING, None)}) as work:
+      for index, contact in enumerate(stages):
+        await contact.send(pb.Frame(open=self._addressed(message, index)))
+      await self._wait(work)
 
-  async def step(self, sequence: str, given: StepInput) -> StepOutput | None:
-    flight = self._flights[sequence]
-    if flight.failure:
-      raise flight.failure
-    index, flight.steps = flight.steps, flight.steps + 1
-    flight.progress_s = time.monotonic()
-    if given.is_answer:
-      flight.marks[index] = _Mark(time.time())
-    wants = given.sample or given.targets is not None
-    if wants:
-      flight.waiting_for, flight.outcome = index, asyncio.get_running_loop().create_future()
-    await self._stages[0].send(pb.Frame(step=messages.step(sequence, index, given)))
-    if not wants:
-      return None
-    outcome = await self._wait(flight)
-    assert outcome is not None
-    return self._checked(given, outcome)
+  def _addressed(self, message: pb.Open, index: int) -> pb.Open:
+    """The message for one stage, which says who comes after it."""
+    own = pb.Open()
+    own.CopyFrom(message)
+    if index + 1 < len(self._stages):
+      after = self._stages[index + 1]
+      own.next_address = after.host.address
+      own.next_first_layer, own.next_last_layer = after.span.first_layer, after.span.last_layer
+    return own
 
-  async def close(self, sequence: str) -> None:
-    if self._flights.pop(sequence, None) is None:
+  async def step(self, rows: Sequence[Row]) -> list[RowOutput]:
+    sequences = [self._slots.get(row.slot) for row in rows]
+    parts, sent = {}, []
+    for row, sequence in zip(rows, sequences, strict=True):
+      if sequence is not None and not sequence.failure:
+        parts[sequence] = (sequence.steps, row)
+        sent.append(wire.row(sequence.name, sequence.steps, self._granted(row)))
+        sequence.steps += 1
+    outputs: dict[Flown, RowOutput] = {}
+    if parts:
+      with self._under_way(parts) as work:
+        await self._send(rows, list(wire.steps(sent)))
+        await self._wait(work)
+        outputs = work.outputs
+    return [outputs.get(sequence) or _unsent(sequence) for sequence in sequences]
+
+  async def _send(self, rows: Sequence[Row], frames: list[pb.Step]) -> None:
+    # The frames of one step stay together: another step may go on with a sequence of the last one.
+    async with self._sending:
+      if len(frames) == 1 and any(row.role == "drawn" for row in rows):
+        self.marks.sent(frames[0].rows[0])
+      for frame in frames:
+        await self._stages[0].send(pb.Frame(step=frame))
+
+  def _granted(self, row: Row) -> Row:
+    """A row that keeps nothing where a stage that was linked again grants no places any more.
+
+    What is said to be kept then is not restored either: no stage restores a place that nobody kept there.
+    """
+    if not row.keep or max(row.keep) < self.places:
+      return row
+    return dataclasses.replace(row, keep=())
+
+  async def close(self, slot: int) -> None:
+    sequence = self._slots.get(slot)
+    if sequence is None:
       return
-    frame = pb.Frame(close=pb.Close(sequence=sequence))
-    for contact in list(self._stages):
-      with contextlib.suppress(PipelineError):
-        await contact.send(frame)
+    self._names.pop(sequence.name, None)
+    frame = pb.Frame(close=pb.Close(sequence=sequence.name))
+    await asyncio.gather(*(_tell(contact, frame) for contact in self._stages))
+    if self._slots.get(slot) is sequence:
+      del self._slots[slot]
 
   def end(self) -> None:
-    """Fail every sequence that is under way, because the pipeline closes."""
-    for flight in self._flights.values():
-      _fail(flight, EngineError("the pipeline is closed"))
-
-  def _checked(self, given: StepInput, outcome: pb.Outcome) -> StepOutput:
-    """Check the last stage's answer. Raises: ProtocolError: it does not fit what was asked."""
-    last = self._stages[-1].label
-    if given.sample != outcome.sampled or (given.targets is not None) != outcome.HasField("scores"):
-      raise ProtocolError(last, "it answered something that was not asked")
-    if outcome.sampled and not (outcome.token < self._vocab_size and np.isfinite(outcome.logprob)):
-      raise ProtocolError(
-        last, f"it answered token {outcome.token}, log-probability {outcome.logprob}"
-      )
-    scores = None
-    if outcome.HasField("scores"):
-      try:
-        scores = tensor.decode(outcome.scores, what="scores", max_dims=1)
-      except ValueError as error:
-        raise ProtocolError(last, str(error)) from error
-      if scores.shape != given.tokens.shape or not np.isfinite(scores).all():
-        raise ProtocolError(
-          last, f"it answered {len(scores)} scores for {len(given.tokens)} tokens"
-        )
-    return StepOutput(
-      token=outcome.token if outcome.sampled else None,
-      logprob=outcome.logprob if outcome.sampled else None,
-      scores=scores,
-    )
+    """Fail every sequence, because the pipeline closes."""
+    self._fail_all(EngineError("the pipeline is closed"))
 
   # ---- waiting
 
-  async def _wait(self, flight: _Flight) -> pb.Outcome | None:
-    """Wait as long as some stage gets on with the sequence within `step_s`."""
-    assert flight.outcome is not None
-    while True:
-      if flight.failure:
-        raise flight.failure
-      if flight.outcome.done():
-        return flight.outcome.result()
-      left_s = flight.progress_s + self._step_s - time.monotonic()
-      if left_s <= 0:
-        raise await self._blame(flight)
-      with contextlib.suppress(TimeoutError):
-        outcome = await asyncio.wait_for(asyncio.shield(flight.outcome), left_s)
-        if flight.failure:
-          raise flight.failure
-        return outcome
+  @contextlib.contextmanager
+  def _under_way(self, parts: dict[Flown, tuple[int, Row | None]]) -> Iterator[Work]:
+    work = Work(parts, asyncio.get_running_loop().create_future(), time.monotonic())
+    self._works.append(work)
+    for sequence, (index, _) in parts.items():
+      sequence.works[index] = work
+    try:
+      yield work
+    finally:
+      self._works.remove(work)
+      for sequence, (index, _) in parts.items():
+        sequence.works.pop(index, None)
 
-  async def _blame(self, flight: _Flight) -> PipelineError:
-    """Name the stage that hangs: the first one behind that does not even answer a health check."""
-    contacts = list(self._stages)
-    opening = flight.steps == 0
-    behind = [
-      index
-      for index in range(len(contacts))
-      if (index not in flight.opened if opening else flight.done[index] < flight.steps)
-    ]
-    healthy = await asyncio.gather(*(contacts[index].is_responsive() for index in behind))
-    silent = [index for index, ok in zip(behind, healthy, strict=True) if not ok]
-    culprit = (silent or behind)[0]
-    what = "open the sequence" if opening else f"finish step {flight.done[culprit]}"
-    return StageTimeout(contacts[culprit].label, f"did not {what} within {self._step_s:g} s")
+  async def _wait(self, work: Work) -> None:
+    """Wait as long as some stage gets on with the work, or with what was asked before, within `step_s`."""
+    while not work.over.done():
+      left_s = work.progress_s + self._step_s - time.monotonic()
+      if left_s > 0:
+        await asyncio.wait((work.over,), timeout=left_s)
+        continue
+      error = await blame(work, list(self._stages), self._step_s)
+      # What was asked later waits behind it.
+      for late in self._works[self._works.index(work) :]:
+        late.end(error)
+    if error := work.over.result():
+      raise error
+
+  def _progress(self, work: Work) -> None:
+    now_s = time.monotonic()
+    for behind in self._works[self._works.index(work) :]:
+      behind.progress_s = now_s
+
+  def _fail(self, sequence: Flown, error: EngineError) -> None:
+    sequence.failure = sequence.failure or error
+    for index, work in list(sequence.works.items()):
+      if index == OPENING:
+        work.end(error)
+      else:
+        work.take(sequence, RowOutput(error=error))
+
+  def _fail_all(self, error: EngineError) -> None:
+    for sequence in self._names.values():
+      sequence.failure = sequence.failure or error
+    for work in self._works:
+      work.end(error)
 
   # ---- what comes back
 
@@ -196,7 +207,10 @@ class Flights:
     """Take a frame that a stage sent."""
     kind = frame.WhichOneof("body")
     if kind == "outcome":
-      self._on_outcome(contact, frame.outcome)
+      self.marks.take(contact, frame.outcome)
+      for row in frame.outcome.rows:
+        if sequence := self._names.get(row.sequence):
+          self._on_row(contact, sequence, row)
     elif kind == "opened":
       self._on_opened(contact, frame.opened.sequence)
     elif kind == "failure":
@@ -204,76 +218,64 @@ class Flights:
 
   def on_lost(self, contact: Contact) -> None:
     """End every sequence: each needs every stage."""
-    for flight in self._flights.values():
-      _fail(flight, StageLost(contact.label, contact.lost or ""))
+    self._fail_all(StageLost(contact.label, contact.lost or ""))
 
-  def _on_opened(self, contact: Contact, sequence: str) -> None:
-    flight = self._flights.get(sequence)
-    if flight is None:
+  def _on_opened(self, contact: Contact, name: str) -> None:
+    sequence = self._names.get(name)
+    if sequence is None or sequence.failure:
       return
     index = self._stages.index(contact)
-    if index in flight.opened:
-      _fail(flight, ProtocolError(contact.label, "it opened the sequence twice"))
+    if sequence.done[index] != OPENING:
+      self._fail(sequence, ProtocolError(contact.label, "it opened the sequence twice"))
       return
-    flight.opened.add(index)
-    flight.progress_s = time.monotonic()
-    if len(flight.opened) == len(self._stages) and flight.outcome and not flight.outcome.done():
-      flight.outcome.set_result(None)
+    sequence.done[index] = 0
+    if work := sequence.works.get(OPENING):
+      self._progress(work)
+      if OPENING not in sequence.done:
+        work.end(None)
 
-  def _on_outcome(self, contact: Contact, outcome: pb.Outcome) -> None:
-    flight = self._flights.get(outcome.sequence)
-    if flight is None:
+  def _on_row(self, contact: Contact, sequence: Flown, row: pb.RowOutcome) -> None:
+    if sequence.failure:
       return
-    now_s = time.time()
     index = self._stages.index(contact)
-    is_last = index == len(self._stages) - 1
-    if not flight.done[index] == outcome.index < flight.steps:
-      due = (
-        f"step {flight.done[index]} is due" if flight.done[index] < flight.steps else "none is due"
-      )
-      _fail(flight, ProtocolError(contact.label, f"it answered step {outcome.index} where {due}"))
+    done = sequence.done[index]
+    if not 0 <= done == row.index < sequence.steps:
+      due = f"step {done} is due" if 0 <= done < sequence.steps else "none is due"
+      said = f"it answered step {row.index} where {due}"
+      self._fail(sequence, ProtocolError(contact.label, said))
       return
-    flight.done[index] = outcome.index + 1
-    flight.progress_s = time.monotonic()
-    if mark := flight.marks.get(outcome.index):
-      mark.outcomes[index] = outcome
-      mark.back_s = now_s if is_last else mark.back_s
-      if len(mark.outcomes) == len(self._stages):
-        self._account(flight.marks.pop(outcome.index))
-    if (
-      is_last
-      and outcome.index == flight.waiting_for
-      and flight.outcome
-      and not flight.outcome.done()
-    ):
-      flight.outcome.set_result(outcome)
-
-  def _account(self, mark: _Mark) -> None:
-    """Add one step's times, once every stage has reported it."""
-    before_s = mark.sent_s
-    for index, contact in enumerate(self._stages):
-      outcome = mark.outcomes[index]
-      contact.timing.steps += 1
-      contact.timing.compute_s += outcome.compute_s
-      contact.timing.wire_s += outcome.received_s - contact.clock_ahead_s - before_s
-      before_s = outcome.finished_s - contact.clock_ahead_s
-    self.returned.steps += 1
-    self.returned.wire_s += mark.back_s - before_s
+    sequence.done[index] = row.index + 1
+    work = sequence.works.get(row.index)
+    if work is None:
+      return
+    self._progress(work)
+    if index < len(self._stages) - 1:
+      return
+    try:
+      given = work.parts[sequence][1]
+      assert given is not None
+      work.take(sequence, wire.read_outcome(row, given, self._vocab_size))
+    except ValueError as error:
+      self._fail(sequence, ProtocolError(contact.label, str(error)))
 
   def _on_failure(self, contact: Contact, failure: pb.Failure) -> None:
-    flight = self._flights.get(failure.sequence)
-    if flight is None:
+    sequence = self._names.get(failure.sequence)
+    if sequence is None:
       return
     index, message = self._stages.index(contact), printable(failure.message)
     if failure.kind == "lost" and index + 1 < len(self._stages):
       # A stage that loses the next one may say so before our own link to that one breaks.
       lost = self._stages[index + 1]
-      _fail(flight, StageLost(lost.label, f"{message}, says {contact.name}"))
+      self._fail(sequence, StageLost(lost.label, f"{message}, says {contact.name}"))
     else:
-      _fail(flight, StageFailed(contact.label, message))
+      self._fail(sequence, StageFailed(contact.label, message))
 
 
-def _fail(flight: _Flight, error: EngineError) -> None:
-  flight.failure = flight.failure or error
-  if flight.outcome and not flight.outcome.done():
-    flight.outcome.set_result(None)
+def _unsent(sequence: Flown | None) -> RowOutput:
+  """The output of a row that was not sent."""
+  return RowOutput(error=sequence.failure if sequence else EngineError("the slot is not open"))
+
+
+async def _tell(contact: Contact, frame: pb.Frame) -> None:
+  with contextlib.suppress(PipelineError):
+    await contact.send(frame)

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import logging
 import time
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +37,17 @@ class Loaded:
   Attributes:
     runtime: The stage with the caches of its sequences.
     identity: Versions, model and serving that peers must share; its programs are "model" or "fused".
-    weights: Form of the matrices, as it was asked for.
+    serving: The serving that was asked for.
     span: The layers.
+    quick: Whether a sequence that is alone may have a program of its own.
     asked: The `programs` of requests that this answers.
   """
 
   runtime: StageRuntime
   identity: pb.Identity
-  weights: str
+  serving: Serving
   span: Span
+  quick: bool
   asked: frozenset[str]
 
   def answers(self, request: pb.LoadRequest, span: Span) -> bool:
@@ -54,12 +55,10 @@ class Loaded:
     return request.identity.programs in self.asked and self.is_like(request, span)
 
   def is_like(self, request: pb.LoadRequest, span: Span) -> bool:
-    """True if a request asks for this, by whatever programs."""
-    return (
-      disagreement(self.identity, request.identity, fields=messages.SAME_FORM) is None
-      and (self.weights, self.span) == (request.weights, span)
-      and self.runtime.max_sequences == request.max_sequences
-    )
+    """True if a request, which is in order, asks for this, by whatever programs."""
+    wanted = dataclasses.replace(messages.serving(request), programs=self.serving.programs)
+    form = disagreement(self.identity, request.identity, fields=messages.SAME_FORM)
+    return form is None and (self.serving, self.quick, self.span) == (wanted, request.quick, span)
 
   def hello(self, name: str) -> pb.Hello:
     """The greeting of a server that holds this."""
@@ -69,6 +68,7 @@ class Loaded:
       has_layers=True,
       first_layer=self.span.first_layer,
       last_layer=self.span.last_layer,
+      block=self.runtime.stage.chunks[0],
     )
 
 
@@ -80,12 +80,14 @@ class Wish:
     request: The message.
     span: The layers that it asks for.
     serving: The serving that it asks for.
+    quick: Whether a sequence that is alone may have a program of its own.
     asked: The `programs` of requests that the outcome will answer.
   """
 
   request: pb.LoadRequest
   span: Span
   serving: Serving
+  quick: bool
   asked: frozenset[str]
 
 
@@ -132,7 +134,8 @@ class Loader:
     held = 0
     if loaded:
       stage = loaded.runtime.stage
-      held = stage.weight_bytes + loaded.runtime.num_sequences * stage.cache_bytes
+      caches = Load(serving=loaded.serving).cache_bytes(self._file.config, len(loaded.span))
+      held = stage.weight_bytes + caches
     free = free_memory_bytes() // self._share + held
     sha256 = await self.digest()
     description = pb.Description(
@@ -150,10 +153,10 @@ class Loader:
       description.identity.CopyFrom(loaded.identity)
       description.first_layer = loaded.span.first_layer
       description.last_layer = loaded.span.last_layer
-      description.weights = loaded.weights
+      description.weights = loaded.serving.weights
       description.weight_bytes = loaded.runtime.stage.weight_bytes
       description.cache_bytes = loaded.runtime.stage.cache_bytes
-      description.max_sequences = loaded.runtime.max_sequences
+      description.max_sequences = loaded.runtime.stage.slots
     return description
 
   async def check(self, request: pb.LoadRequest) -> Wish | None:
@@ -185,7 +188,7 @@ class Loader:
     was_auto = loaded and "auto" in loaded.asked and loaded.is_like(request, span)
     if wanted.programs == "model" and (reason or was_auto):
       asked.add("auto")
-    return Wish(request, span, serving, frozenset(asked))
+    return Wish(request, span, serving, request.quick, frozenset(asked))
 
   def drop(self) -> None:
     """Hold nothing any more, so that the memory is free before it is asked for."""
@@ -205,7 +208,7 @@ class Loader:
     if needed > free:
       raise Refused(
         f"layers {wish.span} need {needed:,} bytes here, with {load.sequences} caches of "
-        f"{load.capacity} positions and what the programs work in, and {free:,} are free: free some, "
+        f"{load.capacity} positions, {wish.serving.places} blocks of earlier prompts and what the programs work in, and {free:,} are free: free some, "
         "shorten the context, or allow fewer sequences"
       )
     self.loaded = await self._thread.do(lambda: self._build(wish), timed=False)
@@ -220,23 +223,27 @@ class Loader:
     )
     # Once the weights are read: an overwritten file would be served under the digest of the old one.
     self._file.check_unchanged()
-    stage = self.compile(model, request.identity)
-    runtime = StageRuntime(stage, max_sequences=request.max_sequences)
+    # "quick" chooses as "auto" does, and where that is not what all stages run it gives way.
+    is_quick = wish.quick and wish.serving.programs != "model"
+    stage = self.compile(model, wish.serving, "quick" if is_quick else wish.serving.programs)
     identity = pb.Identity()
     identity.CopyFrom(request.identity)
     identity.programs = stage.programs
-    return Loaded(
-      runtime, identity, request.weights, wish.span, wish.asked | frozenset([stage.programs])
-    )
+    asked = wish.asked | frozenset([stage.programs])
+    return Loaded(StageRuntime(stage), identity, wish.serving, wish.span, wish.quick, asked)
 
   def why_not_fused(self, dtype: str) -> str | None:
     """Why this device cannot run fused programs in a dtype; None if it can."""
     return programs.why_not_fused(dtype)
 
-  def compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
-    """Compile a span by the programs that are wanted."""
+  def compile(self, model: NeuroLLM, serving: Serving, programs: Programs) -> CompiledStage:
+    """Compile a span as it is to be run, but by these programs."""
+    assert serving.context is not None
     return CompiledStage(
       model,
-      context_length=wanted.context_length,
-      programs=typing.cast(Programs, wanted.programs),
+      context_length=serving.context,
+      slots=serving.sequences,
+      places=serving.places,
+      cache=serving.cache_dtype,
+      programs=programs,
     )

@@ -3,14 +3,12 @@
 import typing
 
 from neurojax.config import ModelConfig, Sampling, Serving, Span
-from neurojax.config.serving import check_choice
+from neurojax.config.serving import MOST_CONTEXT, check_choice
 from neurojax.forms import Weights
 from neurojax.pipeline import pipeline_pb2 as pb
-from neurojax.stage.step import StepInput
-from neurojax.wire import tensor
 from neurojax.wire.identity import PACKAGE
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the protocol. Every change that an older peer would misread raises it."""
 
 SAME_MODEL = ("protocol", "package", "model_sha256", "num_layers")
@@ -20,37 +18,9 @@ SAME_FORM = ("model_sha256", "num_layers", "dtype", "context_length")
 """Fields of an identity that must be equal before any tensor crosses; `programs` too, once all stages
 run the same ones."""
 
-
-def step(sequence: str, index: int, given: StepInput) -> pb.Step:
-  return pb.Step(
-    sequence=sequence,
-    index=index,
-    start=given.start,
-    tokens=tensor.encode(given.tokens),
-    hidden=None if given.hidden is None else tensor.encode(given.hidden),
-    is_answer=given.is_answer,
-    sample=given.sample,
-    targets=None if given.targets is None else tensor.encode(given.targets),
-  )
-
-
-def step_input(message: pb.Step) -> StepInput:
-  """Read a step. Whether it fits its sequence is for the runtime to check.
-
-  Raises: ValueError: a tensor is no array.
-  """
-  return StepInput(
-    start=message.start,
-    tokens=tensor.decode(message.tokens, what="tokens", max_dims=1),
-    hidden=tensor.decode(message.hidden, what="activations", max_dims=2)
-    if message.HasField("hidden")
-    else None,
-    is_answer=message.is_answer,
-    sample=message.sample,
-    targets=tensor.decode(message.targets, what="targets", max_dims=1)
-    if message.HasField("targets")
-    else None,
-  )
+_ROW_BYTES = 768
+"""Bound on the bytes of a row of one position beside activations and mask, and on those of its outcome, which
+names the 20 likeliest tokens at most twice."""
 
 
 def sampling(request: Sampling) -> pb.Sampling:
@@ -104,13 +74,16 @@ def identity(
 
 
 def load_request(identity: pb.Identity, span: Span, serving: Serving) -> pb.LoadRequest:
-  """Ask a stage server to load a span and run it as `serving` says."""
+  """Ask a stage server to load a span and run it as `serving` says, by the programs of the identity."""
   return pb.LoadRequest(
     identity=identity,
     first_layer=span.first_layer,
     last_layer=span.last_layer,
     weights=serving.weights,
     max_sequences=serving.sequences,
+    cache=serving.cache,
+    prefix=serving.prefix,
+    quick=serving.programs == "quick",
   )
 
 
@@ -120,11 +93,14 @@ def serving(request: pb.LoadRequest) -> Serving:
   Raises: ValueError: as `Serving.check_engine` does.
   """
   check_choice("weights", request.weights, typing.get_args(Weights))
+  check_choice("programs", request.identity.programs, ("auto", "model", "fused"))
   found = Serving(
     dtype=request.identity.dtype,
     weights=request.weights,
     context=request.identity.context_length,
     sequences=request.max_sequences,
+    cache=request.cache,
+    prefix=request.prefix,
     programs=request.identity.programs,
   )
   found.check_engine()
@@ -132,5 +108,10 @@ def serving(request: pb.LoadRequest) -> Serving:
 
 
 def message_limit(config: ModelConfig, positions: int) -> int:
-  """Bytes of the largest frame that a step of so many positions can need."""
-  return positions * (config.model_dim * 4 + 16) + (1 << 16)
+  """Bytes of the largest frame that a step of so many positions can need.
+
+  Each position may be a row of its own, with its name and the bits of the tokens that it allows. One
+  row may tell the sampler of a prompt that fills the context.
+  """
+  row = config.model_dim * 4 + config.vocab_size // 8 + _ROW_BYTES
+  return positions * row + 4 * min(config.context_length, MOST_CONTEXT) + (1 << 16)

@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from neurojax.wire import wire_pb2 as neurojax_dot_wire_dot_wire__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n neurojax/pipeline/pipeline.proto\x12\x14neurojax.pipeline.v1\x1a\x18neurojax/wire/wire.proto\"\x90\x01\n\x08Identity\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07package\x18\x02 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x10\n\x08programs\x18\x07 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"\xa8\x02\n\x0b\x44\x65scription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x08identity\x18\x02 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Identity\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06loaded\x18\x04 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nlast_layer\x18\x06 \x01(\r\x12\x0f\n\x07weights\x18\x07 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\t \x01(\x04\x12\x15\n\rmax_sequences\x18\n \x01(\r\x12\x16\n\x0eopen_sequences\x18\x0b \x01(\r\x12\x0f\n\x07\x63lock_s\x18\x0c \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\"\x90\x01\n\x0bLoadRequest\x12\x30\n\x08identity\x18\x01 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Identity\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nlast_layer\x18\x03 \x01(\r\x12\x0f\n\x07weights\x18\x04 \x01(\t\x12\x15\n\rmax_sequences\x18\x05 \x01(\r\"\xb7\x01\n\x05Hello\x12\x30\n\x08identity\x18\x01 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Identity\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nhas_layers\x18\x03 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nlast_layer\x18\x05 \x01(\r\x12\x18\n\x10your_first_layer\x18\x06 \x01(\r\x12\x17\n\x0fyour_last_layer\x18\x07 \x01(\r\"\xe6\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08\x62ias_ids\x18\t \x03(\r\x12\x13\n\x0b\x62ias_values\x18\n \x03(\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\"\x93\x01\n\x04Open\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x30\n\x08sampling\x18\x02 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Sampling\x12\x14\n\x0cnext_address\x18\x03 \x01(\t\x12\x18\n\x10next_first_layer\x18\x04 \x01(\r\x12\x17\n\x0fnext_last_layer\x18\x05 \x01(\r\"\x1a\n\x06Opened\x12\x10\n\x08sequence\x18\x01 \x01(\t\"\xd8\x01\n\x04Step\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12(\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12(\n\x06hidden\x18\x05 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12\x11\n\tis_answer\x18\x06 \x01(\x08\x12\x0e\n\x06sample\x18\x07 \x01(\x08\x12)\n\x07targets\x18\x08 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\"\xc0\x01\n\x07Outcome\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07sampled\x18\x03 \x01(\x08\x12\r\n\x05token\x18\x04 \x01(\r\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12(\n\x06scores\x18\x06 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12\x12\n\nreceived_s\x18\x07 \x01(\x01\x12\x12\n\nfinished_s\x18\x08 \x01(\x01\x12\x11\n\tcompute_s\x18\t \x01(\x01\"\x19\n\x05\x43lose\x12\x10\n\x08sequence\x18\x01 \x01(\t\"I\n\x07\x46\x61ilure\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xd7\x02\n\x05\x46rame\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.neurojax.pipeline.v1.HelloH\x00\x12*\n\x04open\x18\x02 \x01(\x0b\x32\x1a.neurojax.pipeline.v1.OpenH\x00\x12.\n\x06opened\x18\x03 \x01(\x0b\x32\x1c.neurojax.pipeline.v1.OpenedH\x00\x12*\n\x04step\x18\x04 \x01(\x0b\x32\x1a.neurojax.pipeline.v1.StepH\x00\x12\x30\n\x07outcome\x18\x05 \x01(\x0b\x32\x1d.neurojax.pipeline.v1.OutcomeH\x00\x12,\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x1b.neurojax.pipeline.v1.CloseH\x00\x12\x30\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1d.neurojax.pipeline.v1.FailureH\x00\x42\x06\n\x04\x62ody\"\x1e\n\x0b\x45\x63hoRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x1c\n\tEchoReply\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32\xbd\x02\n\x05Stage\x12T\n\x08\x44\x65scribe\x12%.neurojax.pipeline.v1.DescribeRequest\x1a!.neurojax.pipeline.v1.Description\x12L\n\x04Load\x12!.neurojax.pipeline.v1.LoadRequest\x1a!.neurojax.pipeline.v1.Description\x12\x44\n\x04Link\x12\x1b.neurojax.pipeline.v1.Frame\x1a\x1b.neurojax.pipeline.v1.Frame(\x01\x30\x01\x12J\n\x04\x45\x63ho\x12!.neurojax.pipeline.v1.EchoRequest\x1a\x1f.neurojax.pipeline.v1.EchoReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n neurojax/pipeline/pipeline.proto\x12\x14neurojax.pipeline.v1\x1a\x18neurojax/wire/wire.proto\"\x90\x01\n\x08Identity\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07package\x18\x02 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x10\n\x08programs\x18\x07 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"\xa8\x02\n\x0b\x44\x65scription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x08identity\x18\x02 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Identity\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06loaded\x18\x04 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\x05 \x01(\r\x12\x12\n\nlast_layer\x18\x06 \x01(\r\x12\x0f\n\x07weights\x18\x07 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\t \x01(\x04\x12\x15\n\rmax_sequences\x18\n \x01(\r\x12\x16\n\x0eopen_sequences\x18\x0b \x01(\r\x12\x0f\n\x07\x63lock_s\x18\x0c \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\"\xbe\x01\n\x0bLoadRequest\x12\x30\n\x08identity\x18\x01 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Identity\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nlast_layer\x18\x03 \x01(\r\x12\x0f\n\x07weights\x18\x04 \x01(\t\x12\x15\n\rmax_sequences\x18\x05 \x01(\r\x12\r\n\x05\x63\x61\x63he\x18\x06 \x01(\t\x12\x0e\n\x06prefix\x18\x07 \x01(\r\x12\r\n\x05quick\x18\x08 \x01(\x08\"\xd6\x01\n\x05Hello\x12\x30\n\x08identity\x18\x01 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Identity\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nhas_layers\x18\x03 \x01(\x08\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nlast_layer\x18\x05 \x01(\r\x12\x18\n\x10your_first_layer\x18\x06 \x01(\r\x12\x17\n\x0fyour_last_layer\x18\x07 \x01(\r\x12\x0e\n\x06places\x18\x08 \x01(\r\x12\r\n\x05\x62lock\x18\t \x01(\r\"\xe6\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08\x62ias_ids\x18\t \x03(\r\x12\x13\n\x0b\x62ias_values\x18\n \x03(\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\"\xe5\x01\n\x04Open\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\x30\n\x08sampling\x18\x02 \x01(\x0b\x32\x1e.neurojax.pipeline.v1.Sampling\x12\x14\n\x0cnext_address\x18\x03 \x01(\t\x12\x18\n\x10next_first_layer\x18\x04 \x01(\r\x12\x17\n\x0fnext_last_layer\x18\x05 \x01(\r\x12\x10\n\x08stop_ids\x18\x06 \x03(\r\x12\x0f\n\x07restore\x18\x07 \x03(\r\x12\x15\n\rcopy_sequence\x18\x08 \x01(\t\x12\x16\n\x0e\x63opy_positions\x18\t \x01(\r\"\x1a\n\x06Opened\x12\x10\n\x08sequence\x18\x01 \x01(\t\"\xdb\x02\n\x03Row\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05start\x18\x03 \x01(\r\x12(\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12(\n\x06hidden\x18\x05 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12(\n\x04role\x18\x06 \x01(\x0e\x32\x1a.neurojax.pipeline.v1.Role\x12\r\n\x05\x64raws\x18\x07 \x01(\r\x12\x0b\n\x03top\x18\x08 \x01(\r\x12)\n\x07targets\x18\t \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12\x0c\n\x04keep\x18\n \x03(\r\x12&\n\x04seen\x18\x0b \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12)\n\x07\x61llowed\x18\x0c \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\"/\n\x04Step\x12\'\n\x04rows\x18\x01 \x03(\x0b\x32\x19.neurojax.pipeline.v1.Row\"Y\n\x04Tops\x12%\n\x03ids\x18\x01 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12*\n\x08logprobs\x18\x02 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\"\x87\x02\n\nRowOutcome\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12*\n\x08logprobs\x18\x04 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12(\n\x04tops\x18\x05 \x01(\x0b\x32\x1a.neurojax.pipeline.v1.Tops\x12(\n\x06scores\x18\x06 \x01(\x0b\x32\x18.neurojax.wire.v1.Tensor\x12.\n\nscore_tops\x18\x07 \x01(\x0b\x32\x1a.neurojax.pipeline.v1.Tops\"t\n\x07Outcome\x12.\n\x04rows\x18\x01 \x03(\x0b\x32 .neurojax.pipeline.v1.RowOutcome\x12\x12\n\nreceived_s\x18\x02 \x01(\x01\x12\x12\n\nfinished_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\"\x19\n\x05\x43lose\x12\x10\n\x08sequence\x18\x01 \x01(\t\"I\n\x07\x46\x61ilure\x12\x10\n\x08sequence\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xd7\x02\n\x05\x46rame\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.neurojax.pipeline.v1.HelloH\x00\x12*\n\x04open\x18\x02 \x01(\x0b\x32\x1a.neurojax.pipeline.v1.OpenH\x00\x12.\n\x06opened\x18\x03 \x01(\x0b\x32\x1c.neurojax.pipeline.v1.OpenedH\x00\x12*\n\x04step\x18\x04 \x01(\x0b\x32\x1a.neurojax.pipeline.v1.StepH\x00\x12\x30\n\x07outcome\x18\x05 \x01(\x0b\x32\x1d.neurojax.pipeline.v1.OutcomeH\x00\x12,\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x1b.neurojax.pipeline.v1.CloseH\x00\x12\x30\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1d.neurojax.pipeline.v1.FailureH\x00\x42\x06\n\x04\x62ody\"\x1e\n\x0b\x45\x63hoRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"\x1c\n\tEchoReply\x12\x0f\n\x07payload\x18\x01 \x01(\x0c*:\n\x04Role\x12\x0f\n\x0bROLE_PROMPT\x10\x00\x12\x0e\n\nROLE_DRAWN\x10\x01\x12\x11\n\rROLE_REPLAYED\x10\x02\x32\xbd\x02\n\x05Stage\x12T\n\x08\x44\x65scribe\x12%.neurojax.pipeline.v1.DescribeRequest\x1a!.neurojax.pipeline.v1.Description\x12L\n\x04Load\x12!.neurojax.pipeline.v1.LoadRequest\x1a!.neurojax.pipeline.v1.Description\x12\x44\n\x04Link\x12\x1b.neurojax.pipeline.v1.Frame\x1a\x1b.neurojax.pipeline.v1.Frame(\x01\x30\x01\x12J\n\x04\x45\x63ho\x12!.neurojax.pipeline.v1.EchoRequest\x1a\x1f.neurojax.pipeline.v1.EchoReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'neurojax.pipeline.pipeline_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROLE']._serialized_start=2836
+  _globals['_ROLE']._serialized_end=2894
   _globals['_IDENTITY']._serialized_start=85
   _globals['_IDENTITY']._serialized_end=229
   _globals['_DESCRIBEREQUEST']._serialized_start=231
@@ -39,29 +41,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIPTION']._serialized_start=251
   _globals['_DESCRIPTION']._serialized_end=547
   _globals['_LOADREQUEST']._serialized_start=550
-  _globals['_LOADREQUEST']._serialized_end=694
-  _globals['_HELLO']._serialized_start=697
-  _globals['_HELLO']._serialized_end=880
-  _globals['_SAMPLING']._serialized_start=883
-  _globals['_SAMPLING']._serialized_end=1113
-  _globals['_OPEN']._serialized_start=1116
-  _globals['_OPEN']._serialized_end=1263
-  _globals['_OPENED']._serialized_start=1265
-  _globals['_OPENED']._serialized_end=1291
-  _globals['_STEP']._serialized_start=1294
-  _globals['_STEP']._serialized_end=1510
-  _globals['_OUTCOME']._serialized_start=1513
-  _globals['_OUTCOME']._serialized_end=1705
-  _globals['_CLOSE']._serialized_start=1707
-  _globals['_CLOSE']._serialized_end=1732
-  _globals['_FAILURE']._serialized_start=1734
-  _globals['_FAILURE']._serialized_end=1807
-  _globals['_FRAME']._serialized_start=1810
-  _globals['_FRAME']._serialized_end=2153
-  _globals['_ECHOREQUEST']._serialized_start=2155
-  _globals['_ECHOREQUEST']._serialized_end=2185
-  _globals['_ECHOREPLY']._serialized_start=2187
-  _globals['_ECHOREPLY']._serialized_end=2215
-  _globals['_STAGE']._serialized_start=2218
-  _globals['_STAGE']._serialized_end=2535
+  _globals['_LOADREQUEST']._serialized_end=740
+  _globals['_HELLO']._serialized_start=743
+  _globals['_HELLO']._serialized_end=957
+  _globals['_SAMPLING']._serialized_start=960
+  _globals['_SAMPLING']._serialized_end=1190
+  _globals['_OPEN']._serialized_start=1193
+  _globals['_OPEN']._serialized_end=1422
+  _globals['_OPENED']._serialized_start=1424
+  _globals['_OPENED']._serialized_end=1450
+  _globals['_ROW']._serialized_start=1453
+  _globals['_ROW']._serialized_end=1800
+  _globals['_STEP']._serialized_start=1802
+  _globals['_STEP']._serialized_end=1849
+  _globals['_TOPS']._serialized_start=1851
+  _globals['_TOPS']._serialized_end=1940
+  _globals['_ROWOUTCOME']._serialized_start=1943
+  _globals['_ROWOUTCOME']._serialized_end=2206
+  _globals['_OUTCOME']._serialized_start=2208
+  _globals['_OUTCOME']._serialized_end=2324
+  _globals['_CLOSE']._serialized_start=2326
+  _globals['_CLOSE']._serialized_end=2351
+  _globals['_FAILURE']._serialized_start=2353
+  _globals['_FAILURE']._serialized_end=2426
+  _globals['_FRAME']._serialized_start=2429
+  _globals['_FRAME']._serialized_end=2772
+  _globals['_ECHOREQUEST']._serialized_start=2774
+  _globals['_ECHOREQUEST']._serialized_end=2804
+  _globals['_ECHOREPLY']._serialized_start=2806
+  _globals['_ECHOREPLY']._serialized_end=2834
+  _globals['_STAGE']._serialized_start=2897
+  _globals['_STAGE']._serialized_end=3214
 # @@protoc_insertion_point(module_scope)

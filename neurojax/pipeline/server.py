@@ -136,7 +136,6 @@ class StageServer(rpc.StageServicer):
 
   async def Link(self, request_iterator: object, context: grpc.aio.ServicerContext) -> None:
     outlet = Outlet(context.write)
-    owned: set[str] = set()
     try:
       first = await asyncio.wait_for(context.read(), HELLO_S)
       if first is grpc.aio.EOF:
@@ -153,10 +152,9 @@ class StageServer(rpc.StageServicer):
         if kind == "step":
           await self._sequences.step(frame.step, sender, outlet, received_s)
         elif kind == "open" and not sender.has_layers:
-          await self._sequences.open(frame.open, outlet, owned)
+          await self._sequences.open(frame.open, outlet)
         elif kind == "close" and not sender.has_layers:
-          owned.discard(frame.close.sequence)
-          await self._sequences.close(frame.close.sequence)
+          await self._sequences.close(frame.close.sequence, outlet)
         else:
           await context.abort(
             grpc.StatusCode.INVALID_ARGUMENT,
@@ -166,11 +164,12 @@ class StageServer(rpc.StageServicer):
       await context.abort(
         grpc.StatusCode.DEADLINE_EXCEEDED, f"{self._name}: no Hello within {HELLO_S:g} s"
       )
+    except ValueError as error:
+      await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{self._name}: {error}")
     finally:
-      for sequence in owned:
-        # Shielded: a link that breaks cancels this task, the caches must go all the same.
-        with contextlib.suppress(asyncio.CancelledError):
-          await asyncio.shield(self._sequences.close(sequence))
+      # Shielded: a link that breaks cancels this task, the caches must go all the same.
+      with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.shield(self._sequences.leave(outlet))
 
   async def _greet(
     self, frame: pb.Frame, outlet: Outlet, context: grpc.aio.ServicerContext
@@ -204,7 +203,10 @@ class StageServer(rpc.StageServicer):
         f"{self._name} refuses {printable(hello.name, 80) or 'a peer'}: {problem}",
       )
     assert loaded is not None
-    await outlet.send(pb.Frame(hello=loaded.hello(self._name)))
+    answer = loaded.hello(self._name)
+    if hello.places and not hello.has_layers:
+      answer.places = self._sequences.places.ask(outlet, loaded.runtime.stage.places)
+    await outlet.send(pb.Frame(hello=answer))
     return hello
 
 

@@ -9,6 +9,7 @@ from neurojax.count.serving import Load
 from neurojax.count.working import kind_of
 from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline.contact import Contact, PipelineOptions
+from neurojax.pipeline.errors import HandshakeError
 from neurojax.plan.fleet import Fleet
 from neurojax.plan.plan import Placement
 from neurojax.plan.proportional import as_planned, proportional
@@ -23,6 +24,7 @@ class Stages:
 
   Attributes:
     placements: The span of each stage, with the bytes that it takes and the host has free.
+    block: Positions of a kept block, and the grid on which prompts are cut; 0 before `link`.
   """
 
   def __init__(self, config: ModelConfig, identity: pb.Identity, options: PipelineOptions):
@@ -30,6 +32,7 @@ class Stages:
     self._contacts: list[Contact] = []
     self._relinking = asyncio.Lock()
     self.placements: tuple[Placement, ...] = ()
+    self.block = 0
 
   def __len__(self) -> int:
     return len(self._contacts)
@@ -42,6 +45,11 @@ class Stages:
 
   def index(self, contact: Contact) -> int:
     return self._contacts.index(contact)
+
+  @property
+  def places(self) -> int:
+    """Places for kept blocks that every stage grants."""
+    return min((contact.places for contact in self), default=0)
 
   async def meet(self, fleet: Fleet, planned: Mapping[str, Span] | None) -> None:
     """Meet every host and decide which layers each is to hold.
@@ -110,9 +118,18 @@ class Stages:
   async def link(
     self, on_frame: Callable[[Contact, pb.Frame], None], on_lost: Callable[[Contact], None]
   ) -> None:
-    """Open the link to every stage. The arguments are those of `Contact.link`."""
+    """Open the link to every stage. Arguments and errors are those of `Contact.link`."""
     self._on_frame, self._on_lost = on_frame, on_lost
     await asyncio.gather(*(contact.link(on_frame, on_lost) for contact in self))
+    self.block = self[0].block
+    for contact in self:
+      self._check_block(contact)
+
+  def _check_block(self, contact: Contact) -> None:
+    if contact.block != self.block:
+      raise HandshakeError(
+        contact.label, f"its blocks have {contact.block} positions, those of others {self.block}"
+      )
 
   async def relink(self) -> None:
     """Meet every lost stage again; a server that was started anew loads its span again."""
@@ -126,6 +143,7 @@ class Stages:
         self._contacts[index] = fresh
         await fresh.load()
         await fresh.link(self._on_frame, self._on_lost)
+        self._check_block(fresh)
 
   async def close(self) -> None:
     for contact in self._contacts:

@@ -11,10 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
+
 from neurojax.config import Sampling, Serving
 from neurojax.engine.api import Engine, Request, Token
 from neurojax.files.open import open_model
 from neurojax.forms import Forms
+from neurojax.pipeline import pipeline_pb2 as pb
+from neurojax.pipeline import pipeline_pb2_grpc as rpc
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.plan.fleet import Fleet, Host
 
@@ -137,3 +141,22 @@ def run(work: object, *, limit_s: float = 120.0) -> object:
     return await asyncio.wait_for(work, limit_s)
 
   return asyncio.run(limited())
+
+
+async def serves(three: Cluster, *indices: int) -> None:
+  """A fresh coordinator gets a whole answer, and nothing of it stays behind."""
+  engine = await three.connect(*indices)
+  assert len(await collect(engine, request(max_tokens=4))) == 4
+  for index in indices or range(3):
+    assert await open_sequences(three.addresses[index]) == 0
+  await engine.close()
+
+
+async def open_sequences(address: str) -> int:
+  async with grpc.aio.insecure_channel(address) as channel:
+    for _ in range(50):
+      description = await rpc.StageStub(channel).Describe(pb.DescribeRequest(), timeout=5)
+      if description.open_sequences == 0:
+        break
+      await asyncio.sleep(0.1)
+  return description.open_sequences

@@ -30,7 +30,7 @@ def test_short_convolutions_over_servers_give_the_local_tokens(tmp_path: Path):
 
   async def local() -> list[list[Token]]:
     with open_model(path) as file:
-      engine = LocalEngine(CompiledStage(load_span(file), context_length=128))
+      engine = LocalEngine(CompiledStage(load_span(file), context_length=128, slots=4))
     return [await collect(engine, wanted) for wanted in REQUESTS]
 
   async def distributed() -> list[list[Token]]:

@@ -18,12 +18,12 @@ from neurojax.plan.fleet import Fleet, Host
 from tests.golden.families import recipe
 from tests.pipeline.servers import run
 
-SERVING = Serving(dtype="bfloat16", weights="dense", context=64, sequences=2)
+SERVING = Serving(dtype="bfloat16", weights="dense", context=64, sequences=2, prefix=600)
 
 
 def in_one_process(path: Path, free_bytes: int) -> bool:
   async def work() -> None:
-    options = EngineOptions(dtype="bfloat16", weights="dense", context=64, sequences=2)
+    options = EngineOptions(dtype="bfloat16", weights="dense", context=64, sequences=2, prefix=600)
     with open_model(path) as file:
       async with open_engine(file, options):
         pass

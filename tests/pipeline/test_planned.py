@@ -9,6 +9,7 @@ import pytest
 from neurojax.cli import main
 from neurojax.cli.options import EngineOptions, open_engine
 from neurojax.config import Serving, Span
+from neurojax.config.serving import DEFAULT_PREFIX
 from neurojax.count.serving import Load, stage_bytes, stage_working
 from neurojax.engine.local import LocalEngine
 from neurojax.files.load import load_span
@@ -57,7 +58,7 @@ def test_servers_hold_what_the_plan_says_and_give_the_local_tokens(
   async def work():
     with open_model(tiny_path) as file:
       engine = LocalEngine(
-        CompiledStage(load_span(file, dtype=jnp.dtype("float32")), context_length=256)
+        CompiledStage(load_span(file, dtype=jnp.dtype("float32")), context_length=256, slots=4)
       )
       alone = await collect(engine, request())
       async with open_engine(file, EngineOptions(plan=path, context=256)) as pipeline:
@@ -121,7 +122,8 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_reason(
 def test_hosts_without_a_plan_have_room_for_what_programs_work_in(
   three: Cluster, tiny_path: Path, tmp_path: Path
 ):
-  load = Load(serving=Serving(weights="dense", context=256, sequences=4), working=False)
+  serving = Serving(weights="dense", context=256, sequences=4, prefix=DEFAULT_PREFIX)
+  load = Load(serving=serving, working=False)
   thirds = [Span(first_layer=2 * i, last_layer=2 * i + 1, num_layers=6) for i in range(3)]
   most = max(stage_bytes(tinymodel.CONFIG, span, load) for span in thirds)
   needs = stage_working(tinymodel.CONFIG, dataclasses.replace(load, working=True), "cpu").base

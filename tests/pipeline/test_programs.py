@@ -15,7 +15,6 @@ from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, ternary_matrices
 from neurojax.files.open import open_model
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.pipeline import pipeline_pb2 as pb
 from neurojax.pipeline.coordinator import PipelineEngine, PipelineOptions
 from neurojax.pipeline.errors import HandshakeError
 from neurojax.pipeline.loading import Loader
@@ -39,8 +38,8 @@ class FusingLoader(Loader):
   def why_not_fused(self, dtype: str) -> None:
     return None
 
-  def compile(self, model: NeuroLLM, wanted: pb.Identity) -> CompiledStage:
-    return compiled(model, "fused" if wanted.programs == "auto" else wanted.programs)
+  def compile(self, model: NeuroLLM, serving: Serving, programs: str) -> CompiledStage:
+    return compiled(model, "fused" if programs == "auto" else programs)
 
 
 class Fusing(StageServer):

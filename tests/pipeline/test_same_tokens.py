@@ -1,4 +1,4 @@
-"""The same tokens: local or distributed, streamed or collected, alone or beside others, whole or chunked."""
+"""The same tokens and bits: local or distributed, streamed or collected, alone or beside others."""
 
 import asyncio
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from neurojax import count
 from neurojax.config import ModelConfig, Sampling, Serving
 from neurojax.count.serving import Load, layer_bytes, stage_working
-from neurojax.engine.api import Request, Token
+from neurojax.engine.api import Scores, Token
 from neurojax.engine.local import LocalEngine
 from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span, ternary_matrices
@@ -18,7 +18,15 @@ from neurojax.files.open import open_model
 from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.compile import CompiledStage
 from tests import tinymodel
-from tests.pipeline.servers import PROMPT, Cluster, cluster, collect, request, run
+from tests.pipeline.servers import (
+  PROMPT,
+  Cluster,
+  cluster,
+  collect,
+  open_sequences,
+  request,
+  run,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -31,14 +39,18 @@ REQUESTS = {
   "penalized": request(
     sampling=Sampling(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.2)
   ),
-  "long": request(prompt=(PROMPT * 12)[:150], sampling=Sampling(temperature=1.0, seed=3)),
+  "long": request(
+    prompt=(PROMPT * 12)[:150], sampling=Sampling(temperature=1.0, seed=3), top_logprobs=2
+  ),
 }
 
 
-def local(path: Path, weights: str = "dense", dtype: str = "float32") -> LocalEngine:
+def local(
+  path: Path, weights: str = "dense", dtype: str = "float32", *, context: int = 256
+) -> LocalEngine:
   with open_model(path) as file:
     model = load_span(file, weights=weights, dtype=jnp.dtype(dtype))
-  return LocalEngine(CompiledStage(model, context_length=256))
+  return LocalEngine(CompiledStage(model, context_length=context, slots=4))
 
 
 def answers(path: Path, **form: str) -> dict[str, list[Token]]:
@@ -141,39 +153,73 @@ def test_packed_ternary_weights_give_the_same_bits_in_any_cut(ternary_path: Path
   assert found == [alone, alone]
 
 
-def test_concurrent_requests_do_not_touch_each_other(three: Cluster, tiny_path: Path, alone):
-  names = ["greedy", "sampled", "penalized", "long"]
+BESIDE = [
+  request(prompt=(PROMPT * 31)[:300], max_tokens=9, top_logprobs=3),
+  request(sampling=Sampling(temperature=1.0, seed=11, min_tokens=5), stop_ids=frozenset(range(32))),
+  REQUESTS["penalized"],
+  request(n=2, sampling=Sampling(temperature=0.8, top_p=0.9, seed=5), prompt_logprobs=1),
+  request(max_tokens=30, sampling=Sampling(logit_bias={260: 4.0, 261: float("-inf")})),
+]
+SCORED = (PROMPT[::-1] * 31)[:300]
 
-  async def work():
-    engine = await three.connect(0, 1)
-    beside = await asyncio.gather(*(collect(engine, REQUESTS[name]) for name in names))
+
+@pytest.fixture(scope="module")
+def one_by_one(tiny_path: Path) -> tuple[list[list[Token]], Scores]:
+  """What one process gives to each alone."""
+
+  async def work() -> tuple[list[list[Token]], Scores]:
+    engine = local(tiny_path, context=400)
+    found = [await collect(engine, wanted) for wanted in BESIDE]
+    scores = await engine.score(SCORED, first=7, top=4)
     await engine.close()
-    own = local(tiny_path)
-    local_beside = await asyncio.gather(*(collect(own, REQUESTS[name]) for name in names))
-    return beside, local_beside
+    return [by_answer(tokens) for tokens in found], scores
 
-  beside, local_beside = run(work())
-  assert beside == [alone[name] for name in names]
-  assert local_beside == [alone[name] for name in names]
+  return run(work())
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 100, 1000])
-def test_chunked_prefill_gives_the_same_tokens(three: Cluster, alone, chunk: int):
+def by_answer(tokens: list[Token]) -> list[Token]:
+  return sorted(tokens, key=lambda token: (token.answer, token.index))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_requests_beside_each_other_get_the_local_bits(three: Cluster, one_by_one, stages: int):
+  """Greedy and seeded, with penalties, biases, several answers and a text to score: more than there are
+  slots. One that is given up leaves its slot on every stage."""
+
   async def work():
-    engine = await three.connect(0, 1)
-    long = REQUESTS["long"]
-    changed = Request(
-      prompt=long.prompt, max_tokens=long.max_tokens, sampling=long.sampling, prefill_chunk=chunk
+    engine = await three.connect(*range(stages), context=400)
+    given_up = engine.generate(request(prompt=PROMPT * 3, max_tokens=200))
+    await anext(given_up)
+
+    async def leave() -> None:
+      for _ in range(3):
+        await anext(given_up)
+      await given_up.aclose()
+
+    *found, scores, _ = await asyncio.gather(
+      *(collect(engine, wanted) for wanted in BESIDE),
+      engine.score(SCORED, first=7, top=4),
+      leave(),
     )
-    found = await collect(engine, changed)
+    for address in three.addresses[:stages]:
+      assert await open_sequences(address) == 0
+    load = engine.load()
     await engine.close()
-    return found
+    return [by_answer(tokens) for tokens in found], scores, load
 
-  found = run(work())
-  assert [t.id for t in found] == [t.id for t in alone["long"]]
-  np.testing.assert_allclose(
-    [t.logprob for t in found], [t.logprob for t in alone["long"]], atol=2e-5
-  )
+  found, scores, load = run(work())
+  alone, local_scores = one_by_one
+  assert found == alone
+  assert [t.prompt_scores is None for t in found[3]] == [t.prompt_scores is None for t in alone[3]]
+  _same_scores(found[3][0].prompt_scores, alone[3][0].prompt_scores)
+  _same_scores(scores, local_scores)
+  assert load.running == load.queued == 0 and load.refused == 0
+
+
+def _same_scores(found: Scores, wanted: Scores) -> None:
+  np.testing.assert_array_equal(found.logprobs, wanted.logprobs)
+  np.testing.assert_array_equal(found.tops.ids, wanted.tops.ids)
+  np.testing.assert_array_equal(found.tops.logprobs, wanted.tops.logprobs)
 
 
 def test_scores_equal_the_local_ones_and_the_answers_own_logprobs(
@@ -191,6 +237,7 @@ def test_scores_equal_the_local_ones_and_the_answers_own_logprobs(
     return far, every, near
 
   far, every, near = run(work())
+  far, every, near = (scores.logprobs for scores in (far, every, near))
   assert (far == near).all() and (every[first - 1 :] == far).all()
   assert len(every) == len(tokens) - 1
   np.testing.assert_allclose(far, [t.logprob for t in alone["long"]], atol=2e-5)
