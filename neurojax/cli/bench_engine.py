@@ -160,8 +160,10 @@ async def _measured(engine, traffic: "Traffic"):
   from neurojax.measure.speed import load
 
   try:
-    # Programs that only requests of this kind need are compiled first.
-    warm = dataclasses.replace(traffic, requests=1, answer=min(traffic.answer, 17))
+    # Programs that only requests of this kind, and so many at once, need are compiled first.
+    warm = dataclasses.replace(
+      traffic, requests=traffic.concurrent, answer=min(traffic.answer, 17), rate=None
+    )
     await load.measure(engine, warm, seed=1)
     with stderr.status("measuring"):
       return await load.measure(engine, traffic)
