@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neurojax.forms import KEY_BLOCK, PREFILL
+from neurojax.kernels.gemm import api as gemm
+from neurojax.kernels.rows import attend as rows
 from neurojax.model.cache import KVCache
 
 _MASKED = -1e30
@@ -146,10 +148,16 @@ def _attend_one(
   scores: Scores,
   window: int | None,
 ) -> Float[Array, "B 1 N H"]:
-  """Computes `attend_cache` of one query, over the least sufficient power of two of keys."""
+  """Computes `attend_cache` of one query: by a kernel, or over the least sufficient power of two of keys."""
   batch, _, _, head_dim = q_B1NH.shape
   num_kv_heads = cache.k_LBKSH.shape[2]
   q_BKGH = _scaled_groups(q_B1NH, num_kv_heads, scores)[:, 0]
+  if rows.why_not(gemm.default_platform()) is None:
+    out_BNH = rows.attend(
+      q_BKGH.reshape(batch, -1, head_dim), cache.k_LBKSH, cache.v_LBKSH, layer, start_B,
+      softcap=scores.softcap, window=window,
+    )  # fmt: skip
+    return out_BNH[:, None].astype(q_B1NH.dtype)
   # The first key that some row sees.
   first = None if window is None else jnp.maximum(start_B.min() - window + 1, 0)
 

@@ -94,7 +94,7 @@ class ModelPrograms:
     return model.run_layers(x_BTD, cache=cache, start_B=start_B, count_B=count_B)
 
   def logits(self, params: Any, x_BTD: Float[Array, "1 T D"]) -> Float32[Array, "1 T V"]:
-    return self._rebuild(params).logits(x_BTD)
+    return self._rebuild(params).logits(x_BTD, in_place=True)
 
   @property
   def weight_bytes(self) -> int:
