@@ -60,6 +60,9 @@ def working(
     int8    in prefill, the matrices of attention or one of the FFN as floats; also for weights as stored
     last    logits, and the arrays that sampling makes of them, beside all else: a step draws its tokens too
 
+  Kernels for few rows on a CPU (`kernels.rows`) read layers and caches in place and need less: they are not
+  taken for granted, as a machine may have no compiler.
+
   XLA:CPU computes bfloat16 as float32. Up to jax 0.10 it widens all dense layers, caches and the head of a
   stage before the loop over layers; later versions take a third to a half of that, and the estimate is on the
   safe side.

@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from neurojax.forms import KEY_BLOCK, PREFILL
+from neurojax.kernels.gemm import api as gemm
+from neurojax.kernels.rows import attend as kernel
 from neurojax.model.cache import KVCache, Rows
 from neurojax.model.loops import unknown_count
 
@@ -91,7 +93,7 @@ def attend_cache(
 
   Query t of row b sees the last `window` of keys 0..start_B[b]+t. Work and memory follow the positions
   in use, not the capacity of the cache, nor what lies in front of the window. Rows are computed one after
-  the other, so that no row's bits depend on the others. Many queries visit keys in blocks with a running
+  the other, or by a kernel for single queries, so that no row's bits depend on the others. Many queries visit keys in blocks with a running
   maximum and sum. A single query reads all its keys at once: its scores are few, and a loop over blocks
   would cost more than the scores themselves. Rows without input give zeros.
 
@@ -105,6 +107,13 @@ def attend_cache(
       f" positions: give at most {PREFILL} inputs at a time"
     )
   q_BTKGH = _scaled_groups(q_BTNH, cache.k_LPKSH.shape[2], scores)
+  if length == 1 and cache.k_scale_LPKS is None and not kernel.why_not(gemm.default_platform()):
+    position_B = rows.start_B if rows.live_B is None else jnp.where(rows.live_B, rows.start_B, -1)
+    out_BNH = kernel.attend(
+      q_BTKGH.reshape(batch, num_heads, head_dim), cache.k_LPKSH, cache.v_LPKSH, layer, position_B,
+      slot_B=rows.slots, softcap=scores.softcap, window=window,
+    )  # fmt: skip
+    return out_BNH[:, None].astype(q_BTNH.dtype)
   one = _attend_one if length == 1 else _attend_blocks
   slot_B = rows.slots
 

@@ -24,7 +24,7 @@ from neurojax.model.loops import ScanBody, loop_runs, scan_runs, unknown_count
 from neurojax.model.norm import RMSNorm
 from neurojax.model.order import rounds
 from neurojax.weights import matrix
-from neurojax.weights.matrix import StackedLayer
+from neurojax.weights.matrix import InPlace, StackedLayer
 
 
 class NeuroLLM(nnx.Module):
@@ -97,7 +97,9 @@ class NeuroLLM(nnx.Module):
     x_BTD = self.embed(inputs) if self.span.is_first else inputs
     rows = None if start_B is None else Rows(start_B, count_B, slot_B)
     x_BTD, cache = self.run_layers(x_BTD, cache=cache, rows=rows)
-    return (self.logits(x_BTD) if self.span.is_last else x_BTD), cache
+    if not self.span.is_last:
+      return x_BTD, cache
+    return self.logits(x_BTD, in_place=cache is not None), cache
 
   def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Looks up the embedding of each token."""
@@ -162,9 +164,18 @@ class NeuroLLM(nnx.Module):
       x_BTD, caches = loop_runs(each, looped, start_B[0], x_BTD, caches)
     return x_BTD, caches
 
-  def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Float32 logits of what the last layer gave."""
-    weight = getattr(self, ends.head_name(self.config))
+  def logits(
+    self, x_BTD: Float[Array, "B T D"], *, in_place: bool = False
+  ) -> Float[Array, "B T V"]:
+    """Float32 logits of what the last layer gave.
+
+    Args:
+      in_place: The head may be multiplied by a kernel, whose bits do not depend on the number of rows but
+        which has no derivative.
+    """
+    weight = getattr(self, ends.head_name(self.config)).get_value()
+    if in_place and matrix.reads_in_place(weight):
+      weight = InPlace(weight)
     return ends.head(self.normed(x_BTD), weight, self.config)
 
   def normed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -249,8 +260,11 @@ def _numbers(stacked: nnx.State, index: jax.Array) -> nnx.State:
 
   def one(path: tuple[Any, ...], param: nnx.Variable) -> nnx.Variable:
     value = param.get_value()
-    if params.is_expert(path[-1].key):
+    name = path[-1].key
+    if params.is_expert(name):
       return param.replace(StackedLayer(value, index))
+    if params.is_multiplied(name):
+      return param.replace(matrix.in_place(value, index))
     return param.replace(matrix.layer(value, index))
 
   return jax.tree_util.tree_map_with_path(

@@ -144,6 +144,16 @@ def is_matrix(name: str) -> bool:
   return not any(part in name for part in ("_norm_", "_bias_", "_kernel_", "_scale_", "router_"))
 
 
+def is_multiplied(attribute: str) -> bool:
+  """Tells whether products multiply by a layer's parameter, by the last part of its place in a model.
+
+  These are the matrices, and a router.
+  """
+  return any(
+    path[-1] == attribute for name, path in LAYER.items() if is_matrix(name) or name == "router_DE"
+  )
+
+
 def contracted(name: str) -> int:
   """The axes of a matrix that a product sums over: c > 0: its first c axes, c < 0: its last -c.
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 
 from neurojax import config
 from neurojax.kernels.decode import api as decode
-from neurojax.kernels.gemm import cpu
+from neurojax.model import ends, params, project
 from neurojax.model.cache import Cache, KVCache, Rows
 from neurojax.model.neurollm import NeuroLLM, empty_cache
 from neurojax.stage import fused
@@ -110,7 +110,7 @@ class ModelPrograms:
     return model.run_layers(x_BTD, cache=cache, rows=rows)
 
   def logits(self, params: Any, x_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
-    return self._rebuild(params).logits(x_BTD)
+    return self._rebuild(params).logits(x_BTD, in_place=True)
 
   def step(
     self, params: Any, inputs: Array, cache: Cache, rows: Rows
@@ -200,16 +200,19 @@ def _positions(rows: Rows) -> Array:
 def rows_agree(model: NeuroLLM) -> bool:
   """Whether all matrices of a model give a row the same bits beside any number of other rows.
 
-  Ternary matrices do on a CPU, where one kernel multiplies every row by itself.
+  Experts do not: which rows share one is decided by what all of them hold.
   """
-  if _device().platform != "cpu" or model.config.num_experts or cpu.unavailable():
+  config, platform = model.config, _device().platform
+  if config.num_experts:
     return False
-  return all(
-    isinstance(leaf, TernaryArray) or leaf.ndim < 2
-    for leaf in jax.tree.leaves(
-      nnx.to_pure_dict(nnx.state(model)), is_leaf=lambda leaf: isinstance(leaf, TernaryArray)
-    )
+  stacked = (
+    params.get(nnx.to_pure_dict(nnx.state(model)), path)
+    for stack in model.stacks.values()
+    for _, path in params.stack_names(config, stack)
+    if params.is_multiplied(path[-1])
   )
+  head = [getattr(model, ends.head_name(config)).get_value()] if model.span.is_last else []
+  return all(project.rows_agree(weight, platform) for weight in (*stacked, *head))
 
 
 def programs_of(

@@ -84,6 +84,16 @@ class Contraction:
     return x_shape[: len(batch)]
 
 
+def contraction_of(spec: str, weight_shape: tuple[int, ...]) -> Contraction:
+  """The axes that an einsum of x and a weight contracts: its first or its last ones.
+
+  Raises: ValueError: the spec is of another form.
+  """
+  left, _, right = spec.replace(" ", "").partition("->")[0].partition(",")
+  count = sum(letter in left for letter in right)
+  return Contraction(weight_shape, count if right[:1] and right[0] in left else -count)
+
+
 def contract_rows(
   x: Float[Array, "..."],
   products: "Sequence[tuple[str, Contraction]]",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class GroupedArray(RowMatrix):
   form: Grouped = field(metadata={"static": True})
   weight_shape: tuple[int, ...] = field(metadata={"static": True})
   contracted_axes: int = field(metadata={"static": True})
+  reads_in_place: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "weight_shape", tuple(self.weight_shape))

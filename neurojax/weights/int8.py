@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class Int8Array(RowMatrix):
   levels: Any
   weight_shape: tuple[int, ...] = field(metadata={"static": True})
   contracted_axes: int = field(metadata={"static": True})
+  reads_in_place: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "weight_shape", tuple(self.weight_shape))

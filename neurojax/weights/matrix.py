@@ -5,7 +5,7 @@ of kernels, so `model.project` hands those to `kernels.gemm`.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,41 @@ def layer(stacked: Any, index: Int[Array, ""]) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class InPlace:
+  """A matrix that is left where it is: products may be computed by a kernel, which gets whole arrays.
+
+  XLA may slice a stack for free in what it fuses. But inside a loop over layers a slice of it for a kernel
+  is a copy.
+
+  Attributes:
+    matrix: An array or a matrix; with one further leading axis if there is an index.
+    index: int32 [], which of stacked matrices; None: the matrix is a single one.
+  """
+
+  # Any, because tree maps put shapes, shardings and None in an array's place.
+  matrix: Any
+  index: Any = None
+
+  def taken(self) -> Any:
+    """The matrix itself."""
+    return self.matrix if self.index is None else layer(self.matrix, self.index)
+
+
+def in_place(stacked: Any, index: Int[Array, ""]) -> Any:
+  """The `index`-th of arrays or matrices that are stacked on a leading axis, left where it is.
+
+  Only products can be computed with it.
+  """
+  return InPlace(stacked, index) if reads_in_place(stacked) else layer(stacked, index)
+
+
+def reads_in_place(matrix: Any) -> bool:
+  """Tells whether `InPlace` may hold a matrix."""
+  return isinstance(matrix, jax.Array) or getattr(type(matrix), "reads_in_place", False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StackedLayer:
   """One layer of stacked matrices, left where it is because only a part of the layer is read.
 
@@ -76,7 +111,7 @@ class StackedLayer:
     """The `index`-th matrix of this layer."""
     count = jax.tree.leaves(self.stacked)[0].shape[1]
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.stacked)
-    return layer(flat, self.index * count + index)
+    return in_place(flat, self.index * count + index)
 
 
 class RowMatrix:
@@ -91,6 +126,8 @@ class RowMatrix:
 
   weight_shape: tuple[int, ...]
   contracted_axes: int
+  # Whether `InPlace` may hold matrices of the class.
+  reads_in_place: ClassVar[bool] = False
 
   @property
   def leading(self) -> tuple[int, ...]:

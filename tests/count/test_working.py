@@ -6,8 +6,16 @@ from neurojax.config import ModelConfig, Serving, Span
 from neurojax.count.serving import Load, stage_bytes
 from neurojax.count.working import working
 from neurojax.forms import PREFILL
+from neurojax.kernels.rows import api, attend
 from neurojax.measure.random_model import random_model
 from neurojax.stage.compile import BUCKETS, CompiledStage
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Products and attention of few rows are XLA's, which copies what kernels read in place."""
+  for module in (api, attend):
+    monkeypatch.setattr(module, "why_not", lambda *args: "left to XLA")
 
 
 def compiled(config: ModelConfig, span: Span, dtype: str, weights, context: int) -> CompiledStage:
@@ -27,6 +35,7 @@ def check(config: ModelConfig, span: Span, dtype: str, weights, context: int, mo
   ("model_dim", "ffn_dim", "num_heads", "head_dim", "context"),
   [(256, 1024, 4, 64, 256), (512, 512, 4, 128, 2048), (256, 256, 16, 64, 512)],
 )
+@pytest.mark.usefixtures("without_kernels")
 def test_working_memory_is_no_less_than_the_compiler_takes_and_not_much_more(
   model_dim: int, ffn_dim: int, num_heads: int, head_dim: int, context: int, weights
 ):
@@ -43,7 +52,22 @@ def test_working_memory_is_no_less_than_the_compiler_takes_and_not_much_more(
   check(config, span, "float32", weights, context, 1.7)
 
 
+def test_kernels_need_no_more():
+  config = ModelConfig(
+    vocab_size=64,
+    model_dim=512,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    ffn_dim=512,
+  )
+  for weights in ("dense", "int8", "w2a16"):
+    check(config, Span.whole(config), "float32", weights, 2048, 3)
+
+
 @pytest.mark.parametrize(("weights", "layers"), [("dense", 3), ("w2a8", 3), ("dense", 1)])
+@pytest.mark.usefixtures("without_kernels")
 def test_so_it_is_in_bfloat16_which_a_cpu_widens_and_at_the_ends(weights, layers: int):
   config = ModelConfig(
     vocab_size=8192,

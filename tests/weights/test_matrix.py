@@ -63,10 +63,14 @@ def test_a_layer_of_stacked_matrices_is_the_matrix(held: str):
   for index, w in enumerate(ws):
     one = matrix.layer(stacked, jnp.int32(index))
     expert = matrix.StackedLayer(experts, jnp.int32(index)).layer(jnp.int32(0))
-    for found in (one, expert):
+    left = matrix.InPlace(w) if matrix.reads_in_place(w) else w
+    for found, alone in ((one, w), (expert, left)):
       np.testing.assert_array_equal(
-        project("TD,VD->TV", x_TD, found), project("TD,VD->TV", x_TD, w)
+        project("TD,VD->TV", x_TD, found), project("TD,VD->TV", x_TD, alone)
       )
+    if left is not w:
+      assert matrix.reads_in_place(stacked) and expert.matrix.shape[0] == 3
+      np.testing.assert_array_equal(values(expert.taken()), values(w))
 
 
 def test_a_form_builds_its_own_array():

@@ -119,7 +119,7 @@ def choice_for(m: int, w: TernaryArray, *, device: jax.Device | None = None) -> 
     device: The device to compile for; None: the one that JAX would run on.
   """
   device = device or _default_device()
-  platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+  platform = _platform(device)
   contraction = w.contraction
   entries = tuned.load(device.device_kind)
   entry = tuned.find(entries, w.mode, m, contraction.n, contraction.k)
@@ -186,6 +186,15 @@ def _check(x: Array, w: TernaryArray | TernaryLayer) -> Array:
 
 def _array(w: TernaryArray | TernaryLayer) -> TernaryArray:
   return w.stacked if isinstance(w, TernaryLayer) else w
+
+
+def default_platform() -> str:
+  """The platform that JAX would run on: "cpu", "gpu" or another."""
+  return _platform(_default_device())
+
+
+def _platform(device: jax.Device) -> str:
+  return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
 
 
 def _default_device() -> jax.Device:

@@ -1,23 +1,12 @@
-// Activations times two-bit weights on a CPU. cpu.py compiles this file for the machine it runs on.
+// Activations times two-bit weights on a CPU. native/library.py compiles this file for the machine it
+// runs on.
 //
 // A tile is kTile output channels, one to a lane: its codes are transposed from rows of bytes to
 // words [words][kTile], word i of a lane holding elements 16i .. 16i + 15 of its channel. A lane
 // sums the elements of its channel in one fixed order, so that the bits of a product depend neither
 // on the instruction set nor on how many rows, channels or threads there are.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
-
-#include "cpu_vectors.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "../native/pool.h"
 
 namespace {
 
@@ -27,66 +16,9 @@ constexpr int kWordElements = 16;  // two-bit codes in a word
 constexpr int kUnitWords = 4;      // words in 64 elements, of which K and groups are multiples
 constexpr int kPairs = 8;          // pairs of elements in a word
 constexpr int kBlockWords = 16;    // words transposed at once, and float products added in a row
-constexpr int kLine = 64;          // bytes that memory moves at once
 constexpr int64_t kThreadBytes = 1 << 17;  // of codes times rows: less is not worth waking a thread
 
 enum Mode : int64_t { kW2A16 = 0, kW2A8 = 1 };
-
-// Memory that a thread keeps from call to call.
-template <typename T>
-class Buffer {
- public:
-  T* at_least(int64_t count) {
-    size_t lines = (count * sizeof(T) + kLine - 1) / kLine;
-    if (lines_.size() < lines) lines_.resize(lines);
-    return data();
-  }
-  T* data() { return reinterpret_cast<T*>(lines_.data()); }
-
- private:
-  struct alignas(kLine) Line {
-    char bytes[kLine];
-  };
-  std::vector<Line> lines_;
-};
-
-template <typename To, typename From>
-To bits_of(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-float from_float16(uint16_t half) {
-  uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3ffu;
-  if (exponent == 0) {
-    return std::copysign(static_cast<float>(mantissa) * 0x1p-24f, bits_of<float>(sign | 1u));
-  }
-  return bits_of<float>(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
-}
-
-int64_t bytes_of(ffi::DataType type) { return type == ffi::DataType::F32 ? 4 : 2; }
-
-void to_floats(const uint8_t* source, ffi::DataType type, int64_t count, float* out) {
-  if (type == ffi::DataType::F32) {
-    std::memcpy(out, source, count * sizeof(float));
-    return;
-  }
-  int64_t i = 0;
-#if defined(__AVX2__) && defined(__F16C__)
-  for (; type == ffi::DataType::F16 && i + 8 <= count; i += 8) {
-    auto halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(halves));
-  }
-#endif
-  for (; i < count; ++i) {
-    uint16_t half;
-    std::memcpy(&half, source + 2 * i, 2);
-    out[i] = type == ffi::DataType::F16 ? from_float16(half)
-                                        : bits_of<float>(static_cast<uint32_t>(half) << 16);
-  }
-}
 
 // Words begin .. end of kTile rows of `row_words`, to out[end - begin][kTile]; may write up to
 // kLanes words more.
@@ -361,59 +293,45 @@ class Worker {
   Buffer<float> scales_, raw_scales_, totals_;
 };
 
-// A call. Its units are the tiles of all weights, for one block of rows of x after the other; every
-// thread has a range of them and, done with it, helps with the others.
-class Job {
- public:
-  Job(const X& x, Mode mode, std::vector<Weight> weights, int64_t threads)
-      : x_(x), mode_(mode), weights_(std::move(weights)) {
-    for (Weight& w : weights_) {
-      w.first_tile = tiles_;
-      tiles_ += (w.n + kTile - 1) / kTile;
-    }
-    int64_t units = tiles_ * ((x.m + Rows::most(mode) - 1) / Rows::most(mode));
-    left_ = units;
-    ranges_ = std::vector<Range>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(units, 1)));
-    for (size_t i = 0; i < ranges_.size(); ++i) {
-      ranges_[i].next = units * i / ranges_.size();
-      ranges_[i].end = units * (i + 1) / ranges_.size();
-    }
+// A call. Its units are the tiles of all weights, for one block of rows of x after the other.
+struct Call {
+  X x;
+  Mode mode;
+  std::vector<Weight> weights;
+  int64_t tiles = 0;
+
+  int64_t block_rows() const { return Rows::most(mode); }
+  int64_t units() const { return tiles * ((x.m + block_rows() - 1) / block_rows()); }
+
+  void add(Weight w) {
+    w.first_tile = tiles;
+    tiles += (w.n + kTile - 1) / kTile;
+    weights.push_back(w);
   }
+};
 
-  size_t threads() const { return ranges_.size(); }
-  bool done() const { return left_.load(std::memory_order_acquire) == 0; }
+// What one thread does of a call.
+class Tiles {
+ public:
+  explicit Tiles(const Call& call) : call_(call) {}
 
-  void work(size_t thread) {
+  void operator()(int64_t unit) {
     thread_local Worker worker;
-    int64_t prepared = -1;
-    for (size_t i = 0; i < ranges_.size(); ++i) {
-      Range& range = ranges_[(thread + i) % ranges_.size()];
-      for (int64_t unit; (unit = range.next.fetch_add(1)) < range.end;) {
-        int64_t block = unit / tiles_, begin = block * Rows::most(mode_);
-        int64_t end = std::min(begin + Rows::most(mode_), x_.m);
-        if (block != prepared) worker.rows.prepare(x_, mode_, begin, end);
-        prepared = block;
-        size_t which = weights_.size() - 1;
-        while (weights_[which].first_tile > unit % tiles_) --which;
-        const Weight& w = weights_[which];
-        int64_t n = (unit % tiles_ - w.first_tile) * kTile;
-        worker.multiply(x_, mode_, w, n, end - begin, w.out + begin * w.n);
-        left_.fetch_sub(1, std::memory_order_release);
-      }
-    }
+    int64_t tile = unit % call_.tiles, block = unit / call_.tiles;
+    int64_t begin = block * call_.block_rows();
+    int64_t end = std::min(begin + call_.block_rows(), call_.x.m);
+    if (block != prepared_) worker.rows.prepare(call_.x, call_.mode, begin, end);
+    prepared_ = block;
+    size_t which = call_.weights.size() - 1;
+    while (call_.weights[which].first_tile > tile) --which;
+    const Weight& w = call_.weights[which];
+    int64_t n = (tile - w.first_tile) * kTile;
+    worker.multiply(call_.x, call_.mode, w, n, end - begin, w.out + begin * w.n);
   }
 
  private:
-  struct alignas(kLine) Range {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  X x_;
-  Mode mode_;
-  std::vector<Weight> weights_;
-  int64_t tiles_ = 0;
-  std::vector<Range> ranges_;
-  std::atomic<int64_t> left_;
+  const Call& call_;
+  int64_t prepared_ = -1;
 };
 
 // Arguments: x [m, k]; then of each weight its codes [(layers,) n, y], its scales alike, and which
@@ -423,7 +341,7 @@ ffi::Error multiply_all(ffi::ThreadPool pool, int64_t mode, ffi::Span<const int6
   auto x_buffer = *args.get<ffi::AnyBuffer>(0);
   X x = {static_cast<const uint8_t*>(x_buffer.untyped_data()), x_buffer.element_type(),
          x_buffer.dimensions()[0], x_buffer.dimensions()[1]};
-  std::vector<Weight> weights;
+  auto call = std::make_shared<Call>(Call{x, static_cast<Mode>(mode), {}});
   int64_t work = 0;
   for (size_t i = 0; i < results.size(); ++i) {
     auto codes = *args.get<ffi::AnyBuffer>(3 * i + 1);
@@ -444,17 +362,11 @@ ffi::Error multiply_all(ffi::ThreadPool pool, int64_t mode, ffi::Span<const int6
     w.groups = group_sizes[i] ? scales.dimensions().back() : 0;
     w.group_words = group_sizes[i] ? group_sizes[i] / kWordElements : x.words();
     w.out = (*results.get<ffi::AnyBuffer>(i))->typed_data<float>();
-    weights.push_back(w);
+    call->add(w);
     work += x.m * w.n * x.words() * 4;
   }
   int64_t threads = std::min<int64_t>(pool.num_threads(), work / kThreadBytes + 1);
-  auto job = std::make_shared<Job>(x, static_cast<Mode>(mode), std::move(weights), threads);
-  for (size_t i = 1; i < job->threads(); ++i) pool.Schedule([job, i] { job->work(i); });
-  job->work(0);
-  // What is left is in the hands of threads that run: one that starts now finds nothing to do.
-  for (int spins = 0; !job->done(); ++spins) {
-    if (spins > 10000) std::this_thread::yield();
-  }
+  share(pool, call->units(), threads, [call] { return Tiles(*call); });
   return ffi::Error::Success();
 }
 

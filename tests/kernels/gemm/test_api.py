@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from neurojax.kernels import gpus
-from neurojax.kernels.gemm import api, cpu, tuned
+from neurojax.kernels.gemm import api, tuned
 from neurojax.kernels.gemm.shapes import ODD, SHAPES
+from neurojax.kernels.native import library
 from neurojax.model.project import project, project_all
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
 from tests.kernels.gemm import problem
@@ -26,7 +27,7 @@ contract = jax.jit(api.contract, static_argnames=("spec", "implementation"))
 
 @pytest.fixture(params=("reference", "xla", "cpu"))
 def implementation(request) -> str:
-  if request.param == "cpu" and (reason := cpu.unavailable()):
+  if request.param == "cpu" and (reason := library.unavailable()):
     pytest.skip(reason)
   return request.param
 

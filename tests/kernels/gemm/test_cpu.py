@@ -1,11 +1,6 @@
-"""The compiled CPU kernel: its bits, its stacks left in place, and machines that cannot have it."""
+"""The compiled CPU kernel: its bits, and its stacks left in place."""
 
-import os
-import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +10,14 @@ from jax import lax
 
 from neurojax.kernels.gemm import api, cpu
 from neurojax.kernels.gemm.shapes import SHAPES
+from neurojax.kernels.native import library
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
 from tests.kernels.gemm import problem
+from tests.kernels.native.built import FLAGS, build_with
 
-needs_kernel = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+needs_kernel = pytest.mark.skipif(
+  library.unavailable() is not None, reason=str(library.unavailable())
+)
 MODES = ("w2a8", "w2a16")
 GROUPS = (None, 64, 128, 192, 256, 1088)
 
@@ -103,29 +102,16 @@ def test_every_float16_scale_is_the_float32_it_is():
   np.testing.assert_array_equal(cpu.matmul(jnp.asarray(x), w)[0], want)
 
 
-def _built_with(monkeypatch, tmp_path, flags: tuple[str, ...]) -> None:
-  """Make `cpu` use a kernel that is compiled with these flags in place of this machine's."""
-  monkeypatch.setenv("NEUROJAX_CACHE_DIR", str(tmp_path))
-  monkeypatch.setattr(cpu, "_NATIVE", (flags,))
-  built = cpu._build_once.__wrapped__()
-  monkeypatch.setattr(cpu, "_build_once", lambda: built)
-  assert built[1] is None
-
-
 @needs_kernel
-@pytest.mark.parametrize("flags", ((), ("-mavx2", "-mf16c", "-mfma")), ids=("plain", "avx2"))
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_every_instruction_set_gives_the_same_bits(monkeypatch, tmp_path, flags):
-  if flags and not (
-    platform.machine() == "x86_64" and " avx2 " in Path("/proc/cpuinfo").read_text()
-  ):
-    pytest.skip("this machine has no AVX2")
   cases = [
     (jnp.asarray(problem.rows(5, 1000)), problem.weight(75, 1000, group_size, mode))
     for mode in MODES
     for group_size in (None, 64, 192)
   ]
   want = [np.asarray(cpu.matmul(x, w)) for x, w in cases]
-  _built_with(monkeypatch, tmp_path, flags)
+  build_with(monkeypatch, tmp_path, flags)
   for (x, w), y in zip(cases, want, strict=True):
     np.testing.assert_array_equal(cpu.matmul(x, w), y)
 
@@ -178,93 +164,3 @@ def test_what_does_not_fit_is_named():
     cpu.matmul_all(jnp.ones((2, 100)), [w, problem.weight(8, 100, 64, "w2a16")])
   with pytest.raises(ValueError, match="stacked"):
     cpu.matmul(jnp.ones((2, 100)), w, layer=jnp.int32(0))
-
-
-@pytest.mark.parametrize(
-  ("compiler", "reason"),
-  (
-    ("no-such-compiler", "no C\\+\\+ compiler 'no-such-compiler'"),
-    ("false", "false does not preprocess"),
-    ("true", "cannot be built"),
-  ),
-)
-def test_without_a_compiler_the_reason_is_given_and_nothing_breaks(
-  monkeypatch, tmp_path, caplog, compiler, reason
-):
-  monkeypatch.setenv("CXX", compiler)
-  monkeypatch.setenv("NEUROJAX_CACHE_DIR", str(tmp_path))
-  built = cpu._build_once.__wrapped__()
-  monkeypatch.setattr(cpu, "_build_once", lambda: built)
-  api._warn_once.cache_clear()
-  w = problem.weight(8, 100, 64, "w2a8")
-  x = jnp.asarray(problem.rows(2, 100))
-  with pytest.raises(NotImplementedError, match=reason):
-    cpu.matmul(x, w)
-  for _ in range(2):
-    np.testing.assert_array_equal(api.matmul(x, w), api.matmul(x, w, implementation="xla"))
-  assert len(caplog.records) == 1
-  assert cpu.unavailable() in caplog.text
-
-
-@needs_kernel
-def test_a_source_that_does_not_compile_is_named(monkeypatch, tmp_path):
-  source = tmp_path / "cpu.cc"
-  source.write_text("#error no good\n")
-  monkeypatch.setenv("NEUROJAX_CACHE_DIR", str(tmp_path))
-  monkeypatch.setattr(cpu, "SOURCES", (source,))
-  name, reason = cpu._build_once.__wrapped__()
-  assert name is None and "cannot compile" in reason and "no good" in reason
-  assert not list((tmp_path / "kernels").iterdir())
-
-
-CHILD = """
-import jax.numpy as jnp, numpy as np
-from neurojax.kernels.gemm import cpu
-from neurojax.weights.ternary import TernaryArray
-w = TernaryArray(jnp.full((3, 16), 0b10101010, jnp.uint8), jnp.ones((1, 1)), (64, 3), 1, None)
-assert cpu.unavailable() is None, cpu.unavailable()
-np.testing.assert_array_equal(cpu.matmul(jnp.ones((2, 64)), w), np.full((2, 3), 64))
-"""
-
-
-@needs_kernel
-def test_processes_at_once_share_one_library(tmp_path):
-  env = {**os.environ, "NEUROJAX_CACHE_DIR": str(tmp_path)}
-  run = [sys.executable, "-c", CHILD]
-  children = [subprocess.Popen(run, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-  for child in children:
-    _, errors = child.communicate(timeout=240)
-    assert child.returncode == 0, errors
-  (library,) = (tmp_path / "kernels").iterdir()
-  assert (tmp_path / "kernels").stat().st_mode & 0o777 == 0o700
-  before = library.stat().st_mtime_ns
-  subprocess.run(run, env=env, check=True)
-  assert library.stat().st_mtime_ns == before
-
-
-@needs_kernel
-@pytest.mark.parametrize("damage", ["cut", "emptied", "changed"])
-def test_a_damaged_library_is_built_anew_once(tmp_path, damage):
-  env = {**os.environ, "NEUROJAX_CACHE_DIR": str(tmp_path)}
-  run = [sys.executable, "-c", CHILD]
-  subprocess.run(run, env=env, check=True)
-  (library,) = (tmp_path / "kernels").iterdir()
-  content = library.read_bytes()
-  changed = bytearray(content)
-  changed[len(content) // 2] ^= 1
-  library.write_bytes(
-    {"cut": content[: len(content) // 2], "emptied": b"", "changed": bytes(changed)}[damage]
-  )
-  subprocess.run(run, env=env, check=True)
-  (library,) = (tmp_path / "kernels").iterdir()
-  healed = library.stat().st_mtime_ns
-  subprocess.run(run, env=env, check=True)
-  assert library.stat().st_mtime_ns == healed
-
-
-@needs_kernel
-def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path):
-  (tmp_path / "file").write_text("")
-  env = {**os.environ, "NEUROJAX_CACHE_DIR": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
-  subprocess.run([sys.executable, "-c", CHILD], env=env, check=True)
-  assert [path.name for path in tmp_path.iterdir()] == ["file"]

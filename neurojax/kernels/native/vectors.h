@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -31,6 +32,16 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats difference(Ints a, Ints b) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(a, b)); }
 inline Ints shift(Ints a, int bits) { return _mm512_srli_epi32(a, bits); }
+inline Floats fuse(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+// kLanes bytes less a number that is a byte.
+inline Floats from_bytes(const uint8_t* p, int less) {
+  __m512i a = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(a, _mm512_set1_epi32(less)));
+}
+
+// The sum of sixteen lanes: of lanes 8 apart, then of sums 4, 2 and 1 apart.
+inline float sum_16(const Floats* a) { return _mm512_reduce_add_ps(a[0]); }
 
 // Field j of every byte.
 inline Ints fields(Ints words, int j) {
@@ -74,7 +85,7 @@ inline void transpose(const uint8_t* const* rows, int64_t offset, uint32_t* out,
   }
 }
 
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
 
 constexpr int kLanes = 8, kVectors = 2;
 using Ints = __m256i;
@@ -90,6 +101,19 @@ inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats difference(Ints a, Ints b) { return _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b)); }
 inline Ints shift(Ints a, int bits) { return _mm256_srli_epi32(a, bits); }
+inline Floats fuse(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+
+inline Floats from_bytes(const uint8_t* p, int less) {
+  __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(a, _mm256_set1_epi32(less)));
+}
+
+inline float sum_16(const Floats* a) {
+  __m256 eight = _mm256_add_ps(a[0], a[1]);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 inline Ints fields(Ints words, int j) {
   return _mm256_and_si256(_mm256_srli_epi32(words, 2 * j), _mm256_set1_epi8(3));
@@ -164,6 +188,23 @@ inline Floats difference(const Ints& a, const Ints& b) {
 }
 inline Ints shift(const Ints& a, int bits) {
   return Ints([&](int i) { return a.at[i] >> bits; });
+}
+
+inline Floats fuse(const Floats& a, const Floats& b, const Floats& sum) {
+  return Floats([&](int i) { return std::fma(a.at[i], b.at[i], sum.at[i]); });
+}
+
+inline Floats from_bytes(const uint8_t* p, int less) {
+  return Floats([=](int i) { return static_cast<float>(p[i] - less); });
+}
+
+inline float sum_16(const Floats* a) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = a[i / 8].at[i % 8];
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 inline Ints fields(const Ints& words, int j) {
