@@ -13,6 +13,7 @@ it so too. Everything else that passes between kernels has the programs' `dtype`
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,11 +33,12 @@ from neurojax.kernels.decode.reference import Attend, Cache, Norm, normalise, ru
 from neurojax.kernels.decode.shapes import Shape
 from neurojax.kernels.decode.weights import LayerWeights, fuse_rows
 from neurojax.kernels.gemm import api as gemm
-from neurojax.kernels.gemm import tuned
+from neurojax.kernels.gemm.levels import Levels, Order
 from neurojax.model import ends
 from neurojax.model.cache import KVCache
 from neurojax.model.loops import unknown_count
 from neurojax.model.neurollm import NeuroLLM
+from neurojax.stage import rounded
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
 
 Product = Literal["reference", "mosaic", "dense"]
@@ -58,6 +60,8 @@ class Kernels:
     invariant: Take products and norms whose sums have one order for any number of rows, so that a
       row's bits follow neither what runs beside it nor the length of a chunk; docs/kernels.md says
       for which weights. The kernel for a single token is another choice: `programs` = 0 leaves it out.
+    rounds: Round activations of "w2a8" by kernels that also do what comes before, where the product is
+      "mosaic" and attention "gpu"; else XLA rounds them, in several passes.
     unroll: Write layers one after the other into the program: one graph for all, but more to compile.
     interpret: Run the kernel for a single token in interpret mode.
   """
@@ -67,6 +71,7 @@ class Kernels:
   device: str | None = None
   programs: int = 0
   invariant: bool = False
+  rounds: bool = True
   unroll: bool = False
   interpret: bool = False
 
@@ -269,7 +274,9 @@ def prefill(
   position_BT = starts_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   rotation = attention.rotation(position_BT.reshape(-1), s.h, base=model.rope_base, style="half")
 
-  def attend(qkv_MX: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+  def attend(
+    qkv_MX: Array, cache: Cache, layer: Array, order: Order | None = None
+  ) -> tuple[Array | Levels, Cache]:
     heads_MNH = qkv_MX.astype(jnp.float32).reshape(batch * length, -1, s.h)
     q, k, v = jnp.split(heads_MNH, (s.n, s.n + s.k), axis=1)
     if model.layers.q_norm is not None:
@@ -294,7 +301,8 @@ def prefill(
         q_BTNH, keys, values, layer, start_B,
         slot_B=slot_B, implementation="triton" if on_gpu else "reference",
       )  # fmt: skip
-    return out_BTNH.reshape(batch * length, -1), (keys, values)
+    out_MY = out_BTNH.reshape(batch * length, -1)
+    return rounded.levels(out_MY, order) if order else out_MY, (keys, values)
 
   x_MD, cache = _run_layers(
     model.layers, x_BTD.reshape(-1, width), (keys, values), attend, kernels, dtype, start_B
@@ -322,8 +330,15 @@ def decode_batch(
   layers, s = model.layers, model.layers.shape
   rotation = attention.rotation(position_B, s.h, base=model.rope_base, style="half")
 
-  def attend(qkv_BX: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
-    norms = None if layers.q_norm is None else (layers.q_norm[layer], layers.k_norm[layer])
+  def attend(
+    qkv_BX: Array, cache: Cache, layer: Array, order: Order | None = None
+  ) -> tuple[Array | Levels, Cache]:
+    norms = None if layers.q_norm is None else (layers.q_norm, layers.k_norm)
+    if order:
+      return rounded.attend(
+        qkv_BX, cache, layer, position_B, slot_B, rotation, norms, s.norm_eps, order
+      )
+    norms = norms and (norms[0][layer], norms[1][layer])
     out_BY, keys, values = attention.decode(
       qkv_BX, *cache, layer, position_B,
       slot_B=slot_B, rotation_B2H=rotation, norms=norms, norm_eps=s.norm_eps,
@@ -331,7 +346,9 @@ def decode_batch(
     )  # fmt: skip
     return out_BY, (keys, values)
 
-  x_BD, cache = _run_layers(layers, x_BD, (keys, values), attend, kernels, jnp.float32, position_B)
+  x_BD, cache = _run_layers(
+    layers, x_BD, (keys, values), attend, kernels, jnp.float32, position_B, is_step=True
+  )
   return x_BD, *cache
 
 
@@ -395,6 +412,8 @@ def decode(
 
 def logits(model: Fused, x_BD: Float[Array, "B D"], *, kernels: Kernels) -> Float[Array, "B V"]:
   """Compute float32 logits from the last layer's output."""
+  if rounded.takes(kernels, model.head):
+    return rounded.logits(x_BD, model.final_norm, model.head, model.layers.shape.norm_eps, kernels)
   norm = _norm(kernels) if kernels.invariant else ends.final_norm
   x_BD = norm(x_BD, model.final_norm, model.layers.shape.norm_eps)
   return multiply(x_BD, model.head, None, kernels=kernels)
@@ -485,39 +504,10 @@ def multiply(
   product = functools.partial(gemm.matmul, x_MK, w if layer is None else TernaryLayer(w, layer))
   if kernels.product == "reference":
     return product(implementation="reference").astype(dtype)
-  m, tiles = x_MK.shape[0], {}
-  by_triton = _is_by_triton(m, w, kernels.device)
-  if by_triton and kernels.invariant:
-    tiles = _whole_tiles(m, w)
-    by_triton = tiles is not None
-  if by_triton:
-    return product(implementation="triton", **tiles).astype(dtype)
-  return product(implementation="mosaic", dtype=dtype)
-
-
-def _is_by_triton(m: int, w: TernaryArray, device: str | None) -> bool:
-  if device is None:
-    return False
-  entry = tuned.find(tuned.load(device), w.mode, m, w.contraction.n, w.contraction.k)
-  return entry is not None and entry.implementation == "triton"
-
-
-_MOST_WHOLE_ROWS = 64
-"""Most rows that Triton multiplies where sums must have one order: beyond, weights are written out."""
-
-
-def _whole_tiles(m: int, w: TernaryArray) -> dict[str, Any] | None:
-  """Cut a product by Triton so that it has the bits of Mosaic's, or None where it cannot have them.
-
-  Both add float32(sum of a group) * scale to a total by one fused operation, group after group. The
-  sums of "w2a16" are no integers, and groups of 64 are added up in two columns.
-  """
-  if w.mode != "w2a8" or w.group_size == 64 or m > _MOST_WHOLE_ROWS:
-    return None
-  from neurojax.kernels.gemm import triton
-
-  *_, n, y = w.codes.shape
-  return {"tiles": triton.tiles_for(m, n, y, w.mode, w.group_size, whole=True)}
+  by, arguments = rounded.choose(x_MK.shape[0], w, kernels)
+  if by == "triton":
+    return product(implementation="triton", **arguments).astype(dtype)
+  return product(implementation="mosaic", dtype=dtype, **arguments)
 
 
 def _norm(kernels: Kernels) -> Norm:
@@ -537,8 +527,14 @@ def _run_layers(
   kernels: Kernels,
   dtype: DTypeLike,
   start_B: Array | None,
+  *,
+  is_step: bool = False,
 ) -> tuple[Array, Cache]:
   """Run M tokens through all layers."""
+  loop = functools.partial(_loop, layers.num_layers, kernels, start_B)
+  x_MD = x_MD.astype(jnp.float32)
+  if rounded.takes(kernels, layers.qkv, layers.o, layers.gate_up, layers.down):
+    return rounded.run_layers(layers, x_MD, cache, attend, kernels, dtype, loop, is_step=is_step)
 
   def layer(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
     return run_layer(
@@ -547,15 +543,24 @@ def _run_layers(
       norm=_norm(kernels),
     )  # fmt: skip
 
-  start = (x_MD.astype(jnp.float32), cache)
-  if not kernels.unroll:
-    count = layers.num_layers
-    if count == 1 and start_B is not None:
-      count = unknown_count(1, jnp.maximum(start_B[0], 0))
-    return lax.fori_loop(0, count, layer, start)
-  for i in range(layers.num_layers):
-    start = layer(jnp.int32(i), start)
-  return start
+  return loop(layer, (x_MD, cache))
+
+
+def _loop(
+  count: int,
+  kernels: Kernels,
+  start_B: Array | None,
+  layer: Callable[[Array, Any], Any],
+  carry: Any,
+) -> Any:
+  """Run `layer` with the index of each of `count` layers."""
+  if kernels.unroll:
+    for i in range(count):
+      carry = layer(jnp.int32(i), carry)
+    return carry
+  if count == 1 and start_B is not None:
+    count = unknown_count(1, jnp.maximum(start_B[0], 0))
+  return lax.fori_loop(0, count, layer, carry)
 
 
 def _write(

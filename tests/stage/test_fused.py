@@ -13,7 +13,7 @@ from neurojax.files.dummy import write_dummy
 from neurojax.files.load import load_span
 from neurojax.files.open import open_model
 from neurojax.model.neurollm import NeuroLLM
-from neurojax.stage import fused
+from neurojax.stage import fused, rounded
 from neurojax.stage.fused import REFERENCE, Fused, Kernels, fuse
 
 LLAMA = ModelConfig(
@@ -260,8 +260,8 @@ def test_invariant_products_are_those_whose_bits_agree(path: Path):
   w = fuse(load(path, "w2a8")).layers.qkv
   grouped = {size: dataclasses.replace(w, group_size=size) for size in (None, 64, 128, 256)}
   for m, size, taken in ((1, 128, True), (64, None, True), (65, 128, False), (8, 64, False)):
-    assert (fused._whole_tiles(m, grouped[size]) is not None) == taken
-  assert fused._whole_tiles(8, dataclasses.replace(grouped[128], mode="w2a16")) is None
+    assert (rounded.whole_tiles(m, grouped[size]) is not None) == taken
+  assert rounded.whole_tiles(8, dataclasses.replace(grouped[128], mode="w2a16")) is None
   kernels = Kernels("dense", invariant=True)
   with pytest.raises(ValueError, match="not invariant"):
     fused.multiply(jnp.ones((1, LLAMA.model_dim)), w, jnp.int32(0), kernels=kernels)

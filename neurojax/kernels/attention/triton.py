@@ -11,6 +11,7 @@ Sources: FlashAttention-2, arXiv:2307.08691; flash-decoding, pytorch.org/blog/fl
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from neurojax.config import RopeStyle
-from neurojax.kernels import gpus
+from neurojax.kernels import gpus, rounding
 from neurojax.kernels.attention.reference import MASKED, partner
 from neurojax.kernels.attention.tuned import LEAST_ROWS, Tiling, decode_tiling, prefill_tiling
+from neurojax.kernels.gemm.levels import Levels, Order, count_of
 
 
 def decode(
@@ -35,19 +37,23 @@ def decode(
   slot_B: Int[Array, "B"] | None = None,
   rotation_B2H: Float[Array, "B 2 H"] | None = None,
   rope_style: RopeStyle = "half",
-  norms: tuple[Float[Array, "H"], Float[Array, "H"]] | None = None,
+  norms: tuple[Float[Array, "*L H"], Float[Array, "*L H"]] | None = None,
   norm_eps: float = 1e-6,
+  order: Order | None = None,
   tiling: Tiling | None = None,
   interpret: bool = False,
-) -> tuple[Float[Array, "B Y"], Float[Array, "L P K S H"], Float[Array, "L P K S H"]]:
-  """Attend for one new token of each sequence, see `api.decode`; at most two kernels.
+) -> tuple[Float[Array, "B Y"] | Levels, Float[Array, "L P K S H"], Float[Array, "L P K S H"]]:
+  """Attend for one new token of each sequence, see `api.decode`; two kernels.
 
+  Args:
+    norms: Scales of one layer as there, or of all layers [L, H].
+    order: Round the result to int8 in this order, in the kernel that merges runs.
   Raises: NotImplementedError: a shape, dtype or version that these kernels do not take.
   """
   batch, num_kv_heads, width = qkv_BX.shape[0], k_LPKSH.shape[2], k_LPKSH.shape[4]
   x_BMH = qkv_BX.reshape(batch, -1, width)
   _check(x_BMH.shape[1] - 2 * num_kv_heads, k_LPKSH, tiling, interpret)
-  out_BNH, k_LPKSH, v_LPKSH = _split_and_merge(
+  out, k_LPKSH, v_LPKSH = _split_and_merge(
     x_BMH,
     (k_LPKSH, v_LPKSH),
     _as_array(layer),
@@ -58,10 +64,11 @@ def decode(
     fused=True,
     rope_style=rope_style,
     norm_eps=norm_eps,
+    order=order,
     tiling=tiling,
     interpret=interpret,
   )
-  return out_BNH.reshape(batch, -1), k_LPKSH, v_LPKSH
+  return out if order else out.reshape(batch, -1), k_LPKSH, v_LPKSH
 
 
 def attend_one(
@@ -93,7 +100,7 @@ def attend_one(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("fused", "rope_style", "norm_eps", "tiling", "interpret")
+  jax.jit, static_argnames=("fused", "rope_style", "norm_eps", "order", "tiling", "interpret")
 )
 def _split_and_merge(
   x_BMH: jax.Array,
@@ -107,10 +114,11 @@ def _split_and_merge(
   fused: bool = False,
   rope_style: RopeStyle = "half",
   norm_eps: float = 0.0,
+  order: Order | None = None,
   tiling: Tiling | None,
   interpret: bool,
-) -> list[jax.Array]:
-  """Run the one or two kernels of a step: [out_BNH], and the new caches if fused.
+) -> list[Any]:
+  """Run the one or two kernels of a step: [out_BNH], or levels in an order; and the new caches if fused.
 
   Args:
     x_BMH: Queries, and with them new keys and values if fused.
@@ -162,6 +170,9 @@ def _split_and_merge(
     interpret=interpret,
     name="attention_part",
   )(layer_1, count_B, slot_B, x_BMH, caches, rotation_B2H, norms)
+  if order:
+    levels = _merge_levels(part_PBNH, lse_PBN, count_B, order, tiling, capacity, interpret)
+    return [levels, *new_caches]
   if tiling.splits == 1:
     return [part_PBNH[0], *new_caches]
   out_BNH = pl.pallas_call(
@@ -211,7 +222,9 @@ def _part_kernel(
   row_R = lax.iota(jnp.int32, rows)
   query_R, key_R = row_R < group, (row_R == group) & fused
   head_R = jnp.where(query_R, k * group + row_R, num_heads + k)
-  prepare = functools.partial(_prepare, x_ref, rotation_ref, norm_refs, style=style, eps=eps)
+  prepare = functools.partial(
+    _prepare, x_ref, rotation_ref, norm_refs, layer_ref[0], style=style, eps=eps
+  )
   x_RH = prepare(head_R, query_R, key_R).astype(dtype)
   state = _nothing(rows, tiling.block, width)
   if fused:
@@ -261,6 +274,41 @@ def _merge_kernel(count_ref, part_ref, lse_ref, out_ref, *, tiling: Tiling, capa
   part_PH = _load_rows(part_ref, (run_P,), used_P)
   out_H = jnp.sum(weight_P[:, None] * part_PH, axis=0) / jnp.sum(weight_P)
   out_ref[...] = out_H.astype(out_ref.dtype)
+
+
+def _merge_levels(part_PBNH, lse_PBN, count_B, order, tiling, capacity, interpret) -> Levels:
+  """Merge the averages over runs as `_merge_kernel` does, and round each row of all heads."""
+  runs, batch, _, width = part_PBNH.shape
+  part_PBY = part_PBNH.reshape(runs, batch, -1)
+  columns = part_PBY.shape[2]
+  if runs == 1:
+    return rounding.rounded(part_PBY[0], order=order, interpret=interpret)
+
+  def kernel(count_ref, part_ref, lse_ref, values_ref, steps_ref):
+    row, column, inside = rounding.row_of_program((batch, columns))
+    count = count_ref[jnp.minimum(pl.program_id(0), batch - 1)]
+    used = _runs(jnp.clip(count, 0, capacity), tiling)[2]
+    lses, parts = [], []
+    for run in range(runs):
+      seen = inside & (run < used)
+      at = (jnp.full(row.shape, run), row)
+      lses.append(plgpu.load(lse_ref.at[*at, column // width], mask=seen, other=MASKED))
+      parts.append(plgpu.load(part_ref.at[*at, column], mask=seen, other=0.0))
+    top = functools.reduce(jnp.maximum, lses)
+    weights = [jnp.exp2(lse - top) for lse in lses]
+    total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    out = jnp.where(inside, total / sum(weights), 0.0)
+    rounding.store_levels(out, row, column, inside, values_ref, steps_ref, order, interpret)
+
+  values, steps = pl.pallas_call(
+    kernel,
+    grid=(count_of(batch, order),),
+    out_shape=rounding.level_shapes(batch, columns, order),
+    compiler_params=plgpu.CompilerParams(num_warps=min(16, 2 * rounding.warps_for(columns))),
+    interpret=interpret,
+    name="attention_merge_levels",
+  )(count_B, part_PBY, lse_PBN)
+  return Levels(values, steps, batch, order)
 
 
 @functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
@@ -385,7 +433,7 @@ def _scale(width: int) -> float:
 
 
 def _prepare(
-  x_ref, rotation_ref, norm_refs, head_R, query_R, key_R, *, style: RopeStyle, eps: float
+  x_ref, rotation_ref, norm_refs, layer, head_R, query_R, key_R, *, style: RopeStyle, eps: float
 ) -> jax.Array:
   """Normalise and turn heads of queries and of keys: float32 [R, H], zeros elsewhere."""
 
@@ -394,8 +442,9 @@ def _prepare(
     if norm_refs[0] is None:
       return x_RH, x_RH
     # Scales are spread over rows by loading them so: in registers it would take shared memory.
-    scale_RH = _load_rows(norm_refs[0], (), query_R, element_H)
-    return x_RH, x_RH * (scale_RH + _load_rows(norm_refs[1], (), key_R, element_H))
+    index = () if len(norm_refs[0].shape) == 1 else (jnp.full(head_R.shape, layer),)
+    scale_RH = _load_rows(norm_refs[0], index, query_R, element_H)
+    return x_RH, x_RH * (scale_RH + _load_rows(norm_refs[1], index, key_R, element_H))
 
   width = x_ref.shape[-1]
   element_H = lax.iota(jnp.int32, width)

@@ -7,12 +7,15 @@ warpgroup feeds. Needs jax 0.11.2 or newer and compute capability 9.0.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int8
 
 from neurojax.kernels import gpus
+from neurojax.kernels.gemm.levels import Levels
 from neurojax.kernels.gemm.reference import quantize_rows
 from neurojax.weights.ternary import BLOCK, TernaryArray
 
@@ -83,52 +86,72 @@ def tiling_for(m: int, n: int, k: int, w: TernaryArray) -> Tiling:
 
 
 def matmul(
-  x: Float[Array, "M K"] | Int8[Array, "M K"],
+  x: Float[Array, "M K"] | Int8[Array, "M K"] | Levels,
   w: TernaryArray,
   layer: Int[Array, ""] | None = None,
   *,
   row_scales: Float32[Array, " M"] | None = None,
   dtype: jnp.dtype = jnp.float32,
-  cut: Tiling | None = None,
-) -> Float[Array, "M N"]:
+  cut: Tiling | Mapping[str, Any] | None = None,
+  parts: bool = False,
+) -> Float[Array, "..."]:
   """Multiply x by the weight; sums within a scale group are float32 ("w2a16") or exact ("w2a8").
 
   Args:
     x: Rows. Floats are rounded as the weight's mode says, to bfloat16 or by `quantize_rows`. int8 is
-      rounded already, and needs `row_scales`.
+      rounded already, and needs `row_scales`. Levels are in order "blocks" and have their own scales.
     w: One weight, or a stack of them with one leading axis.
     layer: Index into the stack; the codes are not copied.
     row_scales: The number that one unit of each row of an int8 x stands for.
     dtype: Dtype of the result, float32 or bfloat16.
-    cut: How to cut the product; None: `tiling_for` the shape.
+    cut: How to cut the product, a `Tiling` or its fields; None: `tiling_for` the shape.
+    parts: Leave the sums of the blocks that share a contraction apart, for the reader to add in order.
+  Returns: [M, N]; float32 [split, M, N] if `parts`.
   Raises:
     ValueError: the stack and the layer, or x and its scales, do not go together.
     NotImplementedError: `why_not` has the reason.
   """
   if (layer is None) != (w.codes.ndim == 2):
     raise ValueError(f"codes {w.codes.shape}: a stack needs a layer, one weight none")
-  if (x.dtype == jnp.int8) != (row_scales is not None):
+  is_arranged = isinstance(x, Levels)
+  if not is_arranged and (x.dtype == jnp.int8) != (row_scales is not None):
     raise ValueError(f"x is {x.dtype}: row_scales go with int8, and only with it")
   if reason := gpus.why_not_jax():
     raise NotImplementedError(reason)
   from neurojax.kernels.gemm import mosaic_kernel
 
-  m, k = x.shape
+  m, k = (x.rows, x.values.shape[1]) if is_arranged else x.shape
   n = w.codes.shape[-2]
   if reason := why_not(m, n, k, w):
     raise NotImplementedError(reason)
+  if isinstance(cut, Mapping):
+    cut = Tiling(**cut)
   cut = cut or tiling_for(m, n, k, w)
-  if x.dtype != jnp.int8:
-    x, row_scales = quantize_rows(x) if w.mode == "w2a8" else (x.astype(jnp.bfloat16), None)
-  # Whole tiles of 8 rows: the copy engine fills in what is missing of a block, not of a tile.
-  padding = -m % 8
-  x = jnp.pad(permute(x, x.dtype.itemsize), ((0, padding), (0, 0)))
-  rows = [] if row_scales is None else [jnp.pad(row_scales, (0, -m % cut.m))]
+  values, row_scales = _blocks(x) if is_arranged else _arranged(x, row_scales, w)
+  rows = [] if row_scales is None else [jnp.pad(row_scales, (0, -row_scales.shape[0] % cut.m))]
   codes, scales = w.codes, w.scales
   if layer is None:
     codes, scales, at = codes[None], scales[None], []
   else:
     at = [jnp.reshape(layer, (1,)).astype(jnp.int32)]
   kernel = mosaic_kernel.launch(m, w.group_size, cut, dtype)
-  y = kernel(x, codes, scales, at, rows)
-  return y if cut.split == 1 else jnp.sum(y, axis=0).astype(dtype)
+  y = kernel(values, codes, scales, at, rows)
+  if cut.split == 1:
+    return y[None] if parts else y
+  return y if parts else jnp.sum(y, axis=0).astype(dtype)
+
+
+def _blocks(x: Levels) -> tuple[Array, Array]:
+  if x.order != "blocks":
+    raise ValueError(f"levels in order {x.order!r}: Mosaic reads 'blocks'")
+  return x.values, x.steps
+
+
+def _arranged(x: Array, row_scales: Array | None, w: TernaryArray) -> tuple[Array, Array | None]:
+  """Round rows if they are not, and put them in the order of `permute`, in whole tiles of 8 rows."""
+  if x.dtype != jnp.int8:
+    x, row_scales = quantize_rows(x) if w.mode == "w2a8" else (x.astype(jnp.bfloat16), None)
+  # The copy engine fills in what is missing of a block, not of a tile.
+  padding = -x.shape[0] % 8
+  values = jnp.pad(permute(x, x.dtype.itemsize), ((0, padding), (0, 0)))
+  return values, None if row_scales is None else jnp.pad(row_scales, (0, padding))

@@ -6,6 +6,7 @@ PREFILL_ROWS on: `triton_dequantize` writes the weights out, and cuBLAS multipli
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 
 from neurojax.kernels import gpus
 from neurojax.kernels.gemm import triton_dequantize, triton_dot, triton_dp4a
+from neurojax.kernels.gemm.levels import Levels
 from neurojax.kernels.gemm.triton_planes import Planes, prepare
 from neurojax.weights.ternary import TernaryArray
 
@@ -32,37 +34,48 @@ def why_not(m: int, n: int, k: int, w: TernaryArray) -> str | None:
 
 
 def matmul(
-  x: Float[Array, "M K"] | Planes,
+  x: Float[Array, "M K"] | Planes | Levels,
   w: TernaryArray,
   *,
   layer: Array | None = None,
   tiles: Any = None,
+  parts: bool = False,
   interpret: bool = False,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "..."]:
   """Multiply rows by a weight in the weight's mode; float32 results.
 
   Args:
-    x: Rows, or rows that `prepare` has split already.
+    x: Rows, or rows that `prepare` has split already, or levels in order "planes".
     w: One weight, or stacked ones with a leading layer axis.
     layer: int32 scalar: which of the stack, read in place. None for one weight.
-    tiles: How to cut the work; None: `tiles_for` the shape.
+    tiles: How to cut the work: `Tiles` of dp4a or dot, or the fields of a dot's; None: `tiles_for` the
+      shape.
+    parts: Leave the sums of the programs that share a channel apart, for the reader to add in order.
     interpret: Run on any backend, slowly.
+  Returns: [M, N]; [split, M, N] if `parts`.
   Raises: ValueError: `why_not` has a reason, or the stack and the layer do not go together.
   """
+  if isinstance(x, Levels):
+    if x.order != "planes":
+      raise ValueError(f"levels in order {x.order!r}: Triton reads 'planes'")
+    x = Planes(x.values, x.steps)
+  if isinstance(tiles, Mapping):
+    tiles = triton_dot.Tiles(**tiles)
   if not isinstance(x, Planes) and tiles is None and x.shape[0] >= PREFILL_ROWS:
     if reason := why_not(x.shape[0], w.codes.shape[-2], x.shape[1], w):
       raise ValueError(reason)
     return prefill(x, w, layer=layer, interpret=interpret)
-  return _product(x, w, layer, tiles, interpret)
+  return _product(x, w, layer, tiles, parts, interpret)
 
 
 # jit, so that a program of many layers traces and lowers each form of product once.
-@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tiles", "parts", "interpret"))
 def _product(
   x: Array | Planes,
   w: TernaryArray,
   layer: Array | None,
   tiles: Any,
+  parts: bool,
   interpret: bool,
 ) -> Array:
   if (w.codes.ndim == 3) != (layer is not None):
@@ -75,9 +88,14 @@ def _product(
     x = prepare(x, y, w.mode)
   m = x.values.shape[1]
   tiles = tiles or tiles_for(m, n, y, w.mode, w.group_size)
-  f = triton_dp4a.dp4a if isinstance(tiles, triton_dp4a.Tiles) else triton_dot.dot
   codes, scales = (w.codes, w.scales) if layer is not None else (w.codes[None], w.scales[None])
-  return f(x, codes, scales, w.group_size, layer, tiles, interpret)
+  if isinstance(tiles, triton_dp4a.Tiles):
+    y = triton_dp4a.dp4a(x, codes, scales, w.group_size, layer, tiles, interpret)
+    return y[None] if parts else y
+  y = triton_dot.dot(x, codes, scales, w.group_size, layer, tiles, interpret)
+  if parts:
+    return y
+  return y[0] if tiles.split == 1 else y.sum(0)
 
 
 def tiles_for(

@@ -4,7 +4,8 @@ A program computes `n` channels of `m` rows. It walks along the contracted axis,
 step, unpacks the codes in registers into one operand of the tensor cores, and never writes them to
 memory again. A byte holds four neighbouring elements, so a step is four small products: field j of
 all bytes times every fourth element of the rows, from j on (`triton_planes`). With few channels,
-`split` programs share the contracted axis, or there would be too few to keep the memory busy.
+`split` programs share the contracted axis, or there would be too few to keep the memory busy; whoever
+reads their sums adds them.
 """
 
 import functools
@@ -56,7 +57,7 @@ def dot(
     x: Prepared rows.
     codes, scales: uint8 [L, N, Y], and [L, N, Q] or [L, 1, 1].
     layer: int32 scalar: which of the stack; None: the first.
-  Returns: float32 [M, N].
+  Returns: float32 [split, M, N], the sums of the programs that share a channel.
   """
   _, m, y = x.values.shape
   n = codes.shape[1]
@@ -76,7 +77,7 @@ def dot(
     tiles=tiles,
     interpret=interpret,
   )
-  partial = pl.pallas_call(
+  return pl.pallas_call(
     kernel,
     grid=(pl.cdiv(n, tiles.n), tiles.split, pl.cdiv(m, tiles.m)),
     out_shape=jax.ShapeDtypeStruct((tiles.split, m, n), jnp.float32),
@@ -84,7 +85,6 @@ def dot(
     interpret=interpret,
     name="ternary_dot",
   )(*operands)
-  return partial[0] if tiles.split == 1 else partial.sum(0)
 
 
 def _kernel(

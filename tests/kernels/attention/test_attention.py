@@ -10,6 +10,7 @@ import pytest
 
 from neurojax.kernels.attention import api, reference, triton, tuned
 from neurojax.kernels.attention.tuned import Tiling
+from neurojax.kernels.gemm import levels
 from neurojax.model.attention import attend as model_attend
 from neurojax.model.attention import attend_cache as model_attend_cache
 from neurojax.model.cache import KVCache
@@ -120,6 +121,34 @@ def test_decode_equals_float64(case: Case, dtype):
         )
         old = old.at[LAYER, b, :, p].set(stored[LAYER, b, :, p])
       np.testing.assert_array_equal(stored, old, err_msg="another position was written")
+
+
+@pytest.mark.parametrize("order", ["planes", "blocks"])
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_what_is_merged_is_rounded(case: Case, order: str):
+  """Norms of all layers in place of one's, and levels in place of floats; caches are the same."""
+  qkv, k, v, position, kwargs = arrays(case)
+  run = functools.partial(triton.decode, qkv, k, v, LAYER, position, interpret=True)
+  if (case.num_heads * case.head_dim) % 64:
+    with pytest.raises(ValueError, match="a multiple of 64"):
+      run(tiling=case.tiling, order=order, **kwargs)
+    return
+  out, *caches = run(tiling=case.tiling, **kwargs)
+  if case.normed:
+    kwargs["norms"] = tuple(
+      jnp.full((LAYERS, case.head_dim), 7.0).at[LAYER].set(scale) for scale in kwargs["norms"]
+    )
+  found, *rest = run(tiling=case.tiling, order=order, **kwargs)
+  for a, b in zip(rest, caches, strict=True):
+    np.testing.assert_array_equal(a, b)
+  wanted = levels.quantize(out, order)
+  assert (found.rows, found.order) == (len(case.position), order)
+  # Runs are added up in another order: a level next to a half may go either way.
+  values = [np.asarray(x.values, np.int32) for x in (found, wanted)]
+  if order == "blocks":
+    values = [x[: found.rows] for x in values]
+  assert np.abs(values[0] - values[1]).max() <= 1 and (values[0] != values[1]).mean() < 0.01
+  np.testing.assert_allclose(found.steps[: found.rows], wanted.steps[: found.rows], rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)

@@ -1,5 +1,6 @@
 """The Triton kernels: against float64 in interpret mode, and what the assembler makes of them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.kernels.gemm import shapes, triton, triton_dot
+from neurojax.kernels.gemm import levels, shapes, triton, triton_dot
 from neurojax.kernels.gemm.triton_dequantize import dequantize
 from neurojax.weights.ternary import TernaryArray
 from tests.kernels import aot
@@ -55,6 +56,37 @@ def test_product_is_that_of_float64(mode, group_size, shape):
   x, w = rows(m, k), weight(n, k, group_size, mode)
   assert triton.why_not(m, n, k, w) is None
   assert_close(triton.matmul(jnp.asarray(x), w, interpret=True), oracle(x, w))
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_parts_of_rounded_rows_add_up_to_the_product(split: int):
+  """Levels are the rows that the product would round itself; parts are left for the reader to add."""
+  x, w = jnp.asarray(rows(5, 512)), weight(40, 512, 128, "w2a8")
+  tiles = triton_dot.Tiles(n=16, m=8, y=32, split=split)
+  run = functools.partial(triton.matmul, w=w, tiles=tiles, interpret=True)
+  parts = run(levels.quantize(x, "planes"), parts=True)
+  assert parts.shape == (split, 5, 40)
+  np.testing.assert_array_equal(parts, run(x, parts=True))
+  assert_close(parts.sum(0), oracle(x, w))
+  share = 512 // split
+  for i in range(split):
+    kept = jnp.zeros_like(x).at[:, i * share : (i + 1) * share].set(1)
+    planes = levels.quantize(x, "planes")
+    alone = dataclasses.replace(
+      planes, values=planes.values * levels.arrange(kept.astype(jnp.int8), "planes")
+    )
+    assert_close(parts[i], np.asarray(run(alone)))
+  with pytest.raises(ValueError, match="Triton reads 'planes'"):
+    run(levels.quantize(x, "blocks"))
+
+
+def test_tiles_may_be_given_by_their_fields():
+  x, w = jnp.asarray(rows(5, 640)), weight(40, 640, 128, "w2a8")
+  fields = {"n": 32, "m": 16, "y": 64, "warps": 2}
+  np.testing.assert_array_equal(
+    triton.matmul(x, w, tiles=fields, interpret=True),
+    triton.matmul(x, w, tiles=triton_dot.Tiles(**fields), interpret=True),
+  )
 
 
 @pytest.mark.parametrize("mode", ["w2a8", "w2a16"])
