@@ -23,6 +23,7 @@ constexpr int64_t kUnits = 12;     // of a weight at least, so that threads end 
 constexpr int kDepth = 64;        // elements that are summed before they are added to the others
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kMicroRows = 4;     // rows of x multiplied at once
+constexpr int kAhead = 16;        // channels that memory is asked for before they are wanted
 constexpr int kBytes = 64;        // int8 weights multiplied at once; rows of x are padded to it
 constexpr int64_t kBlockRows = 128;  // rows of x that a cache holds
 constexpr int64_t kThreadWork = 1 << 16;  // bytes of weights, times a few rows, worth waking a thread
@@ -199,6 +200,8 @@ template <int kCount, int kRowCount, int kDigits>
     __m512i weight[kCount];
     UNROLL
     for (int c = 0; c < kCount; ++c) {
+      // With several rows, sums take longer than memory and it would idle meanwhile.
+      if (kRowCount > 1) __builtin_prefetch(w + (c + kAhead) * k + i, 0, 2);
       __m512i codes = _mm512_maskz_loadu_epi8(mask, w + c * k + i);
       weight[c] = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
     }
