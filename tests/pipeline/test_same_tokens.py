@@ -157,7 +157,12 @@ BESIDE = [
   request(prompt=(PROMPT * 31)[:300], max_tokens=9, top_logprobs=3),
   request(sampling=Sampling(temperature=1.0, seed=11, min_tokens=5), stop_ids=frozenset(range(32))),
   REQUESTS["penalized"],
-  request(n=2, sampling=Sampling(temperature=0.8, top_p=0.9, seed=5), prompt_logprobs=1),
+  request(
+    prompt=(PROMPT * 31)[3:300],
+    n=3,
+    sampling=Sampling(temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.2),
+    prompt_logprobs=1,
+  ),
   request(max_tokens=30, sampling=Sampling(logit_bias={260: 4.0, 261: float("-inf")})),
 ]
 SCORED = (PROMPT[::-1] * 31)[:300]
@@ -183,8 +188,8 @@ def by_answer(tokens: list[Token]) -> list[Token]:
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_requests_beside_each_other_get_the_local_bits(three: Cluster, one_by_one, stages: int):
-  """Greedy and seeded, with penalties, biases, several answers and a text to score: more than there are
-  slots. One that is given up leaves its slot on every stage."""
+  """Greedy and seeded, with penalties, biases, several answers of one long prompt and a text to score: more
+  than there are slots. One that is given up leaves its slot on every stage."""
 
   async def work():
     engine = await three.connect(*range(stages), context=400)
