@@ -22,7 +22,7 @@ from neurojax.kernels.gemm.levels import Levels, Order
 from neurojax.weights.ternary import BLOCK, TernaryArray
 
 if TYPE_CHECKING:
-  from neurojax.stage.fused import Kernels
+  from neurojax.stage.kernels import Kernels
 
 By = Literal["triton", "mosaic"]
 

@@ -375,6 +375,8 @@ def _tops(columns: np.ndarray, top: int) -> Tops | None:
   if not top:
     return None
   count = columns.shape[1] // 2
+  # A vocabulary may be smaller than what was asked for.
+  top = min(top, count)
   ids, bits = columns[:, :top], np.ascontiguousarray(columns[:, count : count + top])
   return Tops(ids, bits.view(np.float32))
 

@@ -69,7 +69,7 @@ def test_numbers_are_those_of_float64_and_rows_are_alone(
   want = exact(q, cache, 1, start, scores, window)
   np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-6)
   for rows in ([0], [1, 2], [4, 3, 0], [2] * 9):
-    part = KVCache(cache.k_LPKSH[:, np.array(rows)], cache.v_LPKSH[:, np.array(rows)], ring)
+    part = KVCache(cache.k_LPKSH[:, np.array(rows)], cache.v_LPKSH[:, np.array(rows)], is_ring=ring)
     alone = run(q[np.array(rows)], part, jnp.asarray(start[rows], jnp.int32))
     np.testing.assert_array_equal(alone, y[rows])
 
