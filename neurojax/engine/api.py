@@ -228,9 +228,9 @@ class Engine(Limits, Protocol):
   missing weights, a failed stage or the cache of another request.
   """
 
-  def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+  def generate(self, request: Request) -> AsyncGenerator[Token, int | None]:
     """Stream the answers of a request, the tokens of each in order. Closing the generator early frees
-    what it holds.
+    what it holds; sending it the number of an answer (`asend`) ends that answer, and the others go on.
 
     Raises: Busy: the queue is full.
     """

@@ -101,7 +101,7 @@ class Batch:
 
   # ---- what it does
 
-  async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+  async def generate(self, request: Request) -> AsyncGenerator[Token, int | None]:
     """Stream the answers of a request, as `engine.api.Engine.generate` promises it."""
     check_request(request, self._limits)
     ticket = self._ticket(request.priority)
@@ -110,12 +110,18 @@ class Batch:
       ticket, request, block=self._steps.chunks[0], replays=not self._steps.chains
     )
     async with self._served(ticket):
-      left = request.n
+      left = set(range(request.n))
       while left:
         token = await ticket.next()
         assert isinstance(token, Token)
-        left -= token.finish_reason is not None
-        yield token
+        if token.answer not in left:
+          continue
+        if token.finish_reason is not None:
+          left.discard(token.answer)
+        ended = yield token
+        if ended is not None and ended in left:
+          left.discard(ended)
+          self._end_answer(ticket.sequences[ended])
 
   async def score(
     self, tokens: Items[int], *, first: int = 1, top: int = 0, priority: int = 0
@@ -221,6 +227,16 @@ class Batch:
         self._line.remove(sequence)
     if error is not None:
       ticket.post(error)
+    self._wake.set()
+
+  def _end_answer(self, sequence: Sequence) -> None:
+    """End one answer of a request, whose others go on."""
+    if sequence.is_over:
+      return
+    sequence.is_over = True
+    if sequence.phase == "queued" and sequence in self._line:
+      self._line.remove(sequence)
+    self._count(sequence)
     self._wake.set()
 
   def _admit(self) -> None:

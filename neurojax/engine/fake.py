@@ -387,7 +387,7 @@ class FakeEngine:
     )
     self._batch = Batch(steps, self, queue=queue)
 
-  def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+  def generate(self, request: Request) -> AsyncGenerator[Token, int | None]:
     return self._batch.generate(request)
 
   async def score(self, tokens: Sequence[int], *, first: int = 1, top: int = 0) -> Scores:

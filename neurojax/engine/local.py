@@ -109,7 +109,7 @@ class LocalEngine:
   def longest_context(self) -> int:
     return self._stage.config.context_length
 
-  def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+  def generate(self, request: Request) -> AsyncGenerator[Token, int | None]:
     return self._batch.generate(request)
 
   async def score(self, tokens: Sequence[int], *, first: int = 1, top: int = 0) -> Scores:

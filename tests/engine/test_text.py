@@ -122,3 +122,48 @@ def test_scores():
     return found
 
   assert asyncio.run(work()).logprobs.shape == (1,)
+
+
+def test_each_answer_ends_at_its_own_stop_string_and_the_others_go_on():
+  """Answers of the fake engine are alike, so that those of a model of hashes are compared here."""
+  from neurojax.config import Sampling
+  from neurojax.engine.fake import FakeSteps
+  from tests.engine import virtual
+
+  request = Request(prompt=[5, 6], max_tokens=40, n=3, sampling=Sampling(seed=3))
+  whole = [virtual.expected(request, answer) for answer in range(3)]
+  # Tokens 3.. of the vocabulary are bytes: a stop that only answer 1 has, early.
+  stop = TOKENIZER.decode([whole[1][4][0], whole[1][5][0]], continues=True)
+  texts = [TOKENIZER.decode([id for id, _ in answer], continues=True) for answer in whole]
+  assert stop in texts[1] and stop not in texts[0] and stop not in texts[2]
+
+  async def work():
+    steps = FakeSteps(vocab_size=virtual.VOCAB, slots=3)
+    batch = virtual.batch(steps)
+    seen = {0: "", 1: "", 2: ""}
+    reasons, count = {}, 0
+    async for piece in stream_text(batch, TOKENIZER, request, stops=[stop]):
+      answer = piece.token.answer
+      assert answer not in reasons
+      seen[answer] += piece.text
+      count += 1
+      if piece.finish_reason:
+        reasons[answer] = piece.finish_reason
+    await virtual.settle(batch, steps)
+    return seen, reasons, batch.load().answer_tokens
+
+  seen, reasons, computed = virtual.run(work())
+  assert seen == {0: texts[0], 1: texts[1][: texts[1].index(stop)], 2: texts[2]}
+  assert reasons == {0: "length", 1: "stop", 2: "length"}
+  # The answer that ended early was not computed to its end.
+  assert computed < 3 * 40 - 10
+
+
+def test_marks_are_told_apart_and_not_rendered():
+  async def work():
+    marks = frozenset([ord("c") + 3])
+    stream = stream_text(engine(), TOKENIZER, letters("a", 5), stops=["bcd", "cx"], marks=marks)
+    return [(piece.text, piece.is_mark) async for piece in stream]
+
+  # A stop string does not reach over a mark.
+  assert asyncio.run(work()) == [("a", False), ("", False), ("b", True), ("d", False), ("e", False)]
