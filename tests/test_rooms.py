@@ -27,6 +27,7 @@ ROOMS = (
   "stage",
   "engine",
   "pipeline",
+  "serve",
   "measure",
   "api",
   "cli",

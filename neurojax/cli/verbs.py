@@ -20,6 +20,7 @@ PURPOSES: dict[str, dict[str, Entry]] = {
     "demo": Entry("demo:Demo", "cut the packaged model into stages; compare with one process"),
     "generate": Entry("generate:Generate", "continue a text"),
     "chat": Entry("chat:Chat", "talk with a model"),
+    "serve": Entry("serve:Serve", "serve a model over HTTP, with OpenAI's interface"),
     "stage": Entry("stage:Stage", "serve layers of a model to a pipeline, on each host"),
   },
   "Train a model": {
