@@ -202,7 +202,7 @@ async def _local(
   except BaseException:
     thread.shutdown(wait=False, cancel_futures=True)
     raise
-  return LocalEngine(stage, thread=thread)
+  return LocalEngine(stage, thread=thread, speculate=serving.speculate)
 
 
 def compiled(

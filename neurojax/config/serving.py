@@ -12,6 +12,7 @@ Dtype = Literal["float32", "bfloat16"]
 Programs = Literal["auto", "model", "fused", "quick"]
 Activations = Literal["int8"]
 CacheForm = Literal["auto", "int8"]
+Speculate = Literal["auto", "off", "lookup"]
 
 DEFAULT_CONTEXT = 2048
 """Positions for prompt and answer where nobody says how many."""
@@ -49,6 +50,10 @@ class Serving:
       the same bits of their log-probabilities, alone or beside others. "quick" is "auto", but a sequence
       that is alone has the program that is fastest for one, whose sums may have another order: answers
       are then the same but for tokens that are equally likely within rounding.
+    speculate: "lookup" guesses the next tokens of an answer from what followed the last ones before, in
+      the prompt or the answer, and computes several in one step; a guess stands if it is what is drawn.
+      "auto" does so where it was seen to be faster. "off" does not. Answers have the same tokens and the
+      same bits of their log-probabilities.
   Raises: ValueError: a value that no engine takes.
 
   Example:
@@ -64,11 +69,13 @@ class Serving:
   cache: CacheForm = "auto"
   prefix: int = 0
   programs: Programs = "auto"
+  speculate: Speculate = "off"
 
   def __post_init__(self) -> None:
     check_choice("dtype", self.dtype, typing.get_args(Dtype))
     check_choice("weights", self.weights, ("auto", *typing.get_args(Weights)))
     check_choice("programs", self.programs, typing.get_args(Programs))
+    check_choice("speculate", self.speculate, typing.get_args(Speculate))
     check_choice("cache", self.cache, typing.get_args(CacheForm))
     _check_range("prefix", self.prefix, _COUNTED_CONTEXT, least=0)
     if self.context is not None:

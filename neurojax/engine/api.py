@@ -158,6 +158,7 @@ class EngineLoad:
     refused: Requests that found the queue full, so far.
     preempted: Times that an answer had to make room for a better priority, so far.
     prompt_tokens, cached_tokens, answer_tokens: Tokens of ended answers, so far.
+    drafts, right_drafts: Guesses of the next tokens that were computed, and how many were right, so far.
   """
 
   slots: int
@@ -170,6 +171,8 @@ class EngineLoad:
   prompt_tokens: int = 0
   cached_tokens: int = 0
   answer_tokens: int = 0
+  drafts: int = 0
+  right_drafts: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ from neurojax.engine.api import (
   check_request,
   check_score,
 )
+from neurojax.engine.draft import MakeDrafter
+from neurojax.engine.pace import Pace
 from neurojax.engine.prefix import Block, PrefixIndex
 from neurojax.engine.schedule import Schedule
 from neurojax.engine.sequence import Part, Sequence, answers
@@ -42,10 +44,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(eq=False)
 class _Flight:
-  """A step under way. It is void if a step before it failed: nothing of it is believed then."""
+  """A step under way.
+
+  Attributes:
+    began_s: When it was given, or when the step before it came back if that was later.
+    is_void: Whether a step before it failed: nothing of it is believed then.
+  """
 
   parts: list[Part]
   task: asyncio.Task[list[RowOutput]]
+  began_s: float
   is_void: bool = False
 
 
@@ -60,6 +68,9 @@ class Batch:
     cohorts: Groups of answers whose steps are under way at the same time. If absent: 1 where a step can
       go on from the tokens of the last one (`steps.chains`), which has all answers in each step; else
       `steps.ahead`, such as the number of stages, each of which computes for another group.
+    make_drafter: Makes the drafter of each answer, where drafts are wanted and `steps.most_drafts` allows
+      them. Drafts change no answer.
+    always_drafts: Whether drafts are given even where they are not seen to pay.
     close_s: Seconds that `close` waits for steps under way.
     clock: Seconds that pass, for `RequestTimes`.
   """
@@ -72,6 +83,8 @@ class Batch:
     queue: int = 256,
     few_draws: int | None = None,
     cohorts: int | None = None,
+    make_drafter: MakeDrafter | None = None,
+    always_drafts: bool = False,
     close_s: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
   ):
@@ -88,8 +101,16 @@ class Batch:
     self._doubtful: set[int] = set()
     self._flights: deque[_Flight] = deque()
     self._index = PrefixIndex(steps.places)
+    self._make_drafter = make_drafter if make_drafter and steps.most_drafts else None
+    self._pace = Pace(steps.most_drafts, always=always_drafts) if self._make_drafter else None
+    self._landed_s: float | None = None
     self._schedule = Schedule(
-      steps, self._index, few_draws=few_draws, cohorts=cohorts, on_failure=self._fail_one
+      steps,
+      self._index,
+      few_draws=few_draws,
+      cohorts=cohorts,
+      pace=self._pace,
+      on_failure=self._fail_one,
     )
     self._number = 0
     self._load = EngineLoad(slots=steps.slots, places=steps.places)
@@ -107,7 +128,11 @@ class Batch:
     ticket = self._ticket(request.priority)
     # A replayed row keeps others waiting; where each token costs a round trip it is worth it.
     ticket.sequences = answers(
-      ticket, request, block=self._steps.chunks[0], replays=not self._steps.chains
+      ticket,
+      request,
+      block=self._steps.chunks[0],
+      replays=not self._steps.chains,
+      make_drafter=self._make_drafter,
     )
     async with self._served(ticket):
       left = set(range(request.n))
@@ -269,6 +294,7 @@ class Batch:
         self._leave()
         self._begin()
         self._give()
+        self._landed_s = None
         if not self._flights and len(self._free) == len(self._slots):
           return
         await self._wake.wait()
@@ -309,9 +335,20 @@ class Batch:
           self._settle(part, is_kept=False)
         continue
       now_s = self._clock()
+      self._measure(flight, now_s)
       for part, output in zip(flight.parts, flight.task.result(), strict=True):
         self._settle(part, is_kept=output.error is None)
         self._take(part, output, now_s)
+
+  def _measure(self, flight: _Flight, now_s: float) -> None:
+    """Tell what a step of answers took, from when the one before it came back."""
+    self._landed_s = now_s
+    if self._flights:
+      self._flights[0].began_s = now_s
+    rows = [part.row for part in flight.parts]
+    if self._pace is not None and all(row.role == "drawn" for row in rows):
+      is_guessing = flight.parts[0].is_guessing
+      self._pace.took(rows, now_s - flight.began_s, is_guessing=is_guessing)
 
   def _settle(self, part: Part, *, is_kept: bool) -> None:
     if part.blocks:
@@ -320,6 +357,13 @@ class Batch:
 
   def _take(self, part: Part, output: RowOutput, now_s: float) -> None:
     sequence = part.sequence
+    if part.row.drafts and output.tokens is not None:
+      load = self._load
+      self._load = dataclasses.replace(
+        load,
+        drafts=load.drafts + part.row.drafts,
+        right_drafts=load.right_drafts + len(output.tokens) - 1,
+      )
     if sequence.is_over:
       return
     try:
@@ -485,7 +529,8 @@ class Batch:
         part.sequence.flying += 1
       task = asyncio.create_task(self._steps.step([part.row for part in parts]))
       task.add_done_callback(lambda _: self._wake.set())
-      self._flights.append(_Flight(parts, task))
+      began_s = self._clock() if self._landed_s is None else self._landed_s
+      self._flights.append(_Flight(parts, task, began_s))
 
 
 def _leader(sequence: Sequence) -> Sequence | None:

@@ -66,6 +66,7 @@ class FakeSteps:
     slots: int = 4,
     chunks: tuple[int, ...] = (4,),
     most_draws: int = 4,
+    most_drafts: int = 0,
     places: int = 0,
     ahead: int = 2,
     chains: bool = True,
@@ -75,6 +76,7 @@ class FakeSteps:
   ):
     self.vocab_size, self.slots, self.chunks = vocab_size, slots, chunks
     self.most_draws, self.places, self.ahead, self.chains = most_draws, places, ahead, chains
+    self.most_drafts = most_drafts
     self._latency_s, self._fails, self._spoils = latency_s, fails, spoils
     self.given: list[tuple[Row, ...]] = []
     self.broken: list[str] = []
@@ -121,6 +123,9 @@ class FakeSteps:
       self._rule(len(rows) > 0, "a step has no rows")
       slots = [row.slot for row in rows]
       self._rule(len({*slots}) == len(slots), f"a step has two rows of a slot: {slots}")
+      drafts = sum(row.drafts for row in rows)
+      fits = not drafts or len(rows) + drafts <= self.most_drafts + 1
+      self._rule(fits, f"a step of {len(rows)} rows has {drafts} drafts")
       async with self._turn():
         await asyncio.sleep(self._latency_s(rows))
         if self._fails(number):
@@ -246,6 +251,8 @@ class FakeSteps:
     rule(least <= row.draws <= most, f"a {row.role} row draws {row.draws}")
     rule(row.allowed is None or row.draws == 1, f"a row with a mask draws {row.draws}")
     rule(row.targets is None or len(row.targets) == length, "targets are not as many as tokens")
+    can_guess = row.role == "drawn" and row.draws == 1 and row.allowed is None
+    rule(not row.drafts or can_guess, f"a {row.role} row of {row.draws} draws has drafts")
     is_free = self.chains and row.role == "drawn"
     rule(row.tokens is not None or is_free, f"a {row.role} row has no tokens")
     if row.role == "prompt":
@@ -297,7 +304,10 @@ class FakeSteps:
       return None, None, None
     self._check_told(slot)
     drawn, logprobs, states = [], [], []
-    for number in range(row.draws):
+    draft = [] if row.draft is None else row.draft.tolist()
+    for number in range(row.draws + len(draft)):
+      if number and draft and slot.last != draft[number - 1]:
+        break
       if number:
         assert slot.last is not None
         self._feed(slot, "drawn", slot.last)

@@ -2,17 +2,22 @@
 
 import asyncio
 import concurrent.futures
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
 from neurojax.config import Sampling
+from neurojax.config.serving import Speculate
 from neurojax.engine.api import EngineError, EngineLoad, Request, Scores, StageReport, Token
 from neurojax.engine.batch import Batch
+from neurojax.engine.draft import Lookup
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.runtime import StageRuntime
 from neurojax.stage.step import Row, RowOutput
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 
 class LocalSteps:
@@ -32,7 +37,8 @@ class LocalSteps:
   def __init__(self, runtime: StageRuntime, thread: concurrent.futures.ThreadPoolExecutor):
     stage = runtime.stage
     self.slots, self.places, self.chunks = stage.slots, stage.places, stage.chunks
-    self.most_draws, self.ahead, self.chains = runtime.most_draws, 2, True
+    self.most_draws, self.most_drafts = runtime.most_draws, runtime.most_drafts
+    self.ahead, self.chains = 2, True
     self.decode_steps, self.decode_s = 0, 0.0
     self._runtime, self._thread = runtime, thread
     self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-reader")
@@ -55,7 +61,14 @@ class LocalSteps:
   async def step(self, rows: Sequence[Row]) -> list[RowOutput]:
     pending = await self._do(self._thread, lambda: self._runtime.dispatch(rows))
     outputs = await self._do(self._reader, pending.result)
-    drawn = max((row.draws for row in rows if row.role == "drawn"), default=0)
+    drawn = max(
+      (
+        len(output.tokens)
+        for row, output in zip(rows, outputs, strict=True)
+        if row.role == "drawn" and output.tokens is not None
+      ),
+      default=0,
+    )
     self.decode_steps += drawn
     self.decode_s += outputs[0].compute_s if drawn else 0.0
     return outputs
@@ -81,6 +94,7 @@ class LocalEngine:
 
   Args:
     thread: A pool of one thread that computes; a new one if absent. `close` shuts it down.
+    speculate: As `config.Serving.speculate`.
   Raises: ValueError: the stage holds only a part of the model.
   """
 
@@ -89,13 +103,21 @@ class LocalEngine:
     stage: CompiledStage,
     *,
     thread: concurrent.futures.ThreadPoolExecutor | None = None,
+    speculate: Speculate = "off",
   ):
     if len(stage.span) != stage.config.num_layers:
       raise ValueError(f"a local engine needs all layers, this stage holds {stage.span}")
     self._stage = stage
     thread = thread or concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="neurojax-local")
     self._steps = LocalSteps(StageRuntime(stage), thread)
-    self._batch = Batch(self._steps, self)
+    self._batch = Batch(
+      self._steps,
+      self,
+      make_drafter=None if speculate == "off" else Lookup,
+      always_drafts=speculate == "lookup",
+    )
+    if speculate == "lookup" and stage.why_no_drafts:
+      _LOG.warning("answers go on without drafts: %s", stage.why_no_drafts)
 
   @property
   def vocab_size(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
+from neurojax.engine.pace import Pace
 from neurojax.engine.prefix import Block, PrefixIndex
 from neurojax.engine.sequence import Part, Sequence
 from neurojax.engine.steps import Steps
@@ -16,6 +17,7 @@ class Schedule:
 
   Args:
     few_draws, cohorts: As for `engine.batch.Batch`.
+    pace: Says how many tokens to guess; None: none.
     on_failure: Is told of a sequence whose row cannot be made.
 
   Attributes:
@@ -29,6 +31,7 @@ class Schedule:
     *,
     few_draws: int | None = None,
     cohorts: int | None = None,
+    pace: Pace | None = None,
     on_failure: Callable[[Sequence, Exception], None],
   ):
     self.index = index
@@ -38,6 +41,7 @@ class Schedule:
     self._cohorts = cohorts or (1 if steps.chains else steps.ahead)
     # Steps under way with rows of one answer.
     self._most_flying = max(1, steps.ahead // self._cohorts) if steps.chains else 1
+    self._pace = pace
     self._on_failure = on_failure
     self._was_prompt = False
     self._turn = 0
@@ -65,18 +69,39 @@ class Schedule:
     return parts
 
   def _answers(self, answering: list[Sequence], draws: int) -> list[Part]:
+    size = self._pace.size([s.guesses for s in answering]) if self._pace and answering else 0
+    if size and any(s.flying for s in answering):
+      return []  # Guesses go by the last tokens, which are about to come.
+    cohort = self._cohort(answering)
+    drafts = self._drafts(cohort, size) if size else None
+    if drafts is not None:
+      draws = 1
     parts = []
-    for sequence in self._cohort(answering):
+    for index, sequence in enumerate(cohort):
       try:
-        parts.append(Part(sequence, sequence.answer_row(draws)))
+        draft = drafts[index] if drafts and any(drafts) else None
+        row = sequence.answer_row(draws, draft)
+        parts.append(Part(sequence, row, is_guessing=drafts is not None))
       except Exception as error:
         self._on_failure(sequence, error)
     return parts
 
+  def _drafts(self, cohort: list[Sequence], size: int) -> list[list[int]]:
+    """Guesses for all of them, as many as fit in a step."""
+    assert self._pace is not None
+    left, drafts = self._pace.most_drafts + 1 - len(cohort), []
+    for place, sequence in enumerate(cohort):
+      share = -(-left // (len(cohort) - place))
+      drafts.append(sequence.guess(min(size, share)))
+      left -= len(drafts[-1])
+    return drafts
+
   def _cohort(self, answering: list[Sequence]) -> list[Sequence]:
     """Those whose answers go on in the next step, in the order of the slots."""
     ready = [
-      s for s in answering if s.flying < self._most_flying and (s.knows_last or not s.constraint)
+      s
+      for s in answering
+      if s.flying < self._most_flying and not s.guessed and (s.knows_last or not s.constraint)
     ]
     if self._cohorts == 1:
       return ready

@@ -19,8 +19,10 @@ from neurojax.engine.api import (
   Token,
   Usage,
 )
+from neurojax.engine.draft import Guesses, MakeDrafter
 from neurojax.engine.prefix import Block, block_keys
 from neurojax.engine.ticket import Ticket
+from neurojax.model.sample import counts_tokens
 from neurojax.stage.step import Row, RowOutput, Tops
 
 Phase = Literal["queued", "waiting", "opening", "prompt", "answer"]
@@ -30,11 +32,16 @@ its answer, which begins when the last row of the prompt is given."""
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A row that was given, whose it is and which blocks it keeps."""
+  """A row that was given, whose it is and which blocks it keeps.
+
+  Attributes:
+    is_guessing: Whether it would have had drafts, had there been a guess.
+  """
 
   sequence: "Sequence"
   row: Row
   blocks: Items[Block] = ()
+  is_guessing: bool = False
 
 
 class Sequence:
@@ -59,6 +66,8 @@ class Sequence:
     holds: Sequences that are being opened as a copy of it.
     is_over: Whether it has ended.
     is_preempted: Whether it has to leave its slot and go back to the queue.
+    guessed: Drafts under way, of which it is not known how many are right.
+    guesses: Guesses of its answer; None: it takes no drafts.
     passed: Prompt rows of others that went before its own.
     turn: Number of the last step with a row of it.
   """
@@ -79,12 +88,17 @@ class Sequence:
     score_top: int = 0,
     constrain: Callable[[], Constraint] | None = None,
     replays: bool = False,
+    make_drafter: MakeDrafter | None = None,
   ):
     self.ticket, self.answer, self.prompt, self.block = ticket, answer, prompt, block
     self.max_tokens, self.sampling, self.stop_ids, self.top = max_tokens, sampling, stop_ids, top
     self.targets, self.first, self.score_top = targets, first, score_top
     self.constraint, self._constrain = constrain() if constrain else None, constrain
     self._replays = replays
+    # Penalties count what was drawn before, and a constraint wants to see it.
+    is_free = constrain is None and not counts_tokens(sampling)
+    self._make_drafter = make_drafter if is_free else None
+    self.guesses: Guesses | None = None
     # What is only scored keeps nothing: a text is seldom scored twice.
     self.keys = block_keys(prompt, block) if max_tokens else ()
     self.last_block = (len(prompt) - 1) // block * block
@@ -132,7 +146,7 @@ class Sequence:
     Raises: what the constraint raises.
     """
     self.phase, self.slot, self.is_preempted = "queued", None, False
-    self.at = self.flying = self.given = 0
+    self.at = self.flying = self.given = self.guessed = 0
     self._to_replay = max(0, len(self.tokens) - 1) if self._replays else 0
     self._came = self._to_replay
     self._unseen: np.ndarray | None = None
@@ -176,13 +190,19 @@ class Sequence:
     self.at, self._unseen, self.given = stop, None, draws
     if is_last:
       self.phase = "answer"
+      if self._make_drafter is not None and self.max_tokens > 1 and self.guesses is None:
+        self.guesses = Guesses(self._make_drafter(), self.prompt.tolist())
     return row
 
-  def answer_row(self, draws: int) -> Row:
-    """The next row of the answer, which draws up to `draws` tokens.
+  def guess(self, most: int) -> list[int]:
+    """Guess up to `most` tokens after the last one; [] if that is not known here, or was drawn before."""
+    if self.guesses is None or not self.given == self._came == len(self.tokens):
+      return []
+    most = min(most, self.max_tokens - self.given - 1)
+    return self.guesses.propose(most) if most > 0 else []
 
-    Drafts of the tokens to come would have their place here, after the token that is given.
-    """
+  def answer_row(self, draws: int, draft: Items[int] | None = None) -> Row:
+    """The next row of the answer, which draws up to `draws` tokens, or one after the last and each draft."""
     count = self._to_replay
     if count:
       tokens, self.given, self._to_replay = np.array(self.tokens[:count], np.int32), count, 0
@@ -197,9 +217,11 @@ class Sequence:
       draws=draws,
       top=self.top,
       allowed=self._mask(),
+      draft=None if draft is None else np.array(draft, np.int32),
     )
-    self.at += row.length + draws - 1
-    self.given += draws
+    self.at += row.length + draws - 1 + row.drafts
+    self.given += draws + row.drafts
+    self.guessed = row.drafts
     return row
 
   def _slot(self) -> int:
@@ -225,9 +247,14 @@ class Sequence:
       self._end_prompt()
     if not row.draws:
       return
-    if output.tokens is None or output.logprobs is None or len(output.tokens) != row.draws:
+    count = 0 if output.tokens is None or output.logprobs is None else len(output.tokens)
+    if not row.draws <= count <= row.draws + row.drafts:
       raise EngineError(f"a step did not give the {row.draws} tokens that a row asked for")
+    assert output.tokens is not None and output.logprobs is not None
     ids, logprobs = output.tokens.tolist(), output.logprobs.tolist()
+    wrong = row.draws + row.drafts - count
+    self.at, self.given = self.at - wrong, self.given - wrong
+    self.guessed = 0 if row.drafts else self.guessed
     for i, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
       if self.constraint is not None:
         self.constraint.accept(token)
@@ -283,6 +310,8 @@ class Sequence:
       self._first_s = now_s
     self._last_s = now_s
     self.tokens.append(token)
+    if self.guesses is not None:
+      self.guesses.accept(token)
     self._logprobs.append(logprob)
     reason = self._finish(token)
     self.is_over = reason is not None
@@ -335,7 +364,12 @@ def _tops(tops: Tops | None, place: int, count: int) -> tuple[tuple[int, float],
 
 
 def answers(
-  ticket: Ticket[Sequence], request: Request, *, block: int, replays: bool
+  ticket: Ticket[Sequence],
+  request: Request,
+  *,
+  block: int,
+  replays: bool,
+  make_drafter: MakeDrafter | None = None,
 ) -> list[Sequence]:
   """The sequences of a request, one for each of its answers."""
   prompt = np.asarray(request.prompt, np.int32)
@@ -355,6 +389,7 @@ def answers(
       score_top=request.prompt_logprobs or 0,
       constrain=request.constraint,
       replays=replays,
+      make_drafter=make_drafter,
     )
     for answer in range(request.n)
   ]

@@ -19,6 +19,8 @@ class Steps(Protocol):
       rows starts at a multiple of chunks[0] and has chunks[0] tokens, or a longer length of the list where
       the rows it replaces would have given the same bits; only the last row may be shorter.
     most_draws: Tokens that a row may draw at most.
+    most_drafts: Drafts that a step may have (`Row.draft`); its rows and their drafts together are one more
+      at most. 0: no row may have any. Read only where drafts are wanted.
     places: Number of blocks of chunks[0] positions that can be kept for later prompts.
     ahead: Steps that may be under way at the same time.
     chains: Whether a row may go on from a token that a step under way is about to draw, and so is given
@@ -29,6 +31,7 @@ class Steps(Protocol):
   slots: int
   chunks: tuple[int, ...]
   most_draws: int
+  most_drafts: int
   places: int
   ahead: int
   chains: bool

@@ -36,18 +36,19 @@ _KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
 def kind_of(sampling: Sampling) -> Kind:
   """Name the narrowest kind of program that serves a request."""
-  if (
-    sampling.repetition_penalty != 1
-    or sampling.presence_penalty
-    or sampling.frequency_penalty
-    or sampling.logit_bias
-    or sampling.min_tokens
-  ):
+  if counts_tokens(sampling) or sampling.logit_bias or sampling.min_tokens:
     return "full"
   if sampling.temperature == 0:
     return "greedy"  # filters never drop the likeliest token
   whole = sampling.top_k is None and sampling.top_p == 1 and sampling.min_p == 0
   return "plain" if whole else "full"
+
+
+def counts_tokens(sampling: Sampling) -> bool:
+  """Tell whether the tokens that were drawn before change what is drawn, beside the logits."""
+  return bool(
+    sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
+  )
 
 
 def widest(kinds: Iterable[Kind]) -> Kind:
@@ -225,6 +226,7 @@ def sample(
   top: int = 0,
   allowed_RW: UInt32[Array, "R W"] | None = None,
   forced_R: Int[Array, "R"] | None = None,
+  after_R: Int[Array, "R"] | None = None,
 ) -> tuple[Drawn, SamplerState]:
   """Draw one token per row, by the steps of `Sampling` in their order.
 
@@ -239,9 +241,13 @@ def sample(
     top: Likeliest tokens to name beside each drawn one.
     allowed_RW: A bit for each token that may be drawn, the lowest first; W = ceil(V / 32).
     forced_R: Tokens to take and to count in place of drawn ones; -1 draws.
+    after_R: Number of tokens of the slot that other rows of this step draw before this one. Their count
+      is not known to penalties. None: 0.
   """
   logits_RV = logits_RV.astype(jnp.float32)
   own, drawn_R = jax.tree.map(lambda table: _rows(table, slot_R), (state.settings, state.drawn_P))
+  if after_R is not None:
+    drawn_R = drawn_R + after_R
   weighed_RV = logits_RV
   if kind == "full":
     seen_RV, count_RV = _rows(state.prompt_seen_PV, slot_R), _rows(state.answer_count_PV, slot_R)

@@ -21,7 +21,7 @@ from neurojax.stage import state as stage_state
 from neurojax.stage.fused import Kernels
 from neurojax.stage.programs import programs_of
 from neurojax.stage.state import StageState
-from neurojax.stage.step_programs import LOOP, PLAN, StepPrograms
+from neurojax.stage.step_programs import DRAFT_PLAN, LOOP, PLAN, StepPrograms
 
 BUCKETS = (1, 64, PREFILL)
 """Lengths of prompt rows that are compiled; a shorter row is padded to the next."""
@@ -34,6 +34,9 @@ WIDTHS = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256), "gpu": (1, 8, 64)}
 
 MANY = 8
 """Slots from which on a GPU draws one token in each call."""
+
+DRAFTS = 7
+"""Drafts that a step may have beside a single row, where rows do not depend on each other."""
 
 TOPS = 20
 """Likeliest tokens that a program names where any are asked for."""
@@ -58,6 +61,8 @@ class CompiledStage:
     activations: Dtype of what passes from one stage to the next.
     chunks: Lengths of whole rows of a prompt, see `engine.steps.Steps`.
     widths: Numbers of rows that steps are compiled for, ascending.
+    most_drafts: Drafts that a step may have; its rows and their drafts together are one more at most.
+    why_no_drafts: Why that is 0; "" if it is not.
     loop: Tokens that one call draws of each row at most.
     tops: Likeliest tokens that programs name where any are asked for.
   Raises: ValueError, NotImplementedError: as `programs_of` does.
@@ -106,6 +111,10 @@ class CompiledStage:
       self.widths = (*(w for w in WIDTHS.get(platform, (1,)) if w < slots), slots)
     elif programs == "quick" and slots > 1:
       self.widths = (1, slots)
+    self.why_no_drafts = self._why_no_drafts()
+    most_rows = max(slots, 1 + DRAFTS) if self._programs.rows_agree else slots
+    self.most_drafts = 0 if self.why_no_drafts else most_rows - 1
+    self._wide = (*(w for w in (2, 4) if slots < w < most_rows), most_rows)
     self.tops = min(TOPS, model.config.vocab_size)
     is_gpu = jax.default_backend() == "gpu"
     # Where a loop always makes all its rounds, many rows do better without one: the host keeps up with their
@@ -208,6 +217,33 @@ class CompiledStage:
     key = ("decode", width, kind, top, allowed is not None)
     return self._call(key, state, plan_XR, *extra)
 
+  def verify(
+    self,
+    state: StageState,
+    plan_XR: np.ndarray,
+    *,
+    kind: Kind,
+    top: int,
+    hidden: np.ndarray | None = None,
+    allowed: np.ndarray | None = None,
+  ) -> tuple[StageState, jax.Array]:
+    """Run one token of each row, and drafts of what follows it as rows of their own; `state` is consumed.
+
+    Only for the last stage. The sampler counts the tokens of a sequence up to the first that differs from
+    its draft, and the slot's last token is that one.
+
+    Args:
+      plan_XR: int32 [DRAFT_PLAN, R], R a result of `width`. For each row its slot, its position, 1 (0 for
+        rows that are padding), the number of rows of the same sequence before it, the token to run or -1
+        for the one drawn last, and the draft of the token that it draws or -1 for the last row of a
+        sequence.
+      hidden, allowed: As for `decode`.
+    Returns: The state, and int32 [R, 2 + 2 * top] as in `decode`.
+    """
+    extra = [array for array in (hidden, allowed) if array is not None]
+    key = ("verify", plan_XR.shape[1], kind, top, allowed is not None)
+    return self._call(key, state, plan_XR, *extra)
+
   def keep(self, state: StageState, slot: int, start: int, place: int) -> StageState:
     """Keep the block of a slot that begins at position `start`; `state` is consumed."""
     return self._call(("keep",), state, np.int32(slot), np.int32(start), np.int32(place))
@@ -239,7 +275,7 @@ class CompiledStage:
 
   def width(self, rows: int) -> int:
     """Choose the compiled number of rows for so many."""
-    return next(width for width in self.widths if width >= rows)
+    return next(width for width in (*self.widths, *self._wide) if width >= rows)
 
   @property
   def weight_bytes(self) -> int:
@@ -258,6 +294,17 @@ class CompiledStage:
     return max(run.memory_analysis().temp_size_in_bytes for run in self._run.values())
 
   # ---- compiling
+
+  def _why_no_drafts(self) -> str:
+    if self._programs.kind == "fused":
+      return "a row of the fused programs does not see what other rows of the same step store"
+    if self.config.conv_width:
+      return "a convolution cannot go back to an earlier position"
+    if not self._programs.rows_agree and self.widths != (self.slots,):
+      return "'quick' programs for one row and for several have sums of other order"
+    if not self._programs.rows_agree and self.slots == 1:
+      return "this model's rows have the same bits in programs of one width only, here of one row"
+    return ""
 
   def _compile_first(self) -> None:
     """Compile what every request needs, two programs at a time."""
@@ -308,6 +355,11 @@ class CompiledStage:
         run = functools.partial(
           self._steps.decode, kind=kind, top=top, rounds=self.loop, masked=masked
         )
+        return self._with_weights(run, state, *args)
+      case "verify":
+        width, kind, top, masked = rest
+        args = [_ints(DRAFT_PLAN, width), *hidden(width), *([masks(width)] if masked else [])]
+        run = functools.partial(self._steps.verify, kind=kind, top=top, masked=masked)
         return self._with_weights(run, state, *args)
       case "pass":
         return self._with_weights(

@@ -13,9 +13,9 @@ from neurojax.config import Sampling
 from neurojax.model import sample as sampling
 from neurojax.model.sample import Kind
 from neurojax.stage.compile import CompiledStage
-from neurojax.stage.slots import Limits, SlotTable
+from neurojax.stage.slots import Limits, Slot, SlotTable
 from neurojax.stage.step import Row, RowOutput, Tops
-from neurojax.stage.step_programs import NOT_DRAWN, PLAN
+from neurojax.stage.step_programs import DRAFT_PLAN, NOT_DRAWN, PLAN
 
 Fetch = Callable[[float], RowOutput]
 """Reads what the device computed for a row; is told the seconds that the step took."""
@@ -73,6 +73,7 @@ class StageRuntime:
   Attributes:
     stage: The stage.
     most_draws: Tokens that a row may draw.
+    most_drafts: Drafts that a step may have, see `engine.steps.Steps`.
   """
 
   def __init__(self, stage: CompiledStage):
@@ -80,6 +81,7 @@ class StageRuntime:
     self._state = stage.new_state()
     self._reads: list[Read] = []
     self.most_draws = stage.loop if self._is_whole else 1
+    self.most_drafts = stage.most_drafts
     self._slots = SlotTable(
       Limits(
         slots=stage.slots,
@@ -88,7 +90,10 @@ class StageRuntime:
         context_length=stage.context_length,
         vocab_size=stage.config.vocab_size,
         most_draws=self.most_draws,
+        most_drafts=stage.most_drafts,
+        why_no_drafts=stage.why_no_drafts,
         is_first=stage.span.is_first,
+        is_last=stage.span.is_last,
         hidden=(stage.config.model_dim, np.dtype(stage.activations)),
       )
     )
@@ -125,7 +130,8 @@ class StageRuntime:
       if self.stage.span.is_last
       else None
     )
-    self._slots.open(slot, sampling.kind_of(settings), length)
+    counts = sampling.counts_tokens(settings)
+    self._slots.open(slot, sampling.kind_of(settings), length, counts=counts)
     self._state = self.stage.open(
       self._state, slot, own, restore=restore, copy=None if copy is None else copy[0]
     )
@@ -141,12 +147,13 @@ class StageRuntime:
   def dispatch(self, rows: Sequence[Row]) -> Pending:
     """Give a step to the device. A row that does not fit its slot, or fails, closes the slot.
 
-    Rows of prompts run one after the other, all others together.
+    Rows of prompts run one after the other, those with drafts together, and all others together.
     """
     began_s = time.perf_counter()
     self._reads: list[Read] = []
     fetches: list[Fetch | None] = []
     steps: list[Row] = []
+    drafted: list[Row] = []
     seen: set[int] = set()
     for row in rows:
       try:
@@ -159,16 +166,18 @@ class StageRuntime:
         elif row.length > 1 and not self._is_whole:
           fetches.append(self._one_by_one(row))
         else:
-          steps.append(row)
+          (steps if row.draft is None else drafted).append(row)
           fetches.append(None)
       except (ValueError, FloatingPointError) as error:
         self.close(row.slot)
         fetches.append(_failed(error))
     together = iter(self._together(steps) if steps else ())
-    ordered = [
-      self._closing(row, next(together) if fetch is None else fetch)
-      for row, fetch in zip(rows, fetches, strict=True)
-    ]
+    verified = iter(self._with_drafts(drafted))
+    ordered = []
+    for row, fetch in zip(rows, fetches, strict=True):
+      if fetch is None:
+        fetch = next(together if row.draft is None else verified)
+      ordered.append(self._closing(row, fetch))
     return Pending(ordered, self._reads, began_s)
 
   @property
@@ -281,27 +290,80 @@ class StageRuntime:
 
   def _advance(self, row: Row) -> None:
     slot = self._slots[row.slot]
-    slot.length += row.length + max(row.draws - 1, 0)
+    slot.length = row.start + row.length + max(row.draws - 1, 0) + row.drafts
+    slot.drafts = row.drafts
     slot.has_drawn = row.draws > 0
 
   def _run(self, rows: list[Row], plan_XR: np.ndarray) -> jax.Array:
-    width = plan_XR.shape[1]
-    hidden = allowed = None
-    if rows[0].hidden is not None:
-      hidden = np.zeros((width, rows[0].hidden.shape[1]), rows[0].hidden.dtype)
-      for place, row in enumerate(rows):
-        hidden[place] = row.hidden[0]
-    if any(row.allowed is not None for row in rows):
-      words = -(-self.stage.config.vocab_size // 32)
-      allowed = np.full((width, words), 0xFFFFFFFF, np.uint32)
-      for place, row in enumerate(rows):
-        if row.allowed is not None:
-          allowed[place] = row.allowed
+    is_drafted = self.stage.span.is_last and rows[0].draft is not None
+    run = self.stage.verify if is_drafted else self.stage.decode
     top = self.stage.tops if any(row.top for row in rows) else 0
-    self._state, out = self.stage.decode(
+    hidden, allowed = self._extras(rows, plan_XR.shape[1])
+    self._state, out = run(
       self._state, plan_XR, kind=self._kind(rows), top=top, hidden=hidden, allowed=allowed
     )
     return out
+
+  def _extras(self, rows: list[Row], width: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Activations and masks of rows, one after the other, filled up to the width of a program."""
+    hidden = allowed = None
+    if rows[0].hidden is not None:
+      given = np.concatenate([row.hidden for row in rows if row.hidden is not None])
+      hidden = np.zeros((width, given.shape[1]), given.dtype)
+      hidden[: len(given)] = given
+    if any(row.allowed is not None for row in rows):
+      words = -(-self.stage.config.vocab_size // 32)
+      allowed = np.full((width, words), 0xFFFFFFFF, np.uint32)
+      place = 0
+      for row in rows:
+        if row.allowed is not None:
+          allowed[place] = row.allowed
+        place += 1 + row.drafts
+    return hidden, allowed
+
+  # ---- rows with drafts
+
+  def _with_drafts(self, rows: list[Row]) -> list[Fetch]:
+    """Run rows with drafts side by side, in several calls if they are too many for one."""
+    fetches: list[Fetch] = []
+    while rows:
+      total = number = 0
+      for row in rows:
+        total += 1 + row.drafts
+        if number and total > 1 + self.most_drafts:
+          break
+        number += 1
+      fetches += self._verify(rows[:number])
+      rows = rows[number:]
+    return fetches
+
+  def _verify(self, rows: list[Row]) -> list[Fetch]:
+    is_last = self.stage.span.is_last
+    columns: list[list[int]] = []
+    places = []
+    for row in rows:
+      places.append(len(columns))
+      tokens, drafts = _tokens(row)[:1], [] if row.draft is None else row.draft.tolist()
+      for after, token in enumerate(tokens + drafts):
+        draft = drafts[after] if after < len(drafts) else -1
+        at = row.start + after
+        columns.append(
+          [row.slot, at, 1, after, token, draft]
+          if is_last
+          else _column(row.slot, at, 1, False, [token])
+        )
+    plan_XR = np.zeros((DRAFT_PLAN if is_last else PLAN, self.stage.width(len(columns))), np.int32)
+    plan_XR[:, : len(columns)] = np.array(columns, np.int32).T
+    read = self._read(self._run(rows, plan_XR))
+    for row in rows:
+      self._advance(row)
+    if not is_last:
+      pairs = zip(rows, places, strict=True)
+      return [_hidden(read, slice(place, place + 1 + row.drafts)) for row, place in pairs]
+    return [
+      functools.partial(_verified, row, self._slots[row.slot], read, place)
+      for row, place in zip(rows, places, strict=True)
+    ]
 
   def _fetch(self, row: Row, parts: "list[Part]") -> Fetch:
     if not self.stage.span.is_last:
@@ -367,6 +429,22 @@ def _drawn(row: Row, parts: list[Part], took_s: float) -> RowOutput:
     tokens=columns[first:, 0],
     logprobs=logprobs[first:],
     tops=_tops(columns[first:, 2:], row.top),
+    compute_s=took_s,
+  )
+
+
+def _verified(row: Row, slot: Slot, read: Read, place: int, took_s: float) -> RowOutput:
+  """Reads the tokens up to the first that differs from its draft, and sets the slot behind them."""
+  assert row.draft is not None
+  columns = read.numpy[place : place + 1 + row.drafts]
+  wrong = columns[:-1, 0] != row.draft
+  count = 1 + (int(wrong.argmax()) if wrong.any() else row.drafts)
+  slot.length, slot.drafts = row.start + count, 0
+  columns = columns[:count]
+  return RowOutput(
+    tokens=columns[:, 0],
+    logprobs=_finite(read.floats[place : place + count, 1], "logits"),
+    tops=_tops(columns[:, 2:], row.top),
     compute_s=took_s,
   )
 

@@ -23,7 +23,7 @@ class Row:
     start: Position of the first token; it must be the number of positions that the slot holds.
     tokens: int32 ids [n]. Every stage gets them; the last one needs them for the sampler and scores.
       None: one token, the last one that was drawn in this slot, which the device knows.
-    hidden: Activations [n, D] from the previous stage; None for the first stage.
+    hidden: Activations [n + k, D] from the previous stage; None for the first stage.
     role: What the sampler makes of the tokens.
     draws: Tokens to draw after the last position, each of them the input of the next; 0: none.
     top: Likeliest tokens to name beside each token that is drawn or scored.
@@ -33,6 +33,11 @@ class Row:
     seen: int32 ids of prompt tokens that were restored or copied, and that the sampler has yet to see.
     allowed: uint32 [ceil(V / 32)], a bit for each token that may be drawn, the lowest first; None: all.
       Needs draws = 1.
+    draft: int32 [k], tokens that are guessed to follow a single drawn one; k may be 0. Needs draws = 1. The
+      row gives the tokens that are drawn one after the other up to the first that differs from its guess,
+      that one included: 1 to k + 1 tokens, which are those of k + 1 rows without drafts. The sequence then
+      stands behind the guesses that were right. On a stage that is not the last one it stands behind all of
+      them, and the next row may start up to k positions before that. None: a row without drafts.
   """
 
   slot: int
@@ -46,11 +51,17 @@ class Row:
   keep: tuple[int, ...] = ()
   seen: np.ndarray | None = None
   allowed: np.ndarray | None = None
+  draft: np.ndarray | None = None
 
   @property
   def length(self) -> int:
-    """Number of positions that are given (n); those of drawn tokens come in addition."""
+    """Number of positions that are given (n); those of drawn tokens and of drafts come in addition."""
     return 1 if self.tokens is None else len(self.tokens)
+
+  @property
+  def drafts(self) -> int:
+    """Number of guessed tokens (k)."""
+    return 0 if self.draft is None else len(self.draft)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +82,9 @@ class RowOutput:
   """The result of a row.
 
   Attributes:
-    hidden: Activations [n, D] for the next stage; None from the last stage.
-    tokens: int32 [draws], the tokens that were drawn.
-    logprobs: float32 [draws], natural logarithms of their probabilities under the logits as the model
+    hidden: Activations [n + k, D] for the next stage; None from the last stage.
+    tokens: int32 [draws], the tokens that were drawn; 1 to k + 1 of a row with k drafts.
+    logprobs: float32 like `tokens`, natural logarithms of their probabilities under the logits as the model
       gives them.
     tops: The likeliest tokens at the places of `tokens`, if `top` was asked for.
     scores: float32 [n], log-probabilities of the targets, if those were given.

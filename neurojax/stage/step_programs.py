@@ -19,6 +19,9 @@ LOOP = 8
 PLAN = 4 + LOOP + 1
 """Integers that tell a program of one row, see `CompiledStage.decode`."""
 
+DRAFT_PLAN = 6
+"""Integers that tell `StepPrograms.verify` of one row, see `CompiledStage.verify`."""
+
 NOT_DRAWN = -2
 """Stands in a plan for a token that nothing draws."""
 
@@ -134,6 +137,41 @@ class StepPrograms:
     to_R = jnp.where(count_R > 0, slot_R, state.last_P.shape[0])
     last_P = state.last_P.at[to_R].set(token_R, mode="drop")
     return dataclasses.replace(state, cache=cache, sampler=sampler, last_P=last_P), out_NRX
+
+  def verify(
+    self,
+    params: Any,
+    state: StageState,
+    plan_XR: Int[Array, "X R"],
+    *extra: Array,
+    kind: Kind,
+    top: int,
+    masked: bool,
+  ) -> tuple[StageState, Array]:
+    """Draw after tokens and after drafts of what follows them, see `CompiledStage.verify`.
+
+    The rows of a sequence lie side by side. As every layer writes the keys of all rows before any row
+    reads, each row sees what it would see alone after those before it.
+    """
+    slot_R, start_R, count_R, after_R, given_R, draft_R = plan_XR
+    allowed_RW = extra[-1] if masked else None
+    token_R = jnp.where(given_R >= 0, given_R, state.last_P[slot_R])
+    inputs = token_R if self.is_first else extra[0]
+    rows = Rows(start_R, count_R, slot_R)
+    logits_RV, cache = self.programs.step(params, inputs, state.cache, rows)
+    drawn, _ = sampling.sample(
+      logits_RV, state.sampler, slot_R, jnp.zeros_like(slot_R, bool),
+      kind=kind, top=top, allowed_RW=allowed_RW, after_R=after_R, sort=self.is_static,
+    )  # fmt: skip
+    stands_R = drawn.token_R == draft_R
+    # Whether row q of the same sequence comes before row r.
+    before_RQ = (slot_R[:, None] == slot_R[None]) & (after_R[:, None] > after_R[None])
+    wrong_R = jnp.any(before_RQ & (~stands_R & (count_R > 0))[None], axis=1)
+    taken_R = (count_R > 0) & ~wrong_R
+    sampler = sampling.count(state.sampler, slot_R, drawn.token_R, taken_R, kind=kind)
+    to_R = jnp.where(taken_R & ~stands_R, slot_R, state.last_P.shape[0])
+    last_P = state.last_P.at[to_R].set(drawn.token_R, mode="drop")
+    return dataclasses.replace(state, cache=cache, sampler=sampler, last_P=last_P), _packed(drawn)
 
   def pass_on(
     self,
