@@ -32,6 +32,7 @@ from neurojax.config import (
   Programs,
   Sampling,
   Serving,
+  Speculate,
 )
 from neurojax.engine.api import Engine, Request, check_request
 from neurojax.engine.text import stream_text
@@ -55,6 +56,7 @@ def load(
   cache: CacheForm = "auto",
   prefix: int = DEFAULT_PREFIX,
   programs: Programs = "auto",
+  speculate: Speculate = "off",
   stages: int = 1,
   devices: str | Sequence[str] = (),
   tokenizer: str | Path | None = None,
@@ -77,6 +79,9 @@ def load(
     prefix: Positions of earlier prompts that are kept: a prompt that begins like one of them, as the next
       turn of a chat does, is not computed from its start again. 0 keeps none.
     programs: "fused" for the GPU kernels, "model" for any model anywhere, "auto" for whichever fits.
+    speculate: "lookup" guesses the next tokens of an answer from what followed the last ones before, and
+      computes several in one step; "auto" does so where it is seen to be faster. Answers stay the same to
+      the last bit. `neurojax.config.Serving` says more.
     stages: Stage servers to cut the model into; 1 keeps it in this process.
     devices: JAX devices such as "cpu" or "cuda:1": one for each stage, or one for all.
     tokenizer: A tokenizer file, for formats that keep it apart (llama2.c).
@@ -103,6 +108,7 @@ def load(
     cache=cache,
     prefix=prefix,
     programs=programs,
+    speculate=speculate,
   )
   check_opening(stages=stages, step_timeout_s=step_timeout_s)
   chosen = (devices,) if isinstance(devices, str) else tuple(devices)

@@ -119,6 +119,8 @@ async def open_engine(
       f"{len(devices)} devices for {stages} stages: give one for each, or one for all"
     )
   serving = resolve(file, serving)
+  if serving.speculate == "lookup" and (where is not None or stages > 1):
+    log.warning("answers go on without drafts: stage servers take none yet")
   if where is None and stages == 1:
     engine = await _local(file, serving, next(iter(devices), None), progress)
     try:

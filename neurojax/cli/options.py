@@ -62,6 +62,10 @@ class EngineOptions:
   """Programs that compute a stage. "fused" is a few large GPU kernels, for ternary weights in
   bfloat16; "model" runs any model anywhere; "auto" is "fused" where that can run. "quick" is "auto",
   but an answer that is alone is computed by the fastest program for one, which may round otherwise."""
+  speculate: Literal["auto", "off", "lookup"] = "off"
+  """Guesses of the next tokens. "lookup" takes what followed the last ones before, and computes several
+  tokens in one step; "auto" does so where it is seen to be faster. Answers do not change. In one process
+  only."""
   context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
   """Positions for prompt and answer together. Without it, the model's own, at most 2048."""
   sequences: Annotated[int, tyro.conf.arg(metavar="N")] = 4
@@ -98,6 +102,7 @@ class EngineOptions:
       cache=self.cache,
       prefix=self.prefix,
       programs=self.programs,
+      speculate=self.speculate,
     )
 
   def where(self) -> "str | Plan | None":

@@ -13,6 +13,7 @@ from neurojax.config.serving import (
   Dtype,
   Programs,
   Serving,
+  Speculate,
 )
 from neurojax.config.span import Span
 from neurojax.config.toml import from_dict, from_toml, named_configs, to_toml
@@ -36,6 +37,7 @@ __all__ = [
   "Sampling",
   "Serving",
   "Span",
+  "Speculate",
   "architectures",
   "from_dict",
   "from_toml",

@@ -1,4 +1,4 @@
-"""Answers of a real model among others, with preemptions, kept prompts and copies, are those they have alone."""
+"""Answers of a real model among others, with preemptions, kept prompts, copies and drafts, are those they have alone."""
 
 import asyncio
 import dataclasses
@@ -113,10 +113,11 @@ def test_answers_have_the_same_bits(stage: CompiledStage, seed: int):
   asked = [any_request(rng) for _ in range(20)]
 
   async def work() -> None:
-    engine = LocalEngine(stage)
+    engine = LocalEngine(stage, speculate="lookup" if seed else "off")
     found = await together(engine, asked)
     load = engine.load()
     assert load.preempted >= 3 and load.cached_tokens > 0
+    assert bool(load.drafts) == bool(seed and stage.most_drafts)
     await engine.close()
     for request, was in zip(asked, found, strict=True):
       cold = LocalEngine(stage)
