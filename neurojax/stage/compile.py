@@ -300,6 +300,8 @@ class CompiledStage:
       return "a row of the fused programs does not see what other rows of the same step store"
     if self.config.conv_width:
       return "a convolution cannot go back to an earlier position"
+    if self.config.num_experts:
+      return "the bits of a row of experts follow which other rows there are"
     if not self._programs.rows_agree and self.widths != (self.slots,):
       return "'quick' programs for one row and for several have sums of other order"
     if not self._programs.rows_agree and self.slots == 1:

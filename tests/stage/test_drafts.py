@@ -10,6 +10,7 @@ from flax import nnx
 
 from neurojax.config import LayerKind, ModelConfig, Sampling, Span
 from neurojax.model.neurollm import NeuroLLM
+from neurojax.stage import programs
 from neurojax.stage.compile import CompiledStage
 from neurojax.stage.cut import cut
 from neurojax.stage.runtime import StageRuntime
@@ -40,9 +41,18 @@ def compiled(config: ModelConfig, span: Span | None = None, **options) -> Compil
   return CompiledStage(model, **options)
 
 
-@pytest.fixture(scope="module", params=[CONFIG, WINDOWS], ids=["attention", "windows"])
+def of_one_width(monkeypatch: pytest.MonkeyPatch, **options) -> CompiledStage:
+  """A stage whose rows are taken to have the same bits in programs of one width only."""
+  with monkeypatch.context() as patch:
+    patch.setattr(programs, "rows_agree", lambda model: False)
+    return compiled(CONFIG, **options)
+
+
+@pytest.fixture(scope="module", params=["attention", "windows", "one width"])
 def stage(request) -> CompiledStage:
-  return compiled(request.param)
+  if request.param == "one width":
+    return of_one_width(pytest.MonkeyPatch())
+  return compiled(WINDOWS if request.param == "windows" else CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +203,7 @@ def test_a_row_may_leave_out_the_token_that_was_drawn_last(stage: CompiledStage)
   assert answer.found == truth[: len(answer.found)]
 
 
-def test_rows_that_do_not_fit_are_refused(stage: CompiledStage, halves: list[CompiledStage]):
+def test_rows_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):
   def error(stage: CompiledStage, sampling: Sampling = Sampling(), **changed) -> str:
     runtime = StageRuntime(stage)
     runtime.open(0, sampling)
@@ -203,6 +213,7 @@ def test_rows_that_do_not_fit_are_refused(stage: CompiledStage, halves: list[Com
     assert isinstance(output.error, ValueError) and not runtime.num_sequences
     return str(output.error)
 
+  stage = compiled(CONFIG)
   assert "expected int32" in error(stage, draft=np.array([2]))
   assert "draft 31 is outside" in error(stage, draft=np.array([31], np.int32))
   assert "8 drafts in a row: at most 7" in error(stage, draft=np.zeros(8, np.int32))
@@ -216,8 +227,10 @@ def test_rows_that_do_not_fit_are_refused(stage: CompiledStage, halves: list[Com
     conv_width=3,
   )
   assert "at most 0 here, as a convolution" in error(compiled(mixed))
-  assert "programs of one width" in error(compiled(CONFIG, slots=1))
-  assert "'quick' programs" in error(compiled(CONFIG, programs="quick"))
+  experts = dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2)
+  assert "experts" in error(compiled(experts))
+  assert "programs of one width" in error(of_one_width(monkeypatch, slots=1))
+  assert "'quick' programs" in error(of_one_width(monkeypatch, programs="quick"))
 
 
 def test_the_next_row_waits_for_the_tokens_or_goes_back_by_drafts_at_most(
