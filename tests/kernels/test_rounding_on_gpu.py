@@ -122,7 +122,7 @@ def test_products_of_levels_have_one_order_of_sums(matrix: shapes.Matrix, m: int
   x = normal(7, 64, k)
   cut = mosaic.tiling_for(m, n, k, w)
   cut = rounded._cut(vars(cut), m, parts=parts)
-  tiles = rounded._tiles(vars(rounded.whole_tiles(m, w)), m, parts=parts)
+  tiles = rounded._tiles(rounded.whole_tiles(m, w)._asdict(), m, parts=parts)
   wide = rounded._cut(vars(mosaic.tiling_for(64, n, k, w)), 64, parts=parts)
   a = mosaic.matmul(rounding.rounded(x[:m], order="blocks"), w, layer, cut=cut, parts=True)
   b = triton.matmul(
