@@ -28,7 +28,7 @@ from neurojax.serve.served import Served
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T", bound=msgspec.Struct)
-_OURS = (ValueError, EngineError, NotImplementedError)
+_OURS = (ValueError, EngineError, NotImplementedError, Exception)
 OPEN_PATHS = ("/health",)
 """Paths that need no key: whatever watches the server asks them."""
 
@@ -185,19 +185,24 @@ class _Endpoints:
 
   async def chat(self, request: Request) -> Any:
     asked = await self._read(request, Chat)
-    work = chat.prepare(self._served, asked)
-    return self._reply(chat, work, bool(asked.stream))
+    return await self._reply(chat, asked)
 
   async def completions(self, request: Request) -> Any:
     asked = await self._read(request, Completion)
-    work = completions.prepare(self._served, asked)
-    return self._reply(completions, work, bool(asked.stream))
+    return await self._reply(completions, asked)
 
-  def _reply(self, endpoint: Any, work: Any, streams: bool) -> Reply:
+  async def _reply(self, endpoint: Any, asked: Chat | Completion) -> Reply:
+    compiles = asked.response_format or asked.structured_outputs or getattr(asked, "tools", None)
+    if compiles:
+      # A grammar may take a second to compile.
+      work = await asyncio.to_thread(endpoint.prepare, self._served, asked)
+    else:
+      work = endpoint.prepare(self._served, asked)
+
     async def whole() -> bytes:
       return msgspec.json.encode(await endpoint.complete(self._served, work))
 
-    made = endpoint.stream(self._served, work) if streams else whole()
+    made = endpoint.stream(self._served, work) if asked.stream else whole()
     return Reply(made, most_s=self._served.limits.request_s)
 
   async def models(self, request: Request) -> Response:

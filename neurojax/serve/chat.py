@@ -13,7 +13,7 @@ import msgspec
 
 from neurojax.engine.api import MOST_TOPS, Request
 from neurojax.engine.text import TextPiece
-from neurojax.serve.constrain import chat_constraint
+from neurojax.serve.constrain import chat_constraint, thinking_of
 from neurojax.serve.errors import refused
 from neurojax.serve.feed import Feed
 from neurojax.serve.reply import COMMENT, DONE, event
@@ -87,9 +87,14 @@ def prepare(served: Served, asked: Chat) -> Work:
   reads_calls = offers and not forced and family is not None and family.calls is not None
   marks = family.marks(calls=reads_calls) if family is not None else ()
   ids = mark_ids(served.tokenizer.spec, marks)
-  in_reasoning = _ends_in_reasoning(family, ids, prompt)
+  thinking = thinking_of(family, ids, prompt)
   constraint = chat_constraint(
-    served, asked, forced=names, named=isinstance(choice, ToolChoice), in_reasoning=in_reasoning
+    served,
+    asked,
+    forced=names,
+    named=isinstance(choice, ToolChoice),
+    thinking=thinking,
+    marks=ids,
   )
   request = served.request(
     asked,
@@ -108,7 +113,7 @@ def prepare(served: Served, asked: Chat) -> Work:
     schemas=schemas if reads_calls else None,
     forced=names,
     named=isinstance(choice, ToolChoice),
-    in_reasoning=in_reasoning,
+    in_reasoning=thinking.is_open,
   )
 
 
@@ -144,15 +149,6 @@ def _template(served: Served, asked: Chat) -> dict[str, Any]:
     message = f"`reasoning_effort`: {served.name} has no efforts to choose from: leave it out"
     raise refused("reasoning_effort", message, "unsupported_field")
   return found
-
-
-def _ends_in_reasoning(family: Family | None, ids: Mapping[int, str], prompt: list[int]) -> bool:
-  """Whether a template has opened the reasoning: only white space may follow the mark."""
-  if family is None or family.reasoning is None:
-    return False
-  ends = [ids.get(id) for id in prompt[-3:]]
-  marks = [mark for mark in ends if mark in (family.reasoning.open, family.reasoning.close)]
-  return bool(marks) and marks[-1] == family.reasoning.open
 
 
 class _Choice:

@@ -62,7 +62,7 @@ def prepare(served: Served, asked: Completion) -> Work:
   most = 16 if asked.max_tokens is None else asked.max_tokens
   if not most and not asked.echo:
     raise refused("max_tokens", "`max_tokens` = 0 gives nothing without `echo`: ask for a token")
-  constraint = constraint_of(served, asked.response_format, asked.structured_outputs)
+  constraint = constraint_of(served, asked, asked.response_format, asked.structured_outputs)
   prompts = []
   for ids, hidden in _prompts(served, asked):
     request = None

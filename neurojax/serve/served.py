@@ -13,6 +13,7 @@ from neurojax.config import Sampling
 from neurojax.engine.api import Busy, Constraint, Engine, EngineError, Request, check_request
 from neurojax.engine.text import TextPiece, stream_text
 from neurojax.serve.errors import ApiError, refused
+from neurojax.serve.grammar import Grammars
 from neurojax.serve.requests import Asking, Message, Tool, arguments_of
 from neurojax.tokenizer import Tokenizer, encode_chat
 from neurojax.tokenizer.answer.family import Family, family_of
@@ -69,6 +70,7 @@ class Served:
     self.created = int(time.time())
     self.fingerprint = "fp_" + hashlib.sha256(held.encode()).hexdigest()[:16]
     self.family: Family | None = family_of(tokenizer.spec)
+    self.grammars = Grammars(tokenizer)
     self.observe = observe
     self.last_token_s = -1e9
     self._text_of = functools.cache(self._make_text)

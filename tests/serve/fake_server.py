@@ -1,10 +1,12 @@
 """A server over a fake engine, in a process of its own: `python -m tests.serve.fake_server '{...}'`."""
 
 import asyncio
+import dataclasses
 import json
 import sys
 
-from neurojax.engine.fake import FakeEngine
+from neurojax.engine.batch import Batch
+from neurojax.engine.fake import FakeEngine, FakeSlot, FakeSteps
 from neurojax.serve.app import make_app
 from neurojax.serve.served import Served, ServeLimits
 from neurojax.serve.server import listen, run
@@ -29,13 +31,69 @@ SPEC = TokenizerSpec(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+  vocab_size: int
+  context_length: int = 1024
+  longest_context: int = 1024
+
+
+class Scripted(FakeSteps):
+  """The steps of a model that says by heart the script whose number is the seed."""
+
+  def __init__(self, scripts: list[list[int]], **sizes):
+    super().__init__(most_draws=1, ahead=1, chunks=(1024,), **sizes)
+    self._scripts = scripts
+
+  def draw(self, slot: FakeSlot) -> tuple[int, float]:
+    script = self._scripts[slot.sampling.seed % len(self._scripts)]
+    at = len(slot.drawn)
+    return (script[at] if at < len(script) else 2), -1.0
+
+
+class ScriptedEngine:
+  """An engine over such steps."""
+
+  def __init__(self, tokenizer: Tokenizer, scripts: list[str]):
+    bounds = Bounds(tokenizer.vocab_size)
+    self.vocab_size, self.context_length = bounds.vocab_size, bounds.context_length
+    self.longest_context = bounds.longest_context
+    ids = [tokenizer.encode(script, parse_special=True) for script in scripts]
+    batch = Batch(Scripted(ids, vocab_size=bounds.vocab_size), bounds)
+    self.generate, self.score, self.load = batch.generate, batch.score, batch.load
+    self.close = batch.close
+
+
 async def main(
-  *, engine: dict, limits: dict | None = None, keys: tuple[str, ...] = (), origins: tuple = ()
+  *,
+  engine: dict,
+  limits: dict | None = None,
+  keys: tuple[str, ...] = (),
+  origins: tuple = (),
+  scripts: list[str] | None = None,
+  marks: tuple[str, ...] = (),
+  template: str = TEMPLATE,
 ) -> None:
-  fake = FakeEngine(vocab_size=len(VOCAB), **{"context_length": 512, **engine})
-  served = Served(
-    fake, Tokenizer(SPEC), names=("fake", "alias"), limits=ServeLimits(**(limits or {}))
+  """
+  Args:
+    engine: Options of the fake engine.
+    scripts: What the model says, by the seed; None: it counts.
+    marks: Further control tokens.
+  """
+  spec = dataclasses.replace(
+    SPEC,
+    tokens=(*SPEC.tokens, *marks),
+    types=(*SPEC.types, *["control"] * len(marks)),
+    scores=(0.0,) * (len(VOCAB) + len(marks)),
+    chat_template=template,
+    add_space_prefix=False,
   )
+  tokenizer = Tokenizer(spec)
+  if scripts is not None:
+    fake = ScriptedEngine(tokenizer, scripts)
+  else:
+    fake = FakeEngine(vocab_size=len(VOCAB), **{"context_length": 512, **engine})
+  served = Served(fake, tokenizer, names=("fake", "alias"), limits=ServeLimits(**(limits or {})))
   door = make_app(served, keys=keys, origins=origins)
   # What the engine is busy with, for tests that look whether slots are free.
   inner = door._inner

@@ -153,3 +153,21 @@ def test_wrong_options_are_said_before_the_model_is_read(
     capture_output=True, text=True, timeout=120, cwd=tmp_path,
   )  # fmt: skip
   assert found.returncode == 2 and said in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_real_model_keeps_a_schema_at_any_temperature(url: str):
+  import jsonschema
+
+  schema = {
+    "type": "object",
+    "properties": {"sea": {"enum": ["calm", "wild"]}, "feet": {"type": "integer", "maximum": 999}},
+    "required": ["sea", "feet"],
+    "additionalProperties": False,
+  }
+  format = {"type": "json_schema", "json_schema": {"name": "sea", "schema": schema, "strict": True}}
+  for seed in range(3):
+    asked = {"prompt": "The sea was", "max_tokens": 60, "seed": seed, "response_format": format}
+    found = post(url, {**asked, "temperature": 1.5, "n": 2})
+    for choice in found["choices"]:
+      assert choice["finish_reason"] == "stop"
+      jsonschema.validate(json.loads(choice["text"]), schema)
