@@ -1,5 +1,6 @@
 """Root-mean-square normalisation, arXiv:1910.07467."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -29,11 +30,29 @@ def rms_norm(
   wide = x.astype(jnp.float32)
   leading = x.ndim - scale_D.ndim
   axes = tuple(range(leading, x.ndim))
-  wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
+  wide = wide * lax.rsqrt(_mean_square(wide, axes) + eps)
   return (wide * scale_D.astype(jnp.float32)[(None,) * leading]).astype(x.dtype)
 
 
 def normalised(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
   """Computes x / sqrt(mean(x**2) + eps) over the last axis, without a scale."""
   wide = x.astype(jnp.float32)
-  return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+  return (wide * lax.rsqrt(_mean_square(wide, (x.ndim - 1,)) + eps)).astype(x.dtype)
+
+
+def _mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+  """Computes the mean of x**2 over axes, which stay with size 1.
+
+  In steps of single tokens, [B, 1, ...], the sum is a tree of additions: its order is said, so that a row
+  has the same bits beside any number of others. XLA:CPU orders a reduction by the number of rows.
+  """
+  square = x * x
+  if x.ndim < 3 or x.shape[1] != 1 or len(axes) != 1 or jax.default_backend() != "cpu":
+    return jnp.mean(square, axis=axes, keepdims=True)
+  length = size = x.shape[-1]
+  while size > 1:
+    half = -(-size // 2)
+    beyond = [(0, 0)] * (x.ndim - 1) + [(0, 2 * half - size)]
+    square = square[..., :half] + jnp.pad(square[..., half:], beyond)
+    size = half
+  return square / length
