@@ -35,7 +35,7 @@ class Lookup:
   Source: https://github.com/apoorvumang/prompt-lookup-decoding; LLMA, arXiv:2304.04487.
   """
 
-  def __init__(self, *, longest: int = 3, shortest: int = 2, most: int = 1 << 16):
+  def __init__(self, *, longest: int = 4, shortest: int = 2, most: int = 1 << 16):
     if not 1 <= shortest <= longest or most < 1:
       raise ValueError(
         f"longest = {longest}, shortest = {shortest}, most = {most}: 1 <= shortest <= longest"

@@ -115,6 +115,11 @@ def exact(paths) -> tuple[np.ndarray, np.ndarray]:
   return tuple(answer([stage(model, None, programs="model")])[2] for model in models)
 
 
+def test_fused_programs_take_no_drafts(paths):
+  made = stage(load(paths["llama"], "w2a8"), slots=2)
+  assert made.most_drafts == 0 and "fused" in made.why_no_drafts
+
+
 @pytest.mark.parametrize(
   ("family", "mode", "kernels"),
   [
