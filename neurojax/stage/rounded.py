@@ -65,7 +65,8 @@ def choose(
   by = "triton" if entry is not None and entry.implementation == "triton" else "mosaic"
   # What was measured holds for its shape alone: another may not be divided so.
   found = dict(entry.parameters) if entry is not None and (entry.n, entry.k) == (n, k) else {}
-  if by == "triton":
+  # Tables say of many rows what is fastest with activations that XLA rounds: written-out weights, and cuBLAS.
+  if by == "triton" and m <= _MOST_WHOLE_ROWS:
     tiles = found.get("tiles")
     if not kernels.invariant and parts == 1:
       return by, {} if tiles is None else {"tiles": _tiles(tiles, m, parts=None)}
@@ -73,6 +74,7 @@ def choose(
     if whole is not None:
       tiles = dataclasses.asdict(whole) if tiles is None else tiles
       return by, {"tiles": _tiles(tiles, m, parts=parts)}
+  if by == "triton":
     found = {}
   cut = found.get("cut") or dataclasses.asdict(mosaic.tiling_for(m, n, k, w))
   return "mosaic", {"cut": _cut(cut, m, parts=parts)}
