@@ -41,18 +41,20 @@ def normalised(x: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
 
 
 def _mean_square(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-  """Computes the mean of x**2 over axes, which stay with size 1.
+  """Computes the mean of x**2 over the last axes, which stay with size 1.
 
   In steps of single tokens, [B, 1, ...], the sum is a tree of additions: its order is said, so that a row
   has the same bits beside any number of others. XLA:CPU orders a reduction by the number of rows.
   """
   square = x * x
-  if x.ndim < 3 or x.shape[1] != 1 or len(axes) != 1 or jax.default_backend() != "cpu":
+  leading = axes[0]
+  if leading < 2 or x.shape[1] != 1 or jax.default_backend() != "cpu":
     return jnp.mean(square, axis=axes, keepdims=True)
-  length = size = x.shape[-1]
+  square = square.reshape(*x.shape[:leading], -1)
+  length = size = square.shape[-1]
   while size > 1:
     half = -(-size // 2)
-    beyond = [(0, 0)] * (x.ndim - 1) + [(0, 2 * half - size)]
+    beyond = [(0, 0)] * leading + [(0, 2 * half - size)]
     square = square[..., :half] + jnp.pad(square[..., half:], beyond)
     size = half
-  return square / length
+  return square.reshape(*x.shape[:leading], *(1 for _ in axes)) / length

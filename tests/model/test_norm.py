@@ -31,3 +31,18 @@ def test_a_row_of_a_step_has_the_same_bits_beside_any_others(width: int):
   together = np.asarray(norm(x_BTD))
   for rows in (1, 2, 3, 4, 7, 8, 16, 33):
     np.testing.assert_array_equal(norm(x_BTD[:rows]), together[:rows])
+
+
+def test_so_it_has_where_the_norm_is_over_two_axes():
+  rng = np.random.default_rng(0)
+  x_BTNH = jnp.asarray(rng.standard_normal((64, 1, 8, 64)), jnp.float32)
+  scale_NH = jnp.asarray(rng.standard_normal((8, 64)), jnp.float32)
+  norm = jax.jit(lambda x_BTNH: rms_norm(x_BTNH, scale_NH, 1e-5))
+  together = np.asarray(norm(x_BTNH))
+  x_BNH = np.asarray(x_BTNH)[:, 0]
+  wanted_BNH = x_BNH / np.sqrt(np.mean(x_BNH**2, (1, 2), keepdims=True) + 1e-5)
+  np.testing.assert_allclose(
+    together[:, 0], wanted_BNH * np.asarray(scale_NH), rtol=2e-5, atol=1e-6
+  )
+  for rows in (1, 2, 4, 8, 16):
+    np.testing.assert_array_equal(norm(x_BTNH[:rows]), together[:rows])
