@@ -29,6 +29,12 @@ from neurojax.serve.served import Served
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T", bound=msgspec.Struct)
 _OURS = (ValueError, EngineError, NotImplementedError, Exception)
+PATHS = frozenset(
+  {
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
+    "/tokenizer_info", "/health", "/version", "/metrics",
+  }
+)  # fmt: skip
 OPEN_PATHS = ("/health",)
 """Paths that need no key: whatever watches the server asks them."""
 
@@ -38,14 +44,21 @@ class Door:
 
   Args:
     keys: Keys of which every request has to bring one; none lets all in.
+    count: Called with the path and the status of every request.
 
   Attributes:
     under_way: Requests that are being answered.
     is_draining: Whether nothing new is taken.
   """
 
-  def __init__(self, inner: Any, *, keys: Sequence[str] = ()):
-    self._inner = inner
+  def __init__(
+    self,
+    inner: Any,
+    *,
+    keys: Sequence[str] = (),
+    count: Callable[[str, int], None] = lambda path, status: None,
+  ):
+    self._inner, self._count = inner, count
     self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
     self.under_way = 0
     self.is_draining = False
@@ -88,7 +101,9 @@ class Door:
       self.under_way -= 1
       if not self.under_way:
         self._idle.set()
-      _log(scope, name, scope["state"].get("status", status), time.perf_counter() - began_s)
+      status = scope["state"].get("status", status)
+      self._count(_path(scope["path"]), status)
+      _log(scope, name, status, time.perf_counter() - began_s)
 
   def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
     if self.is_draining:
@@ -106,6 +121,13 @@ class Door:
     message = "the API key is missing or wrong: send `Authorization: Bearer KEY`"
     headers_ = {"www-authenticate": "Bearer"}
     return ApiError(401, message, code="invalid_api_key", headers=headers_)
+
+
+def _path(path: str) -> str:
+  """A path as a label: of few values, whatever is asked for."""
+  if path.startswith("/v1/models/"):
+    return "/v1/models/{id}"
+  return path if path in PATHS else "other"
 
 
 def _request_id(given: bytes | None) -> str:
@@ -127,23 +149,15 @@ def _log(scope: Scope, name: str, status: int, took_s: float) -> None:
     _LOG.info("%s", json.dumps(line))
 
 
-def make_app(
-  served: Served,
-  *,
-  keys: Sequence[str] = (),
-  origins: Sequence[str] = (),
-  metrics: Callable[[], bytes] | None = None,
-) -> Door:
+def make_app(served: Served, *, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> Door:
   """The server as an ASGI application.
 
   Args:
     keys: API keys; none lets every request in.
     origins: Origins whose pages in a browser may ask ("*": all); none by default.
-    metrics: Gives the text of /metrics.
   """
-  endpoints = _Endpoints(served, metrics)
   app = Starlette(
-    routes=endpoints.routes(),
+    routes=_Endpoints(served).routes(),
     exception_handlers={kind: _told for kind in (ApiError, HTTPException, *_OURS)},
   )
   inner: Any = app
@@ -151,7 +165,7 @@ def make_app(
     inner = CORSMiddleware(
       app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
     )
-  return Door(inner, keys=keys)
+  return Door(inner, keys=keys, count=served.metrics.http)
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -166,8 +180,8 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 class _Endpoints:
-  def __init__(self, served: Served, metrics: Callable[[], bytes] | None):
-    self._served, self._metrics = served, metrics
+  def __init__(self, served: Served):
+    self._served = served
 
   def routes(self) -> list[Route]:
     return [
@@ -180,24 +194,26 @@ class _Endpoints:
       Route("/tokenizer_info", self.tokenizer_info),
       Route("/health", self.health),
       Route("/version", self.version),
-      *([Route("/metrics", self.metrics)] if self._metrics is not None else ()),
+      Route("/metrics", self.metrics),
     ]
 
   async def chat(self, request: Request) -> Any:
     asked = await self._read(request, Chat)
-    return await self._reply(chat, asked)
+    return await self._reply(request, chat, asked)
 
   async def completions(self, request: Request) -> Any:
     asked = await self._read(request, Completion)
-    return await self._reply(completions, asked)
+    return await self._reply(request, completions, asked)
 
-  async def _reply(self, endpoint: Any, asked: Chat | Completion) -> Reply:
+  async def _reply(self, request: Request, endpoint: Any, asked: Chat | Completion) -> Reply:
     compiles = asked.response_format or asked.structured_outputs or getattr(asked, "tools", None)
     if compiles:
       # A grammar may take a second to compile.
       work = await asyncio.to_thread(endpoint.prepare, self._served, asked)
     else:
       work = endpoint.prepare(self._served, asked)
+
+    request.state.facts = {"stream": bool(asked.stream), "n": asked.n or 1, **work.facts}
 
     async def whole() -> bytes:
       return msgspec.json.encode(await endpoint.complete(self._served, work))
@@ -227,8 +243,9 @@ class _Endpoints:
     return _json(small.version())
 
   async def metrics(self, request: Request) -> Response:
-    assert self._metrics is not None
-    return Response(self._metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+      await self._served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
 
   async def _read(self, request: Request, kind: type[T]) -> T:
     """Read the body of a request. Raises: ApiError: it is too long, or not what is asked for."""

@@ -52,6 +52,11 @@ class Work:
   in_reasoning: bool = False
 
   @property
+  def facts(self) -> dict[str, int]:
+    """What the log says of it."""
+    return {"prompt_tokens": len(self.request.prompt), "max_tokens": self.request.max_tokens}
+
+  @property
   def has_usage(self) -> bool:
     options = self.asked.stream_options
     return bool(options and (options.include_usage or options.continuous_usage_stats))

@@ -43,6 +43,14 @@ class Work:
   n: int
 
   @property
+  def facts(self) -> dict[str, int]:
+    """What the log says of it."""
+    return {
+      "prompts": len(self.prompts),
+      "prompt_tokens": sum(len(prompt.ids) for prompt in self.prompts),
+    }
+
+  @property
   def has_usage(self) -> bool:
     options = self.asked.stream_options
     return bool(options and (options.include_usage or options.continuous_usage_stats))

@@ -14,6 +14,7 @@ from neurojax.engine.api import Busy, Constraint, Engine, EngineError, Request, 
 from neurojax.engine.text import TextPiece, stream_text
 from neurojax.serve.errors import ApiError, refused
 from neurojax.serve.grammar import Grammars
+from neurojax.serve.metrics import Metrics
 from neurojax.serve.requests import Asking, Message, Tool, arguments_of
 from neurojax.tokenizer import Tokenizer, encode_chat
 from neurojax.tokenizer.answer.family import Family, family_of
@@ -53,7 +54,7 @@ class Served:
   Args:
     names: Names by which requests ask for the model; the first is told back.
     held: Says how the model is held, for the fingerprint: answers with the same one are comparable.
-    observe: Called with every piece of every answer.
+    metrics: Counts what is done; made if absent.
   """
 
   def __init__(
@@ -64,14 +65,14 @@ class Served:
     names: Sequence[str],
     held: str = "",
     limits: ServeLimits = ServeLimits(),
-    observe: Callable[[TextPiece], None] = lambda piece: None,
+    metrics: Metrics | None = None,
   ):
     self.engine, self.tokenizer, self.names, self.limits = engine, tokenizer, tuple(names), limits
     self.created = int(time.time())
     self.fingerprint = "fp_" + hashlib.sha256(held.encode()).hexdigest()[:16]
     self.family: Family | None = family_of(tokenizer.spec)
     self.grammars = Grammars(tokenizer)
-    self.observe = observe
+    self.metrics = metrics if metrics is not None else Metrics(self.name, engine)
     self.last_token_s = -1e9
     self._text_of = functools.cache(self._make_text)
 
@@ -208,13 +209,19 @@ class Served:
     """The answers of a request as text. Raises: Busy: too many wait."""
     load = self.engine.load()
     if load.running >= load.slots and load.queued >= self.limits.queued:
+      self.metrics.refused()
       raise Busy(load.queued)
     pieces = stream_text(self.engine, self.tokenizer, request, stops=stops, marks=marks)
-    async with contextlib.aclosing(pieces):
-      async for piece in pieces:
-        self.last_token_s = time.monotonic()
-        self.observe(piece)
-        yield piece
+    watch = self.metrics.request(request)
+    try:
+      async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+          self.last_token_s = time.monotonic()
+          watch.see(piece)
+          yield piece
+    except EngineError:
+      self.metrics.failed()
+      raise
 
   def token_text(self, id: int, *, as_id: bool = False) -> str:
     """How a token is named in an answer: its text, or its bytes if they are no text."""

@@ -63,6 +63,9 @@ class ScriptedEngine:
     self.generate, self.score, self.load = batch.generate, batch.score, batch.load
     self.close = batch.close
 
+  async def reports(self) -> tuple:
+    return ()
+
 
 async def main(
   *,
