@@ -38,6 +38,14 @@ def readme_table() -> str:
     f" | {float(row['tokens_per_s']):,.0f} tokens/s"
     f" | {float(row['read_fraction']):.0%} of the read bandwidth |"
   )
+  for concurrent, who in (("1", "one request"), ("64", "64 requests at once")):
+    row = _row("engine_load/results.csv", concurrent=concurrent, sampling="greedy", prompt="128")
+    alone = _row("engine_load/kernels.csv", what="decode", batch=concurrent)
+    out.append(
+      f"| decode, `w2a8`, the engine, {who} | Qwen3 of 8B, random | {row['device']}"
+      f" | {float(row['decode_tokens_per_s']):,.0f} tokens/s"
+      f" | kernels alone, same card: {float(alone['tokens_per_s']):,.0f} |"
+    )
   row = _row("gpu_decode/results.csv", what="prefill", length="2048", **wanted)
   out.append(
     f"| prefill of 2048, `w2a8`, kernels alone | Qwen3 of 8B, random | {row['device']}"

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import experiments.cache_int8.run
 import experiments.cpu_decode.run
 import experiments.cpu_ternary.run
+import experiments.engine_load.run
 import experiments.gpu_decode.run
 import experiments.numbers
 import neurojax
@@ -32,7 +34,9 @@ def named(path: Path) -> str:
 # ---- numbers
 
 
-@pytest.mark.parametrize("name", ["cpu_decode", "cpu_ternary", "gpu_decode"])
+@pytest.mark.parametrize(
+  "name", ["cpu_decode", "cpu_ternary", "gpu_decode", "engine_load", "cache_int8"]
+)
 def test_tables_are_those_of_the_results_files(name: str):
   assert block(name, path=DOCS / "running.md") == getattr(experiments, name).run.table()
 

@@ -117,7 +117,9 @@ def test_attention_is_merged_and_rounded(m: int, order: Order):
 def test_products_of_levels_have_one_order_of_sums(matrix: shapes.Matrix, m: int):
   """Triton's and Mosaic's parts are the same, in any number of rows, and add up to the product."""
   n, k = matrix.n, matrix.k
-  w = TernaryArray(*bench.random_rows(jax.random.key(1, impl="rbg"), 2, n, k), (k, n), 1, 128, "w2a8")
+  w = TernaryArray(
+    *bench.random_rows(jax.random.key(1, impl="rbg"), 2, n, k), (k, n), 1, 128, "w2a8"
+  )
   layer, parts = jnp.int32(1), rounded.parts_for(n, k)
   x = normal(7, 64, k)
   cut = mosaic.tiling_for(m, n, k, w)
