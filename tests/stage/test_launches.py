@@ -14,11 +14,11 @@ import pytest
 
 from neurojax.config import ModelConfig
 from neurojax.measure.speed.stage import random_model
-from neurojax.model.sample import SamplerState
+from neurojax.model.sample import Kind, SamplerState
 from neurojax.stage.fused import Kernels
 from neurojax.stage.programs import FusedPrograms
 from neurojax.stage.state import StageState
-from neurojax.stage.step_programs import PLAN, StepPrograms
+from neurojax.stage.step_programs import LOOP, PLAN, StepPrograms
 from tests.kernels import aot
 
 REASON = aot.why_not()
@@ -59,8 +59,10 @@ condition:
   assert operations(text) == (["norm", "kCustomCall"], ["kCopy", "compare", "add"])
 
 
-def compiled_step(rows: int, kernels: Kernels) -> tuple[Any, str]:
-  """The program of a greedy step of rows in slots, and its sequence of device operations."""
+def compiled_step(
+  rows: int, kernels: Kernels, *, kind: Kind = "greedy", rounds: int = 1
+) -> tuple[Any, str]:
+  """The program of a step of rows in slots, and its sequence of device operations."""
   config = dataclasses.replace(ModelConfig.named("bonsai-8b"), num_layers=LAYERS)
   model = jax.eval_shape(lambda: random_model(config, "w2a8"))
   programs = FusedPrograms(model, kernels, np.dtype(jnp.bfloat16))
@@ -73,7 +75,7 @@ def compiled_step(rows: int, kernels: Kernels) -> tuple[Any, str]:
     )
   )
   steps = StepPrograms(programs, is_first=True, is_static=True)
-  step = functools.partial(steps.decode, kind="greedy", top=0, rounds=1, masked=False)
+  step = functools.partial(steps.decode, kind=kind, top=0, rounds=rounds, masked=False)
   plan = jax.ShapeDtypeStruct((PLAN, rows), jnp.int32)
   with tempfile.TemporaryDirectory() as folder:
     compiled = aot.compile_for_h200(
@@ -100,3 +102,12 @@ def test_activations_that_xla_rounds_take_more():
   kernels = Kernels(device="NVIDIA H200", invariant=True, rounds=False)
   inside, _ = operations(compiled_step(8, kernels)[1])
   assert len(inside) > 20
+
+
+def test_the_host_is_not_asked_in_the_middle_of_a_call():
+  """A choice, or a loop whose count XLA does not know, would stop the device until the host has looked."""
+  kernels = Kernels(device="NVIDIA H200", invariant=True)
+  compiled, sequence = compiled_step(8, kernels, kind="full", rounds=LOOP)
+  assert "kWhile" in sequence and "kConditional" not in sequence
+  loops = [line for line in compiled.as_text().splitlines() if " while(" in line]
+  assert loops and all("known_trip_count" in line for line in loops)
