@@ -39,7 +39,7 @@ GPU_TESTS := tests/kernels/attention tests/kernels/decode tests/kernels/gemm/tes
   tests/kernels/gemm/test_triton.py tests/kernels/gemm/test_gemm_on_gpu.py tests/kernels/test_aot.py \
   tests/kernels/test_norm.py tests/kernels/test_norm_on_gpu.py \
   tests/stage/test_fused.py tests/stage/test_fused_compiled.py tests/stage/test_fused_on_gpu.py \
-  tests/stage/test_launches.py \
+  tests/stage/test_launches_compiled.py \
   tests/stage/test_compile.py::test_on_hopper_the_fused_programs_run
 
 has-python312:
