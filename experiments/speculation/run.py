@@ -147,15 +147,14 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--only-print", action="store_true")
   asked = parser.parse_args()
-  found = []
+  if not asked.only_print:
+    RESULTS.unlink(missing_ok=True)
   for model in asked.model:
     for slots in asked.slots:
       for row in rows_of(model, slots, asked.answer, asked.repeats):
-        found.append(row)
         print(*dataclasses.astuple(row), flush=True)
-  if not asked.only_print:
-    RESULTS.unlink(missing_ok=True)
-    timing.append_csv(RESULTS, found)
+        if not asked.only_print:
+          timing.append_csv(RESULTS, [row])
 
 
 if __name__ == "__main__":
