@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from neurojax.files.model_file import ModelFile
   from neurojax.tokenizer import Tokenizer
 
+_MOST_QUEUED = 256  # as many as an engine lets wait
 _KEYS = "NEUROJAX_API_KEY"
 
 
@@ -78,8 +79,8 @@ class Serve(ModelOptions, EngineOptions):
     """Raises: ValueError: an option is out of range."""
     if not 0 <= self.port < 65536:
       raise ValueError(f"--port {self.port}: between 0 and 65535")
-    if self.queue < 0:
-      raise ValueError(f"--queue {self.queue}: at least 0")
+    if not 0 <= self.queue <= _MOST_QUEUED:
+      raise ValueError(f"--queue {self.queue}: between 0 and {_MOST_QUEUED}")
     for name in ("timeout", "drain"):
       if not 0 < (value := getattr(self, name)) < 1e6:
         raise ValueError(f"--{name} {value}: a positive number of seconds, below 1,000,000")

@@ -35,6 +35,13 @@ PATHS = frozenset(
     "/tokenizer_info", "/health", "/version", "/metrics",
   }
 )  # fmt: skip
+LONG_BODY = 1 << 15
+"""Bytes of a body whose text is cut into tokens in a thread of its own."""
+NOT_SERVED = (
+  "/v1/embeddings", "/v1/responses", "/v1/audio/transcriptions", "/v1/images/generations",
+  "/v1/moderations", "/v1/files", "/v1/batches",
+)  # fmt: skip
+"""Endpoints of OpenAI's that are refused by name."""
 OPEN_PATHS = ("/health",)
 """Paths that need no key: whatever watches the server asks them."""
 
@@ -195,6 +202,7 @@ class _Endpoints:
       Route("/health", self.health),
       Route("/version", self.version),
       Route("/metrics", self.metrics),
+      *[Route(path, self.refuse, methods=["GET", "POST"]) for path in NOT_SERVED],
     ]
 
   async def chat(self, request: Request) -> Any:
@@ -207,8 +215,8 @@ class _Endpoints:
 
   async def _reply(self, request: Request, endpoint: Any, asked: Chat | Completion) -> Reply:
     compiles = asked.response_format or asked.structured_outputs or getattr(asked, "tools", None)
-    if compiles:
-      # A grammar may take a second to compile.
+    if compiles or request.state.size > LONG_BODY:
+      # A grammar may take a second to compile, and a long text to cut into tokens: others go on.
       work = await asyncio.to_thread(endpoint.prepare, self._served, asked)
     else:
       work = endpoint.prepare(self._served, asked)
@@ -242,6 +250,11 @@ class _Endpoints:
   async def version(self, request: Request) -> Response:
     return _json(small.version())
 
+  async def refuse(self, request: Request) -> Response:
+    path = request.url.path
+    message = f"{path} is not served here: /v1/chat/completions and /v1/completions are"
+    raise ApiError(404, message, code="unsupported_endpoint")
+
   async def metrics(self, request: Request) -> Response:
     return Response(
       await self._served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
@@ -254,15 +267,20 @@ class _Endpoints:
     if media != "application/json":
       message = f"the body is {media[:80] or 'of no type'}: send `content-type: application/json`"
       raise ApiError(415, message, code="unsupported_media_type")
-    most, body = self._served.limits.body_bytes, bytearray()
+    limits, body = self._served.limits, bytearray()
     try:
-      async for part in request.stream():
-        body += part
-        if len(body) > most:
-          message = f"the body has more than {most} bytes, as many as it may"
-          raise ApiError(413, message, code="body_too_large")
+      async with asyncio.timeout(limits.body_s):
+        async for part in request.stream():
+          body += part
+          if len(body) > limits.body_bytes:
+            message = f"the body has more than {limits.body_bytes} bytes, as many as it may"
+            raise ApiError(413, message, code="body_too_large")
+    except TimeoutError:
+      message = f"the body did not come within {limits.body_s:g} s"
+      raise ApiError(408, message, code="timeout") from None
     except ClientDisconnect:
       raise ApiError(400, "the body was not sent whole", code="disconnected") from None
+    request.state.size = len(body)
     return read(bytes(body), kind)
 
 

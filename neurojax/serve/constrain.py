@@ -175,15 +175,15 @@ def _maker(
   thinking: Thinking,
   budget: int | None = None,
 ) -> Maker:
-  grammars, stop_ids = served.grammars, sorted(served.tokenizer.stop_ids)
+  stop_ids, prototype = sorted(served.tokenizer.stop_ids), None
   if text is not None:
     if asked.ignore_eos:
       raise refused("ignore_eos", f"`ignore_eos` and `{param}` exclude each other")
-    grammars.matcher(text, param)
+    prototype = served.grammars.prototype(text, param)
 
   def make() -> Guide:
     return Guide(
-      grammars.matcher(text, param) if text is not None else None,
+      prototype.deep_copy() if prototype is not None else None,
       size=served.engine.vocab_size,
       stop_ids=stop_ids,
       open=thinking.open,

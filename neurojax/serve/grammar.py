@@ -58,8 +58,8 @@ class Grammars:
     words = _Words(self._tokenizer, stop_ids)
     return llguidance.LLTokenizer(words, eos_token=stop_ids)  # type: ignore[arg-type]
 
-  def matcher(self, grammar: str, param: str) -> llguidance.LLMatcher:
-    """A matcher at the beginning of a grammar.
+  def prototype(self, grammar: str, param: str) -> llguidance.LLMatcher:
+    """A matcher at the beginning of a grammar: each answer takes a copy of it (`deep_copy`).
 
     Args:
       param: Field of the request that the grammar comes from.
@@ -71,17 +71,25 @@ class Grammars:
       raise refused(param, f"`{param}` has {len(grammar)} characters: at most {MOST_CHARACTERS}")
     with self._lock:
       found = self._kept.get(grammar)
-      if found is None:
-        is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-          grammar, self.words
-        )
-        if is_wrong or messages:
-          raise refused(param, f"`{param}` cannot be kept: {'; '.join(messages)}", "unsupported")
-        found = self._kept[grammar] = llguidance.LLMatcher(self.words, grammar, log_level=0)
-      self._kept.move_to_end(grammar)
+      if found is not None:
+        self._kept.move_to_end(grammar)
+        return found
+    # Nobody waits for a grammar that takes long.
+    found = self._compiled(grammar, param)
+    with self._lock:
+      self._kept[grammar] = found
       while len(self._kept) > KEPT:
         self._kept.popitem(last=False)
-      return found.deep_copy()
+    return found
+
+  def _compiled(self, grammar: str, param: str) -> llguidance.LLMatcher:
+    is_wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, self.words)
+    if is_wrong or messages:
+      raise refused(param, f"`{param}` cannot be kept: {'; '.join(messages)}", "unsupported")
+    found = llguidance.LLMatcher(self.words, grammar, log_level=0)
+    if found.is_error():
+      raise refused(param, f"`{param}` cannot be kept: {found.get_error()}", "unsupported")
+    return found
 
 
 def of_schema(schema: Mapping[str, Any] | bool, param: str) -> str:

@@ -33,6 +33,7 @@ class ServeLimits:
 
   Attributes:
     body_bytes: Longest body of a request.
+    body_s: Longest time in which a body may come.
     queued: Requests that may wait for the engine.
     prompts: Prompts of one request for completions.
     request_s: Longest time that an answer may take.
@@ -41,6 +42,7 @@ class ServeLimits:
   """
 
   body_bytes: int = 16 << 20
+  body_s: float = 60.0
   queued: int = 256
   prompts: int = 256
   request_s: float = 600.0

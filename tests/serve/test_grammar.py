@@ -24,7 +24,7 @@ CLOSERS = [TOKENIZER.encode(text)[0] for text in ('"', "}", "]", '"}', '"]', "}}
 
 
 def guide(text: str | None, **options) -> Guide:
-  matcher = None if text is None else GRAMMARS.matcher(text, "response_format")
+  matcher = None if text is None else GRAMMARS.prototype(text, "response_format").deep_copy()
   return Guide(matcher, size=SIZE, stop_ids=sorted(TOKENIZER.stop_ids), **options)
 
 
@@ -135,7 +135,7 @@ def test_every_kept_grammar_starts_anew_for_each_answer():
   assert len(GRAMMARS._kept) == before
   many = Grammars(TOKENIZER)
   for i in range(grammar.KEPT + 5):
-    many.matcher(grammar.of_regex(f"a{{{i + 1}}}"), "x")
+    many.prototype(grammar.of_regex(f"a{{{i + 1}}}"), "x")
   assert len(many._kept) == grammar.KEPT
 
 

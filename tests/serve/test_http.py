@@ -68,7 +68,12 @@ def test_a_whole_answer_has_the_keys_that_the_published_description_requires(url
 
 @pytest.mark.parametrize(
   ("path", "method", "status"),
-  [("/nope", "GET", 404), ("/v1/chat/completions", "GET", 405), ("/v1/models/x", "GET", 404)],
+  [
+    ("/nope", "GET", 404),
+    ("/v1/embeddings", "POST", 404),
+    ("/v1/chat/completions", "GET", 405),
+    ("/v1/models/x", "GET", 404),
+  ],
 )
 def test_errors_have_one_shape(url: str, path: str, method: str, status: int):
   found = httpx2.request(method, url + path)
@@ -120,6 +125,26 @@ def test_long_bodies_and_long_answers_are_cut():
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
     assert done == "data: [DONE]"
     wait_until(lambda: busy(server.url) == (0, 0))
+
+
+def test_a_body_that_never_comes_is_not_waited_for():
+  import socket
+
+  with process.fake(limits={"body_s": 0.2}) as server:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+      connection.sendall(
+        b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 100\r\n\r\n{"
+      )
+      assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert httpx2.get(f"{server.url}/version").status_code == 200
+
+
+def test_long_texts_are_refused_and_keep_nobody_waiting(url: str):
+  with httpx2.stream("POST", f"{url}/v1/chat/completions", json={**LONG, "stream": True}) as found:
+    check_error(post(url, {"model": "fake", "prompt": "a" * 200_000}, "/v1/completions"), 400)
+    assert "[DONE]" in found.read().decode()
 
 
 # ---- clients that go away

@@ -1,5 +1,6 @@
 """Turns messages into the token ids of a prompt."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from neurojax.tokenizer.chat.template import ChatTemplate
@@ -26,15 +27,21 @@ def encode_chat(
   spec = tokenizer.spec
   if spec.chat_template is None:
     raise ValueError("the model has no chat template: use `generate` with a plain prompt")
-  template = ChatTemplate(
+  template = _template(
     spec.chat_template,
-    bos_token="" if spec.bos_id is None else spec.tokens[spec.bos_id],
-    eos_token="" if spec.eos_id is None else spec.tokens[spec.eos_id],
+    "" if spec.bos_id is None else spec.tokens[spec.bos_id],
+    "" if spec.eos_id is None else spec.tokens[spec.eos_id],
   )
   guarded = [_guarded(tokenizer, message) for message in messages]
   extra = {name: _guarded(tokenizer, value) for name, value in extra.items()}
   text = template.render(guarded, add_generation_prompt=add_generation_prompt, **extra)
   return tokenizer.encode(text, parse_special=True, guarded=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str, bos_token: str, eos_token: str) -> ChatTemplate:
+  """The template, which takes longer to read than to render."""
+  return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token)
 
 
 def _guarded(tokenizer: Tokenizer, value: object) -> object:
