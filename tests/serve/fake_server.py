@@ -31,6 +31,11 @@ SPEC = TokenizerSpec(
 )
 
 
+BY_TURN = 99
+"""The seed with which the model calls tools at first, and speaks once one has answered."""
+CALLS_THEN_TEXT = (1, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounds:
   vocab_size: int
@@ -46,7 +51,12 @@ class Scripted(FakeSteps):
     self._scripts = scripts
 
   def draw(self, slot: FakeSlot) -> tuple[int, float]:
-    script = self._scripts[slot.sampling.seed % len(self._scripts)]
+    number = slot.sampling.seed
+    if number == BY_TURN:
+      number = CALLS_THEN_TEXT[
+        bytes(max(0, id - 3) % 256 for id in slot.tokens).count(b"tool:") > 0
+      ]
+    script = self._scripts[number % len(self._scripts)]
     at = len(slot.drawn)
     return (script[at] if at < len(script) else 2), -1.0
 

@@ -1,5 +1,6 @@
 """`neurojax serve` on the packaged model: what lm-evaluation-harness asks for, to the bit."""
 
+import concurrent.futures
 import json
 import math
 import subprocess
@@ -133,6 +134,32 @@ def test_a_bias_and_a_rate_of_likelihood_reach_the_sampler(url: str, model: nj.M
   )
   assert set(found["choices"][0]["logprobs"]["tokens"]) == {" sea"}
   assert all(math.isfinite(x) for x in found["choices"][0]["logprobs"]["token_logprobs"])
+
+
+def test_requests_answer_alike_alone_and_among_others(url: str):
+  """Greedy and drawn, streamed and whole, of different lengths, more than there are slots."""
+  asked = [
+    {
+      "model": "neuro", "prompt": f"{TEXTS[i % 2][: 6 + 5 * (i % 4)]}", "max_tokens": 8 + 3 * (i % 5),
+      "temperature": 0.9 * (i % 3), "seed": i, "stream": i % 2 == 0, "logprobs": i % 3,
+      "top_k": 50 if i % 4 == 1 else None,
+    }
+    for i in range(16)
+  ]  # fmt: skip
+
+  def ask(body: dict) -> tuple[str, list[float]]:
+    found = httpx2.post(f"{url}/v1/completions", json=body, timeout=120)
+    if not body["stream"]:
+      parts = found.json()["choices"]
+    else:
+      parts = [json.loads(event[6:])["choices"][0] for event in found.text.split("\n\n")[:-2]]
+    values = [value for part in parts for value in part["logprobs"]["token_logprobs"]]
+    return "".join(part["text"] for part in parts), values
+
+  alone = [ask(body) for body in asked]
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    assert list(pool.map(ask, asked)) == alone
+  assert len({text for text, _ in alone}) > 8
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 
-from tests.serve import process
+from tests.serve import fake_server, process
 
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 TEMPLATE = (
@@ -122,6 +122,25 @@ def test_calls_of_tools(client: openai.OpenAI):
     seed=TEXT,
   )
   assert again.choices[0].message.content == SCRIPTS[TEXT]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_loop_of_tools_ends_in_an_answer(client: openai.OpenAI, strict: bool):
+  tool = {"type": "function", "function": {**TOOL["function"], "strict": strict}}
+  messages: list = [*ASK["messages"]]
+  turns = 0
+  while True:
+    found = client.chat.completions.create(
+      model="fake", messages=messages, tools=[tool], seed=fake_server.BY_TURN
+    )
+    turns += 1
+    message = found.choices[0].message
+    if not message.tool_calls:
+      break
+    messages.append(message.model_dump())
+    for call in message.tool_calls:
+      messages.append({"role": "tool", "tool_call_id": call.id, "content": "4 degrees"})
+  assert turns == 2 and message.content == SCRIPTS[TEXT]
 
 
 def test_text_is_text_with_tools_or_without(client: openai.OpenAI):

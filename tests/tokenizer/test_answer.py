@@ -1,6 +1,5 @@
 """Answers in the notation of each family, parted alike however they are cut."""
 
-import itertools
 import json
 import re
 
@@ -216,6 +215,7 @@ def test_a_template_shows_its_family_and_a_vocabulary_its_marks():
   ]:
     assert family_of(spec(template, {})).name == name
   assert family_of(spec("{{ m.content }}", {})) is None
+  assert family_of(spec("<tool_call>f<arg_key>a</arg_key> </think>", {})).name == "think"
   # A template that never speaks of reasoning has none.
   assert family_of(spec("<tool_call>", {})).reasoning is None
   assert family_of(spec(qwen, {})).reasoning is not None
@@ -230,4 +230,3 @@ def test_every_family_is_in_the_order():
   folder = resources.files("neurojax.tokenizer.answer") / "families"
   assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.toml" for name in ORDER)
   assert all(len({*family(name).marks()}) == len(family(name).marks()) for name in ORDER)
-  assert not [pair for pair in itertools.combinations(ORDER, 2) if pair[0] == pair[1]]

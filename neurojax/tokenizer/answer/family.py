@@ -55,6 +55,7 @@ class Family:
   Attributes:
     name: Name of its file.
     template: Texts, one of which its chat templates hold.
+    without: Texts that its chat templates do not hold.
     reasoning: None for models that do not think aloud.
     calls: None for models that call no tools.
     id_length: Letters and digits of a call's name.
@@ -62,6 +63,7 @@ class Family:
 
   name: str
   template: tuple[str, ...]
+  without: tuple[str, ...] = ()
   reasoning: Reasoning | None = None
   calls: Calls | None = None
   id_length: int = 24
@@ -86,6 +88,7 @@ def family(name: str) -> Family:
   return Family(
     name=name,
     template=tuple(table["template"]),
+    without=tuple(table.get("without", ())),
     reasoning=Reasoning(**table["reasoning"]) if "reasoning" in table else None,
     calls=Calls(**table["calls"]) if "calls" in table else None,
     id_length=table.get("id_length", 24),
@@ -97,7 +100,8 @@ def family_of(spec: TokenizerSpec) -> Family | None:
   template = spec.chat_template or ""
   for name in ORDER:
     found = family(name)
-    if any(text in template for text in found.template):
+    holds = any(text in template for text in found.template)
+    if holds and not any(text in template for text in found.without):
       return _without_thought(found, template)
   return None
 
