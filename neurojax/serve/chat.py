@@ -337,8 +337,9 @@ async def stream(served: Served, work: Work) -> AsyncGenerator[bytes, None]:
   continuous = bool(options and options.continuous_usage_stats)
   chunks = _Chunks(head, work, usage.table if continuous else None)
   has_begun = False
-  async with Feed([served.stream(work.request, work.stops, frozenset(work.marks))]) as feed:
-    while (items := await feed.next(served.limits.idle_s)) is not None:
+  pieces = served.stream(work.request, work.stops, frozenset(work.marks))
+  async with Feed([pieces], idle_s=served.limits.idle_s) as feed:
+    while (items := await feed.next()) is not None:
       parts = []
       if items and not has_begun:
         has_begun = True

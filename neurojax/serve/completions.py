@@ -296,8 +296,8 @@ async def stream(served: Served, work: Work) -> AsyncGenerator[bytes, None]:
   all_of_them, head = _Choices(served, work), _head(served)
   options = work.asked.stream_options
   continuous = bool(options and options.continuous_usage_stats)
-  async with Feed(all_of_them.streams()) as feed:
-    while (items := await feed.next(served.limits.idle_s)) is not None:
+  async with Feed(all_of_them.streams(), idle_s=served.limits.idle_s) as feed:
+    while (items := await feed.next()) is not None:
       parts = []
       for number, item in items:
         for choice, text in all_of_them.take(number, item):

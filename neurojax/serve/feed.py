@@ -14,11 +14,17 @@ class Feed(Generic[T]):
 
   Use as a context manager.
 
+  Args:
+    idle_s: Seconds in which nothing comes, up to twice as many, after which `next` says so.
+
   Example: `async with Feed(streams) as feed: while (items := await feed.next()) is not None: ...`
   """
 
-  def __init__(self, streams: Sequence[AsyncGenerator[T, None]]):
-    self._streams = streams
+  def __init__(self, streams: Sequence[AsyncGenerator[T, None]], *, idle_s: float | None = None):
+    self._streams, self._idle_s = streams, idle_s
+    # One timer that is set anew once in a while: a timer for each item would cost as much as the item.
+    self._timer: asyncio.TimerHandle | None = None
+    self._has_ticked = False
     self._items: list[tuple[int, T]] = []
     self._error: BaseException | None = None
     self._left = len(streams)
@@ -29,6 +35,8 @@ class Feed(Generic[T]):
     self._tasks = [
       asyncio.create_task(self._pump(number, stream)) for number, stream in enumerate(self._streams)
     ]
+    self._tick()
+    self._has_ticked = False
     return self
 
   async def __aexit__(
@@ -37,30 +45,37 @@ class Feed(Generic[T]):
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
+    if self._timer is not None:
+      self._timer.cancel()
     for task in self._tasks:
       task.cancel()
     if self._tasks:
       await asyncio.wait(self._tasks)
 
-  async def next(self, timeout_s: float | None = None) -> list[tuple[int, T]] | None:
+  async def next(self) -> list[tuple[int, T]] | None:
     """All items that came since the last call, each with the number of its stream.
 
-    Returns: None at the end of all streams; an empty list if nothing came in time.
+    Returns: None at the end of all streams; an empty list if nothing came for `idle_s`.
     Raises: what a stream raised, after the items before it.
     """
+    self._has_ticked = False
     while not self._items:
       if self._error is not None:
         raise self._error
       if not self._left:
         return None
-      self._came.clear()
-      try:
-        async with asyncio.timeout(timeout_s):
-          await self._came.wait()
-      except TimeoutError:
+      if self._has_ticked:
         return []
+      self._came.clear()
+      await self._came.wait()
     items, self._items = self._items, []
     return items
+
+  def _tick(self) -> None:
+    if self._idle_s is not None:
+      self._has_ticked = True
+      self._came.set()
+      self._timer = asyncio.get_running_loop().call_later(self._idle_s, self._tick)
 
   async def _pump(self, number: int, stream: AsyncGenerator[T, None]) -> None:
     try:

@@ -127,6 +127,13 @@ def test_long_bodies_and_long_answers_are_cut():
     wait_until(lambda: busy(server.url) == (0, 0))
 
 
+def test_a_stream_that_waits_is_kept_open_with_comments():
+  with process.fake(engine={"delay_s": 0.4}, limits={"idle_s": 0.05}) as server:
+    events = post(server.url, {**CHAT, "max_tokens": 2, "stream": True}).text.split("\n\n")
+  assert events[0] == ": waiting" and events[-2] == "data: [DONE]"
+  assert all(event.startswith(("data: {", ":")) for event in events[:-2])
+
+
 def test_a_body_that_never_comes_is_not_waited_for():
   import socket
 
