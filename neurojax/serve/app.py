@@ -20,10 +20,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from neurojax.engine.api import EngineError
-from neurojax.serve import chat, completions, small
+from neurojax.serve import chat, completions, responses, small
 from neurojax.serve.errors import ApiError, as_api_error
 from neurojax.serve.reply import Receive, Reply, Scope, Send, send_error
 from neurojax.serve.requests import Chat, Completion, Detokenize, Tokenize, read
+from neurojax.serve.responses import Responses
 from neurojax.serve.served import Served
 
 _LOG = logging.getLogger(__name__)
@@ -31,14 +32,14 @@ T = TypeVar("T", bound=msgspec.Struct)
 _OURS = (ValueError, EngineError, NotImplementedError, Exception)
 PATHS = frozenset(
   {
-    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
+    "/v1/responses", "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
     "/tokenizer_info", "/health", "/version", "/metrics",
   }
 )  # fmt: skip
 LONG_BODY = 1 << 15
 """Bytes of a body whose text is cut into tokens in a thread of its own."""
 NOT_SERVED = (
-  "/v1/embeddings", "/v1/responses", "/v1/audio/transcriptions", "/v1/images/generations",
+  "/v1/embeddings", "/v1/audio/transcriptions", "/v1/images/generations",
   "/v1/moderations", "/v1/files", "/v1/batches",
 )  # fmt: skip
 """Endpoints of OpenAI's that are refused by name."""
@@ -194,6 +195,7 @@ class _Endpoints:
     return [
       Route("/v1/chat/completions", self.chat, methods=["POST"]),
       Route("/v1/completions", self.completions, methods=["POST"]),
+      Route("/v1/responses", self.responses, methods=["POST"]),
       Route("/v1/models", self.models),
       Route("/v1/models/{name:path}", self.model),
       Route("/tokenize", self.tokenize, methods=["POST"]),
@@ -213,15 +215,22 @@ class _Endpoints:
     asked = await self._read(request, Completion)
     return await self._reply(request, completions, asked)
 
-  async def _reply(self, request: Request, endpoint: Any, asked: Chat | Completion) -> Reply:
-    compiles = asked.response_format or asked.structured_outputs or getattr(asked, "tools", None)
+  async def responses(self, request: Request) -> Any:
+    asked = await self._read(request, Responses)
+    return await self._reply(request, responses, asked)
+
+  async def _reply(
+    self, request: Request, endpoint: Any, asked: Chat | Completion | Responses
+  ) -> Reply:
+    fields = ("response_format", "structured_outputs", "tools", "text")
+    compiles = any(getattr(asked, field, None) for field in fields)
     if compiles or request.state.size > LONG_BODY:
       # A grammar may take a second to compile, and a long text to cut into tokens: others go on.
       work = await asyncio.to_thread(endpoint.prepare, self._served, asked)
     else:
       work = endpoint.prepare(self._served, asked)
 
-    request.state.facts = {"stream": bool(asked.stream), "n": asked.n or 1, **work.facts}
+    request.state.facts = {"stream": bool(asked.stream), **work.facts}
 
     async def whole() -> bytes:
       return msgspec.json.encode(await endpoint.complete(self._served, work))

@@ -156,7 +156,7 @@ def _template(served: Served, asked: Chat) -> dict[str, Any]:
   return found
 
 
-class _Choice:
+class Choice:
   """One choice while it grows."""
 
   def __init__(self, served: Served, work: Work, index: int):
@@ -247,10 +247,10 @@ class _Choice:
     return name if length < 24 else f"call_{name}"
 
 
-class _Usage:
+class Usage:
   """Counts what all choices took."""
 
-  def __init__(self, work: Work, choices: list[_Choice]):
+  def __init__(self, work: Work, choices: list[Choice]):
     self._work, self._choices, self.cached = work, choices, 0
 
   def see(self, piece: TextPiece) -> None:
@@ -282,9 +282,9 @@ def _head(served: Served, kind: str) -> dict[str, Any]:
 
 async def complete(served: Served, work: Work) -> dict[str, Any]:
   """The whole answer."""
-  choices = [_Choice(served, work, index) for index in range(work.request.n)]
+  choices = [Choice(served, work, index) for index in range(work.request.n)]
   deltas = [Delta() for _ in choices]
-  usage = _Usage(work, choices)
+  usage = Usage(work, choices)
   contents: list[list[str]] = [[] for _ in choices]
   async with Feed([served.stream(work.request, work.stops, frozenset(work.marks))]) as feed:
     while (items := await feed.next()) is not None:
@@ -308,7 +308,7 @@ async def complete(served: Served, work: Work) -> dict[str, Any]:
   return {**_head(served, "chat.completion"), "choices": tables, "usage": usage.table()}
 
 
-def _message(choice: _Choice, content: str, delta: Delta, shows: bool) -> dict[str, Any]:
+def _message(choice: Choice, content: str, delta: Delta, shows: bool) -> dict[str, Any]:
   calls = [
     {
       "id": choice.call_id(),
@@ -331,8 +331,8 @@ def _message(choice: _Choice, content: str, delta: Delta, shows: bool) -> dict[s
 
 async def stream(served: Served, work: Work) -> AsyncGenerator[bytes, None]:
   """The answer as server-sent events."""
-  choices = [_Choice(served, work, index) for index in range(work.request.n)]
-  usage, head = _Usage(work, choices), _head(served, "chat.completion.chunk")
+  choices = [Choice(served, work, index) for index in range(work.request.n)]
+  usage, head = Usage(work, choices), _head(served, "chat.completion.chunk")
   options = work.asked.stream_options
   continuous = bool(options and options.continuous_usage_stats)
   chunks = _Chunks(head, work, usage.table if continuous else None)
@@ -369,7 +369,7 @@ class _Chunks:
     self._end = b'},"logprobs":null,"finish_reason":null}]' + tail + b"}\n\n"
     self._is_plain = not work.asked.logprobs and usage is None
 
-  def of(self, choice: _Choice, delta: Delta) -> bytes:
+  def of(self, choice: Choice, delta: Delta) -> bytes:
     """The chunks of what a piece added; none if it added nothing that is shown."""
     if self._is_plain and choice.finish_reason is None and not (delta.reasoning or delta.calls):
       if not delta.content:
@@ -387,13 +387,13 @@ class _Chunks:
       parts.append(self.chunk(choice, {}, choice.finish_reason))
     return b"".join(parts)
 
-  def _call(self, choice: _Choice, place: int, call: Call) -> list[bytes]:
+  def _call(self, choice: Choice, place: int, call: Call) -> list[bytes]:
     function = {"name": call.name, "arguments": ""}
     first = {"index": place, "id": choice.call_id(), "type": "function", "function": function}
     then = {"index": place, "function": {"arguments": call.arguments}}
     return [self.chunk(choice, {"tool_calls": [part]}) for part in (first, then)]
 
-  def chunk(self, choice: _Choice, delta: Mapping[str, Any], reason: str | None = None) -> bytes:
+  def chunk(self, choice: Choice, delta: Mapping[str, Any], reason: str | None = None) -> bytes:
     table = {
       **self._head,
       "choices": [

@@ -198,6 +198,9 @@ _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
   "length_penalty": (1, 1.0),
   "return_token_ids": (False,),
   "detokenize": (True,),
+  "background": (False,),
+  "top_logprobs": (0,),
+  "prompt_cache_options": ({},),
 }
 """Values of fields that are not served which ask for nothing beyond what is."""
 

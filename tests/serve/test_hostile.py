@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.serve import process
 from tests.serve.test_http import check_error
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ FIELDS = (
   "stream", "stream_options", "echo", "top_k", "min_p", "repetition_penalty", "min_tokens",
   "stop_token_ids", "ignore_eos", "priority", "tools", "tool_choice", "response_format",
   "structured_outputs", "chat_template_kwargs", "reasoning_effort", "thinking_token_budget", "suffix",
-  "best_of", "messages", "prompt", "documents", "add_generation_prompt", "tokens",
+  "best_of", "input", "text", "reasoning", "include", "instructions", "messages", "prompt", "documents", "add_generation_prompt", "tokens",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ FIELDS = (
   max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_no_value_of_a_field_fails_the_server(client, path: str, fields: dict, is_whole: bool):
-  base = {"model": "fake", "max_tokens": 1}
+  base = {"model": "fake", "max_output_tokens" if "responses" in path else "max_tokens": 1}
   if path.startswith("/v1"):
     base |= {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
   found = send(client, path, json.dumps({**(base if is_whole else {}), **fields}).encode())
