@@ -65,6 +65,7 @@ class Sequences:
     self._sequences: dict[str, _Sequence] = {}
     # Slots of open sequences, and of those whose slot is just being freed.
     self._taken: set[int] = set()
+    self._freeing: set[asyncio.Future[None]] = set()
     self._next_links: dict[str, NextLink] = {}
     self._connecting = asyncio.Lock()
     self.places = Places()
@@ -150,16 +151,23 @@ class Sequences:
     return self._sequences.get(sequence.name) is sequence
 
   async def _release(self, sequence: _Sequence) -> None:
-    """Free the slot of a sequence, once, after what the device has to do before."""
+    """Free the slot of a sequence, once, after what the device has to do before.
+
+    It is freed to the end, even if the link whose end is the reason for it cancels whoever waits.
+    """
     if not self._is_open(sequence):
       return
     del self._sequences[sequence.name]
+    freeing = asyncio.ensure_future(self._free(sequence.slot))
+    self._freeing.add(freeing)
+    freeing.add_done_callback(self._freeing.discard)
+    await asyncio.shield(freeing)
+
+  async def _free(self, slot: int) -> None:
     loaded = self._loader.loaded
-    try:
-      if loaded:
-        await self._thread.do(lambda: loaded.runtime.close(sequence.slot))
-    finally:
-      self._taken.discard(sequence.slot)
+    if loaded:
+      await self._thread.do(lambda: loaded.runtime.close(slot))
+    self._taken.discard(slot)
 
   # ---- steps
 
