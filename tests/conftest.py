@@ -69,6 +69,18 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return tinymodel.write(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
+@pytest.fixture(scope="module")
+def nothing_ahead() -> Iterator[None]:
+  """The kernel for a token reads no weights ahead. That changes no result, and without it every unit of a
+  small matrix is written out, which takes long to compile where kernels are interpreted."""
+  from neurojax.kernels.decode import tuned
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tuned, "AHEAD_BYTES", 0)
+    patch.setattr(tuned, "AHEAD_QKV_BYTES", 0)
+    yield
+
+
 _LOOPBACK = ("127.", "::1", "localhost")
 
 

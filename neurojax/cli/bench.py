@@ -295,11 +295,15 @@ class Attention:
     return 0
 
 
+PATIENCE_S = 60.0
+"""Seconds that a benchmark on a CPU may take by an estimate, else it is refused."""
+
+
 def _patience_s() -> float | None:
-  """Seconds that a benchmark on a CPU may take before it is refused; None on a GPU."""
+  """Seconds that a benchmark may take before it is refused; None on a GPU."""
   import jax
 
-  return 60.0 if jax.default_backend() == "cpu" else None
+  return PATIENCE_S if jax.default_backend() == "cpu" else None
 
 
 def _say_small(what: str) -> None:

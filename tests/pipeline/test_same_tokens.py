@@ -1,6 +1,8 @@
 """The same tokens and bits: local or distributed, streamed or collected, alone or beside others."""
 
 import asyncio
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -53,7 +55,10 @@ def local(
   return LocalEngine(CompiledStage(model, context_length=context, slots=4))
 
 
+@functools.cache
 def answers(path: Path, **form: str) -> dict[str, list[Token]]:
+  """What one process gives: it is the same for every cut that is compared with it."""
+
   async def work() -> dict[str, list[Token]]:
     engine = local(path, **form)
     return {name: await collect(engine, wanted) for name, wanted in REQUESTS.items()}
@@ -64,7 +69,7 @@ def answers(path: Path, **form: str) -> dict[str, list[Token]]:
 @pytest.fixture(scope="module")
 def alone(tiny_path: Path) -> dict[str, list[Token]]:
   """What one process gives."""
-  found = answers(tiny_path)
+  found = answers(tiny_path, weights="dense")
   assert len({tuple(t.id for t in tokens) for tokens in found.values()}) == len(found), "all differ"
   return found
 
@@ -93,8 +98,16 @@ def test_so_do_other_forms_of_weights_and_activations(three: Cluster, tiny_path:
   assert run(work()) == answers(tiny_path, **form)
 
 
+@pytest.fixture(scope="module")
+def uneven(tiny_path: Path) -> Iterator[Cluster]:
+  with cluster(tiny_path, 3) as servers:
+    yield servers
+
+
 @pytest.mark.parametrize("form", [{"weights": "int8"}, {"weights": "dense"}], ids=str)
-def test_a_stage_of_a_single_layer_gives_the_same_bits(tiny_path: Path, form: dict):
+def test_a_stage_of_a_single_layer_gives_the_same_bits(
+  uneven: Cluster, tiny_path: Path, form: dict
+):
   """A loop of one round is easily compiled into what surrounds it, with other roundings."""
 
   async def work(servers: Cluster):
@@ -104,23 +117,22 @@ def test_a_stage_of_a_single_layer_gives_the_same_bits(tiny_path: Path, form: di
     await engine.close()
     return found
 
-  with cluster(tiny_path, 3) as servers:
-    # Room for 10, 40 and 10 layers, beside what programs work in, the embedding and, at the other
-    # end, norm and head.
-    load = Load(serving=Serving(context=256, **form))
-    layer = layer_bytes(tinymodel.CONFIG, load)
-    working = stage_working(tinymodel.CONFIG, load)
-    table = count.embedding_bytes(tinymodel.CONFIG, **load.form)
-    end = table + 4 * tinymodel.CONFIG.model_dim + working.last
-    room = {0: table + 10 * layer, 1: 40 * layer, 2: end + 10 * layer}
-    room = {i: space + working.base for i, space in room.items()}
-    servers.fleet = lambda *_: Fleet(
-      hosts=tuple(
-        Host(address=servers.addresses[i], memory_bytes=space, name=f"stage-{i}")
-        for i, space in room.items()
-      )
+  # Room for 10, 40 and 10 layers, beside what programs work in, the embedding and, at the other
+  # end, norm and head.
+  load = Load(serving=Serving(context=256, **form))
+  layer = layer_bytes(tinymodel.CONFIG, load)
+  working = stage_working(tinymodel.CONFIG, load)
+  table = count.embedding_bytes(tinymodel.CONFIG, **load.form)
+  end = table + 4 * tinymodel.CONFIG.model_dim + working.last
+  room = {0: table + 10 * layer, 1: 40 * layer, 2: end + 10 * layer}
+  room = {i: space + working.base for i, space in room.items()}
+  uneven.fleet = lambda *_: Fleet(
+    hosts=tuple(
+      Host(address=uneven.addresses[i], memory_bytes=space, name=f"stage-{i}")
+      for i, space in room.items()
     )
-    assert run(work(servers)) == answers(tiny_path, **form)
+  )
+  assert run(work(uneven)) == answers(tiny_path, **form)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +146,16 @@ def ternary_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return path
 
 
+@pytest.fixture(scope="module")
+def ternary_servers(ternary_path: Path) -> Iterator[Cluster]:
+  with cluster(ternary_path, 3) as servers:
+    yield servers
+
+
 @pytest.mark.parametrize("weights", ["w2a8", "w2a16"])
-def test_packed_ternary_weights_give_the_same_bits_in_any_cut(ternary_path: Path, weights: str):
+def test_packed_ternary_weights_give_the_same_bits_in_any_cut(
+  ternary_servers: Cluster, ternary_path: Path, weights: str
+):
   async def work(servers: Cluster) -> list[dict[str, list[Token]]]:
     found = []
     for stages in (2, 3):
@@ -146,8 +166,7 @@ def test_packed_ternary_weights_give_the_same_bits_in_any_cut(ternary_path: Path
       await engine.close()
     return found
 
-  with cluster(ternary_path, 3) as servers:
-    found = run(work(servers))
+  found = run(work(ternary_servers))
   alone = answers(ternary_path, weights=weights)
   assert len({tuple(t.id for t in tokens) for tokens in alone.values()}) == len(alone), "all differ"
   assert found == [alone, alone]

@@ -69,7 +69,7 @@ def test_a_plan_is_valid_and_never_worse_than_the_simple_ones(fleet, layers, obj
 
 
 @given(fleets(most_hosts=14, most_places=16), st.integers(1, 30), OBJECTIVES, st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_so_is_one_over_unlike_links(fleet, layers, objective, tied):
   valid_and_no_worse(fleet, layers, objective, tied)
 

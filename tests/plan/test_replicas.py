@@ -96,7 +96,7 @@ def test_shared_layers_equal_the_best_of_all_placements_of_ranges(fleet, layers,
 @given(
   fleets(most_hosts=6, most_places=7), st.integers(1, 9), st.sampled_from(["program", "orders"])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_they_are_valid_and_never_slower_than_pipelines_of_one_stage_each(fleet, layers, way):
   model = config(layers)
   with pytest.MonkeyPatch.context() as patch:

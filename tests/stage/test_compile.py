@@ -12,79 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neurojax.config import LayerKind, ModelConfig, RopeScaling, Sampling, Span
+from neurojax.config import LayerKind, RopeScaling, Sampling, Span
 from neurojax.files.dummy import write_dummy
-from neurojax.files.load import load_span
-from neurojax.files.open import open_model
 from neurojax.kernels.decode import triton
 from neurojax.measure.random_model import random_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import programs
-from neurojax.stage.compile import CompiledStage
 from neurojax.stage.cut import cut
 from neurojax.stage.fused import REFERENCE, Kernels, fuse
 from neurojax.stage.runtime import StageRuntime
-from neurojax.stage.step import Row, RowOutput
-
-pytestmark = pytest.mark.optimized
-
-LLAMA = ModelConfig(
-  vocab_size=97, model_dim=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
-  ffn_dim=384, rope_style="interleaved", norm_eps=1e-5, tied_embedding=True,
-)  # fmt: skip
-QWEN = dataclasses.replace(
-  LLAMA, rope_style="half", rope_base=1e6, qk_norm=True, tied_embedding=False
+from neurojax.stage.step import Row
+from tests.stage.compiling import (
+  BUCKETS,
+  LLAMA,
+  PROMPT,
+  QWEN,
+  answer,
+  check_any_cut,
+  load,
+  stage,
+  write,
 )
-FAMILIES = {"llama": LLAMA, "qwen3": QWEN}
+
 TOKEN_KERNEL = dataclasses.replace(REFERENCE, programs=1, interpret=True)
-PROMPT = np.random.default_rng(0).integers(0, 97, 41).astype(np.int32)
-ANSWER = 4
-BUCKETS = (1, 16)
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, Path]:
-  folder = tmp_path_factory.mktemp("models")
-  found = {name: folder / f"{name}.gguf" for name in FAMILIES}
-  for name, path in found.items():
-    write_dummy(path, FAMILIES[name], "Q2_0 (group 64)")
-  return found
-
-
-def load(path: Path, mode: str, dtype: str = "bfloat16", span: Span | None = None) -> NeuroLLM:
-  with open_model(path) as file:
-    return load_span(file, span, weights=mode, dtype=jnp.dtype(dtype))
-
-
-def stage(model: NeuroLLM, kernels: Kernels | None = REFERENCE, **options) -> CompiledStage:
-  options = {"programs": "fused", "context_length": 100, "buckets": BUCKETS, **options}
-  return CompiledStage(model, kernels=kernels, **options)
-
-
-def answer(stages: list[CompiledStage]) -> tuple[list[int], list[float], np.ndarray]:
-  """Tokens and log-probabilities after PROMPT, and of PROMPT itself, through all stages."""
-  runtimes = [StageRuntime(stage) for stage in stages]
-  for runtime in runtimes:
-    runtime.open(0, Sampling())
-
-  def step(row: Row) -> RowOutput:
-    for runtime in runtimes:
-      [output] = runtime.step([row])
-      assert output.error is None, output.error
-      row = dataclasses.replace(row, hidden=output.hidden)
-    return output
-
-  scores, chunk, last = [], stages[0].chunks[0], len(PROMPT) - 1
-  for start in range(0, last, chunk):
-    part = slice(start, min(start + chunk, last))
-    targets = PROMPT[start + 1 : part.stop + 1]
-    scores.append(step(Row(slot=0, start=start, tokens=PROMPT[part], targets=targets)).scores)
-  outputs = [step(Row(slot=0, start=last, tokens=PROMPT[-1:], draws=1))]
-  while len(outputs) < ANSWER:
-    row = Row(slot=0, start=last + len(outputs), tokens=outputs[-1].tokens, role="drawn", draws=1)
-    outputs.append(step(row))
-  tokens = [int(output.tokens[0]) for output in outputs]
-  return tokens, [float(output.logprobs[0]) for output in outputs], np.concatenate(scores)
+  return write(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize(("family", "mode"), [("llama", "w2a16"), ("qwen3", "w2a8")])
@@ -102,7 +57,7 @@ def test_in_float32_it_is_the_model(paths, family: str, mode: str):
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, TOKEN_KERNEL], ids=["reference", "token kernel"])
-def test_in_bfloat16_it_errs_no_more_than_the_model(exact, paths, kernels: Kernels):
+def test_in_bfloat16_it_errs_no_more_than_the_model(nothing_ahead, exact, paths, kernels: Kernels):
   wanted, plain = exact
   _, _, scores = answer([stage(load(paths["qwen3"], "w2a8"), kernels)])
   assert np.std(scores - wanted) < 1.2 * np.std(plain - wanted) < 0.1
@@ -120,29 +75,9 @@ def test_fused_programs_take_no_drafts(paths):
   assert made.most_drafts == 0 and "fused" in made.why_no_drafts
 
 
-@pytest.mark.parametrize(
-  ("family", "mode", "kernels"),
-  [
-    ("llama", "w2a16", REFERENCE),
-    ("qwen3", "w2a8", REFERENCE),
-    ("llama", "w2a8", TOKEN_KERNEL),
-  ],
-  ids=["w2a16", "w2a8", "token kernel"],
-)
-def test_any_cut_gives_the_whole_stages_bits(paths, family: str, mode: str, kernels: Kernels):
-  whole = answer([stage(load(paths[family], mode), kernels)])
-  compiled: dict[tuple[int, int], CompiledStage] = {}
-  cuts = [[(0, 0), (1, 1), (2, 2)]]
-  if kernels is REFERENCE:
-    # Interpreted kernels take long to compile.
-    cuts.append([(0, 1), (2, 2)])
-  for spans in cuts:
-    for first, last in set(spans) - set(compiled):
-      span = Span(first_layer=first, last_layer=last, num_layers=3)
-      compiled[first, last] = stage(load(paths[family], mode, span=span), kernels)
-    tokens, logprobs, scores = answer([compiled[span] for span in spans])
-    assert (tokens, logprobs) == whole[:2], spans
-    np.testing.assert_array_equal(scores, whole[2])
+def test_any_cut_gives_the_bits_of_the_whole_stages_token_kernel(nothing_ahead, paths):
+  """Other kernels' bits are compared in tests/stage/test_compile_cuts.py, as users have them compiled."""
+  check_any_cut(paths["llama"], "w2a8", TOKEN_KERNEL, ((0, 0), (1, 2)))
 
 
 def test_weights_are_in_memory_once(paths):

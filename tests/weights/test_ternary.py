@@ -42,7 +42,7 @@ def make(
   return array, weight
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
   shape=shapes,
   wide=st.integers(1, 150),

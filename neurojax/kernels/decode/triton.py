@@ -46,16 +46,16 @@ class Product:
   Attributes:
     n, k: Rows and columns of the matrix.
     programs: Programs of the grid; those of a chunk share its rows.
-    paired: Rows i and i + n/2 go to the same program, and its results are SwiGLU(i, i + n/2).
     ahead: Bytes of codes that a program requests before it has what they are multiplied by.
+    paired: Rows i and i + n/2 go to the same program, and its results are SwiGLU(i, i + n/2).
   """
 
   n: int
   k: int
   group: int
   programs: int
+  ahead: int
   paired: bool = False
-  ahead: int = tuned.AHEAD_BYTES
 
   @property
   def chunks(self) -> int:
@@ -104,7 +104,7 @@ class _Kernel:
     s = shape
     self.shape, self.layers, self.programs, self.capacity = s, layers, programs, capacity
     self.qk_norm, self.ops = qk_norm, Ops(interpret)
-    product = functools.partial(Product, programs=programs)
+    product = functools.partial(Product, programs=programs, ahead=tuned.AHEAD_BYTES)
     self.qkv = product((s.n + 2 * s.k) * s.h, s.d, groups["qkv"], ahead=tuned.AHEAD_QKV_BYTES)
     self.o = product(s.d, s.n * s.h, groups["o"])
     self.gate_up = product(2 * s.f, s.d, groups["gate_up"], paired=True)
