@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ class CompiledStage:
     why_no_drafts: Why that is 0; "" if it is not.
     loop: Tokens that one call draws of each row at most.
     tops: Likeliest tokens that programs name where any are asked for.
+    compiling_s: Seconds that programs took to compile which a request needed first.
   Raises: ValueError, NotImplementedError: as `programs_of` does.
   """
 
@@ -122,6 +124,7 @@ class CompiledStage:
     self.loop = 1 if is_gpu and slots >= MANY else LOOP
     self._steps = StepPrograms(self._programs, self.span.is_first, is_static=is_gpu)
     self._run: dict[tuple[Any, ...], Any] = {}
+    self.compiling_s = 0.0
     self._compile_first()
 
   # ---- what callers use, all on one thread
@@ -325,7 +328,9 @@ class CompiledStage:
 
   def _call(self, key: tuple[Any, ...], *args: Any) -> Any:
     if key not in self._run:
+      began_s = time.perf_counter()
       self._run[key] = self._lower(key).compile()
+      self.compiling_s += time.perf_counter() - began_s
     if key[0] in ("open", "observe", "keep", "restore", "copy"):
       return self._run[key](*args)
     return self._run[key](self._programs.params, *args)

@@ -149,7 +149,7 @@ class StageRuntime:
 
     Rows of prompts run one after the other, those with drafts together, and all others together.
     """
-    began_s = time.perf_counter()
+    began_s, compiling_s = time.perf_counter(), self.stage.compiling_s
     self._reads: list[Read] = []
     fetches: list[Fetch | None] = []
     steps: list[Row] = []
@@ -178,6 +178,8 @@ class StageRuntime:
       if fetch is None:
         fetch = next(together if row.draft is None else verified)
       ordered.append(self._closing(row, fetch))
+    # A program that is compiled on the way is no part of what a step takes.
+    began_s += self.stage.compiling_s - compiling_s
     return Pending(ordered, self._reads, began_s)
 
   @property
