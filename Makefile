@@ -4,6 +4,8 @@ PYTHON ?= python3
 MODEL  ?= neurollm
 # An accelerator extra: make demo EXTRA=cuda13 (or cuda12 for cards older than Turing).
 EXTRA  ?=
+# More arguments for pytest: make test PYTEST_ARGS=tests/engine
+PYTEST_ARGS ?=
 # The Python of `make test-gpu-compile`: the GPU kernels need jax 0.11.2, which needs 3.12.
 PYTHON312 ?= $(firstword $(foreach python,python3.12 $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python))),\
   $(shell $(python) -c 'import sys, venv, ensurepip; sys.version_info[:2] == (3, 12) and print("$(python)")' 2>/dev/null)))
@@ -27,7 +29,7 @@ serve: setup $(STAMP)-serve
 	@$(BIN)/neurojax serve --model $(MODEL)
 
 test: setup $(STAMP)-dev $(STAMP)-smollm2
-	@$(BIN)/python -m pytest -n auto --dist worksteal
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 # Compiles the GPU kernels for an H200 on a machine without a GPU, and fails on spilled registers.
 # Their numeric tests run along on the newer jax, in Triton's interpreter on the CPU.
