@@ -14,7 +14,7 @@ from neurojax.kernels.attention.tuned import Tiling
 from neurojax.kernels.gemm import levels
 from neurojax.model.attention import attend as model_attend
 from neurojax.model.attention import attend_cache as model_attend_cache
-from neurojax.model.cache import KVCache
+from neurojax.model.cache import KVCache, Rows
 from neurojax.model.rope import frequencies, rotate
 
 LAYERS, LAYER, CAPACITY, BASE, EPS = 2, 1, 64, 100.0, 1e-5
@@ -249,8 +249,8 @@ def test_the_reference_is_the_model():
   caches = (jnp.asarray(normal(seed, LAYERS, 2, 2, 128, 32)) for seed in (3, 4))
   cache, start = KVCache(*caches), jnp.array([0, 99], jnp.int32)
   np.testing.assert_allclose(
-    reference.attend_cache(q, cache.k_LBKSH, cache.v_LBKSH, LAYER, start),
-    model_attend_cache(q, cache, jnp.int32(LAYER), start),
+    reference.attend_cache(q, cache.k_LPKSH, cache.v_LPKSH, LAYER, start),
+    model_attend_cache(q, cache, jnp.int32(LAYER), Rows(start)),
     atol=1e-6,
   )
   for style in ("half", "interleaved"):
