@@ -105,4 +105,6 @@ def working(
   draw = 10 * config.vocab_size * _FLOAT + _SMALL
   if widens and weights == "dense":
     draw += count.head_bytes(config, dtype="float32", weights="dense")
+    # The loop over tokens widens the embedding too, before it begins.
+    draw += count.embedding_bytes(config, dtype="float32", weights="dense") + 8 * _SMALL
   return Working(base=base, layer=layer, last=draw)

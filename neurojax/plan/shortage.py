@@ -122,8 +122,9 @@ def _most(given: Problem, load: Load, free: np.ndarray, pins: dict[int, int]) ->
   none = -(total**2) - 1
   first_P = np.where(most_PR[:, FIRST] > 0, most_PR[:, FIRST] - middle_P, none)
   last_P = np.where(most_PR[:, LAST] > 0, most_PR[:, LAST] - middle_P, none)
-  if len(free) < 2:
-    return int(np.clip(most_PR[0, WHOLE], 0, total))
+  # A first and a last stage have a layer each.
+  if len(free) < 2 or total < 2:
+    return int(np.clip(most_PR[:, WHOLE].max(), 0, total))
   return int(np.clip(middle_P.sum() + _best_ends(first_P, last_P), 0, total))
 
 
