@@ -21,7 +21,10 @@ def open_channel(address: str, *, limit: int) -> grpc.aio.Channel:
     address: "host:port".
     limit: Bytes of the largest message in either direction.
   """
-  return grpc.aio.insecure_channel(address, options=_options(limit))
+  # Connections of its own: those that channels share remember that nobody answered, and a server that was
+  # started anew at the address would be refused for seconds.
+  own = ("grpc.use_local_subchannel_pool", 1)
+  return grpc.aio.insecure_channel(address, options=[*_options(limit), own])
 
 
 def make_server(*, limit: int) -> grpc.aio.Server:
