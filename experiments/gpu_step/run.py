@@ -21,7 +21,8 @@ import numpy as np
 from neurojax.config import ModelConfig
 from neurojax.measure.speed.stage import random_model
 from neurojax.model.sample import SamplerState
-from neurojax.stage.fused import Fused, Kernels
+from neurojax.stage.fused import Fused
+from neurojax.stage.kernels import Kernels
 from neurojax.stage.programs import FusedPrograms
 from neurojax.stage.state import StageState
 from neurojax.stage.step_programs import LOOP, PLAN, StepPrograms

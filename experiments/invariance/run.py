@@ -23,7 +23,8 @@ from neurojax.config import ModelConfig
 from neurojax.kernels import timing
 from neurojax.measure.speed.stage import random_model
 from neurojax.stage import fused
-from neurojax.stage.fused import REFERENCE, Fused, Kernels
+from neurojax.stage.fused import Fused
+from neurojax.stage.kernels import REFERENCE, Kernels
 
 RESULTS = Path(__file__).with_name("results.csv")
 

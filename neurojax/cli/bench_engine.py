@@ -32,17 +32,18 @@ class Engine:
   """
 
   model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-  """A model, as for `neurojax generate`."""
+  """A model file or the name of a model, such as neurollm."""
   arch: Annotated[str | None, tyro.conf.arg(metavar="NAME|TOML")] = None
   """An architecture with random ternary weights instead."""
   weights: Weights | Literal["auto"] = "auto"
-  """As for `neurojax generate`; an architecture has "w2a8"."""
+  """Form of the matrices, by the names that `neurojax generate --help` explains. An architecture has "w2a8"
+  or "w2a16"."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Floating-point type of activations and caches."""
   cache: Literal["auto", "int8"] = "auto"
   """Form of keys and values: "auto" keeps them in the dtype, "int8" rounds them to 8 bits."""
   programs: Literal["auto", "model", "fused", "quick"] = "auto"
-  """As for `neurojax generate`."""
+  """Programs that compute the steps, by the names that `neurojax generate --help` explains."""
   concurrent: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1, 8)
   """Requests at once."""
   requests: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -55,9 +56,9 @@ class Engine:
   answer: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 128
   """Tokens of each answer."""
   temperature: float = 0.0
-  """As for `neurojax generate`."""
+  """Divides the logits before a token is drawn. 0 always takes the likeliest token."""
   top_p: float = 1.0
-  """As for `neurojax generate`."""
+  """Draw from the fewest likeliest tokens whose probabilities add up to this. 1 keeps all."""
   out: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
   """Append the rows to this file; made with a header if it is not there."""
   json: bool = False

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 MOST_BIASES = 512
 """Entries that `Sampling.logit_bias` may have."""
 
+MOST_STOP_IDS = 32
+"""Stop ids that can be held back until there are `min_tokens`."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from neurojax.config import Sampling
+from neurojax.config.sampling import MOST_STOP_IDS
 from neurojax.stage.step import Tops
 
 FinishReason = Literal["stop", "length"]
@@ -301,6 +302,13 @@ def check_request(request: Request, limits: Limits) -> None:
   if request.prompt_logprobs is not None:
     _check_range("prompt_logprobs", request.prompt_logprobs, 0, MOST_TOPS)
   _check_range("priority", request.priority, -(2**31), 2**31 - 1)
+  _check_ids("token of logit_bias", [token for token, _ in request.sampling.logit_bias], limits)
+  if request.sampling.min_tokens:
+    _check_ids("stop id", sorted(request.stop_ids), limits)
+    if len(request.stop_ids) > MOST_STOP_IDS:
+      raise ValueError(
+        f"{len(request.stop_ids)} stop ids with min_tokens: give at most {MOST_STOP_IDS}"
+      )
   total = len(request.prompt) + request.max_tokens
   if total > limits.context_length:
     raise ValueError(

@@ -97,7 +97,7 @@ class Schedule:
     return drafts
 
   def _cohort(self, answering: list[Sequence]) -> list[Sequence]:
-    """Those whose answers go on in the next step, in the order of the slots."""
+    """Chooses the answers that go on in the next step, in the order of their slots."""
     ready = [
       s
       for s in answering

@@ -22,14 +22,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from neurojax.config import Sampling
-from neurojax.config.sampling import MOST_BIASES
+from neurojax.config.sampling import MOST_BIASES, MOST_STOP_IDS
 from neurojax.model.probabilities import MOST_TOKENS, OFF, keep, logprobs
 
 Kind = Literal["greedy", "plain", "full"]
 """What a program can do: take the likeliest token; also draw by temperature; also everything else."""
-
-MOST_STOP_IDS = 32
-"""Stop ids that a slot has room for."""
 
 _KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
@@ -85,7 +82,7 @@ def settings_of(sampling: Sampling, stop_ids: Sequence[int], vocab_size: int) ->
   """Write settings as the numpy arrays that `open_slot` takes.
 
   Args:
-    stop_ids: Tokens that end the answer; they are not drawn before `min_tokens` others.
+    stop_ids: Tokens that are not drawn before `min_tokens` others.
   Raises: ValueError: a stop id or a token of `logit_bias` that the vocabulary does not have, or more
     than MOST_STOP_IDS stop ids.
   """
@@ -175,28 +172,10 @@ def observe(
 
   Only sequences of kind "full" need it.
   """
-  tokens_T = _without_padding(tokens_T, count, state.prompt_seen_PV.shape[1])
+  vocab_size = state.prompt_seen_PV.shape[1]
+  tokens_T = jnp.where(jnp.arange(tokens_T.shape[0]) < count, tokens_T, vocab_size)
   seen_PV = state.prompt_seen_PV.at[slot, tokens_T].set(True, mode="drop")
   return dataclasses.replace(state, prompt_seen_PV=seen_PV)
-
-
-def replay(
-  state: SamplerState,
-  slot: Int[Array, ""] | int,
-  tokens_T: Int[Array, "T"],
-  count: Int[Array, ""] | int,
-) -> SamplerState:
-  """Count the first `count` of T tokens as drawn in a slot, as if the sampler had drawn them now."""
-  tokens_T = _without_padding(tokens_T, count, state.prompt_seen_PV.shape[1])
-  return dataclasses.replace(
-    state,
-    drawn_P=state.drawn_P.at[slot].add(count),
-    answer_count_PV=state.answer_count_PV.at[slot, tokens_T].add(1, mode="drop"),
-  )
-
-
-def _without_padding(tokens_T: jax.Array, count: jax.Array | int, vocab_size: int) -> jax.Array:
-  return jnp.where(jnp.arange(tokens_T.shape[0]) < count, tokens_T, vocab_size)
 
 
 class Drawn(NamedTuple):

@@ -118,18 +118,20 @@ def read_outcome(message: pb.RowOutcome, given: Row, vocab_size: int) -> RowOutp
   }
   if any(message.HasField(name) != is_asked for name, is_asked in asked.items()):
     raise ValueError("it answered something that was not asked")
+  # A vocabulary may be smaller than what was asked for.
+  top = min(given.top, vocab_size)
   output = RowOutput()
   if given.draws:
     ids, logprobs = _drawn(message, given.draws, vocab_size)
-    tops = _read_tops(message.tops, (given.draws, given.top), vocab_size) if given.top else None
+    tops = _read_tops(message.tops, (given.draws, top), vocab_size) if top else None
     output = RowOutput(tokens=ids, logprobs=logprobs, tops=tops)
   if given.targets is None:
     return output
   scores = tensor.decode(message.scores, what="scores", max_dims=1)
   if scores.shape != (given.length,) or not np.isfinite(scores).all():
     raise ValueError(f"it answered {len(scores)} scores for {given.length} tokens")
-  shape = given.length, given.top
-  tops = _read_tops(message.score_tops, shape, vocab_size) if given.top else None
+  shape = given.length, top
+  tops = _read_tops(message.score_tops, shape, vocab_size) if top else None
   return RowOutput(
     tokens=output.tokens,
     logprobs=output.logprobs,

@@ -240,7 +240,7 @@ class Sequences:
     return [part for part in parts.values() if self._is_open(part.sequence)]
 
   async def _going(self, parts: Sequence[_Part]) -> list[_Part]:
-    """Those whose sequence goes on; the others are told why not, unless they were closed meanwhile."""
+    """Ends the sequences whose rows failed, and tells their owners. Returns: The parts that go on."""
     for part in parts:
       if part.output.error is not None:
         await self._fail(part.sequence, part.output.error)

@@ -19,7 +19,7 @@ from neurojax.model.cache import check_room
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.model.sample import Kind, SamplerState, SlotSettings
 from neurojax.stage import state as stage_state
-from neurojax.stage.fused import Kernels
+from neurojax.stage.kernels import Kernels
 from neurojax.stage.programs import programs_of
 from neurojax.stage.state import StageState
 from neurojax.stage.step_programs import DRAFT_PLAN, LOOP, PLAN, StepPrograms

@@ -39,9 +39,7 @@ from neurojax.model.cache import KVCache
 from neurojax.model.loops import unknown_count
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import rounded
-from neurojax.stage.kernels import REFERENCE as REFERENCE
-from neurojax.stage.kernels import Kernels as Kernels
-from neurojax.stage.kernels import Product as Product
+from neurojax.stage.kernels import Kernels
 from neurojax.weights.ternary import TernaryArray, TernaryLayer
 
 

@@ -22,7 +22,8 @@ from neurojax.model import ends, params, project
 from neurojax.model.cache import Cache, KVCache, Rows
 from neurojax.model.neurollm import NeuroLLM, empty_cache
 from neurojax.stage import fused
-from neurojax.stage.fused import Fused, Kernels, fuse
+from neurojax.stage.fused import Fused, fuse
+from neurojax.stage.kernels import Kernels
 from neurojax.weights.ternary import TernaryArray
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ its input. The sums of a product that parts of a contraction share are added by 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ from neurojax.kernels.decode.reference import Cache
 from neurojax.kernels.decode.weights import LayerWeights
 from neurojax.kernels.gemm import mosaic, tuned
 from neurojax.kernels.gemm.levels import Levels, Order
+from neurojax.stage.kernels import Kernels
 from neurojax.weights.ternary import BLOCK, TernaryArray
-
-if TYPE_CHECKING:
-  from neurojax.stage.kernels import Kernels
 
 By = Literal["triton", "mosaic"]
 
@@ -35,7 +33,7 @@ _MOST_WHOLE_ROWS = 64
 """Most rows that Triton multiplies where sums must have one order: beyond, weights are written out."""
 
 
-def takes(kernels: "Kernels", *weights: TernaryArray) -> bool:
+def takes(kernels: Kernels, *weights: TernaryArray) -> bool:
   """Tell whether the products by these weights get rounded activations."""
   return (
     kernels.rounds
@@ -51,7 +49,7 @@ def _is_whole(w: TernaryArray) -> bool:
 
 
 def choose(
-  m: int, w: TernaryArray, kernels: "Kernels", *, parts: int = 1
+  m: int, w: TernaryArray, kernels: Kernels, *, parts: int = 1
 ) -> tuple[By, dict[str, Any]]:
   """Choose what multiplies m rows by w, and its arguments.
 
@@ -148,7 +146,7 @@ def run_layers(
   x_MD: Float32[Array, "M D"],
   cache: Cache,
   attend: Attend,
-  kernels: "Kernels",
+  kernels: Kernels,
   dtype: DTypeLike,
   loop: Callable[[Callable[[Array, Any], Any], Any], Any],
   *,
@@ -197,7 +195,7 @@ def logits(
   norm_D: Float[Array, "D"],
   head: TernaryArray,
   eps: float,
-  kernels: "Kernels",
+  kernels: Kernels,
 ) -> Float32[Array, "B V"]:
   """Compute logits from the last layer's output."""
   by, arguments = choose(x_BD.shape[0], head, kernels)

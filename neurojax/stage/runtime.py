@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,56 +12,21 @@ from neurojax.config import Sampling
 from neurojax.model import sample as sampling
 from neurojax.model.sample import Kind
 from neurojax.stage.compile import CompiledStage
-from neurojax.stage.slots import Limits, Slot, SlotTable
-from neurojax.stage.step import Row, RowOutput, Tops
+from neurojax.stage.pending import (
+  Clock,
+  Fetch,
+  Part,
+  Pending,
+  Read,
+  raising,
+  read_drawn,
+  read_hidden,
+  read_prompt,
+  read_verified,
+)
+from neurojax.stage.slots import Limits, SlotTable
+from neurojax.stage.step import Row, RowOutput
 from neurojax.stage.step_programs import DRAFT_PLAN, NOT_DRAWN, PLAN
-
-Fetch = Callable[[float], RowOutput]
-"""Reads what the device computed for a row; is told the seconds that the step took."""
-
-
-class Read:
-  """An array on its way from the device, brought to the host once for all rows that have a part in it."""
-
-  def __init__(self, array: jax.Array):
-    array.copy_to_host_async()
-    self._array = array
-
-  @functools.cached_property
-  def numpy(self) -> np.ndarray:
-    """The array; waits for the device."""
-    return np.asarray(self._array)
-
-  @functools.cached_property
-  def floats(self) -> np.ndarray:
-    """The same bits as float32."""
-    return self.numpy.view(np.float32)
-
-
-class Pending:
-  """A step that was given to the device.
-
-  Args:
-    fetches: One for each row.
-    reads: All that the device has to compute for them.
-    began_s: When the step was given, on the clock of `time.perf_counter`.
-  """
-
-  def __init__(self, fetches: list[Fetch], reads: list[Read], began_s: float):
-    self._fetches, self._reads, self._began_s = fetches, reads, began_s
-
-  def result(self) -> list[RowOutput]:
-    """Wait for the device. A row that failed has its error in place of a result, and its slot is closed."""
-    for read in self._reads:
-      _ = read.numpy
-    took_s = time.perf_counter() - self._began_s
-    outputs = []
-    for fetch in self._fetches:
-      try:
-        outputs.append(fetch(took_s))
-      except (ValueError, FloatingPointError) as error:
-        outputs.append(RowOutput(error=error, compute_s=took_s))
-    return outputs
 
 
 class StageRuntime:
@@ -80,6 +44,7 @@ class StageRuntime:
     self.stage = stage
     self._state = stage.new_state()
     self._reads: list[Read] = []
+    self._clock = Clock()
     self.most_draws = stage.loop if self._is_whole else 1
     self.most_drafts = stage.most_drafts
     self._slots = SlotTable(
@@ -125,11 +90,11 @@ class StageRuntime:
         )
     self._slots.check_places(tuple(restore))
     vocab_size = self.stage.config.vocab_size
-    own = (
-      sampling.settings_of(settings, sorted(stop_ids), vocab_size)
-      if self.stage.span.is_last
-      else None
-    )
+    own = None
+    if self.stage.span.is_last:
+      # They are held back until there are so many tokens; else the sampler need not know them.
+      held_back = sorted(stop_ids) if settings.min_tokens else ()
+      own = sampling.settings_of(settings, held_back, vocab_size)
     counts = sampling.counts_tokens(settings)
     self._slots.open(slot, sampling.kind_of(settings), length, counts=counts)
     self._state = self.stage.open(
@@ -170,7 +135,7 @@ class StageRuntime:
           fetches.append(None)
       except (ValueError, FloatingPointError) as error:
         self.close(row.slot)
-        fetches.append(_failed(error))
+        fetches.append(raising(error))
     together = iter(self._together(steps) if steps else ())
     verified = iter(self._with_drafts(drafted))
     ordered = []
@@ -180,7 +145,7 @@ class StageRuntime:
       ordered.append(self._closing(row, fetch))
     # A program that is compiled on the way is no part of what a step takes.
     began_s += self.stage.compiling_s - compiling_s
-    return Pending(ordered, self._reads, began_s)
+    return Pending(ordered, self._reads, began_s, self._clock)
 
   @property
   def _is_whole(self) -> bool:
@@ -209,7 +174,7 @@ class StageRuntime:
       start = row.start + index * stage.chunks[0]
       self._state = stage.keep(self._state, row.slot, start, place)
     if not stage.span.is_last:
-      return _hidden(self._read(x_TD), slice(row.length))
+      return read_hidden(self._read(x_TD), slice(row.length))
     top = stage.tops if row.top else 0
     drawn = scores = None
     if row.draws:
@@ -224,7 +189,7 @@ class StageRuntime:
       self._read(x_1D)
     draws = None if drawn is None else [(self._read(drawn), 0, 1)]
     return functools.partial(
-      _prompt_output, row, draws, None if scores is None else self._read(scores)
+      read_prompt, row, draws, None if scores is None else self._read(scores)
     )
 
   def _read(self, array: jax.Array) -> Read:
@@ -361,21 +326,20 @@ class StageRuntime:
       self._advance(row)
     if not is_last:
       pairs = zip(rows, places, strict=True)
-      return [_hidden(read, slice(place, place + 1 + row.drafts)) for row, place in pairs]
+      return [read_hidden(read, slice(place, place + 1 + row.drafts)) for row, place in pairs]
     return [
-      functools.partial(_verified, row, self._slots[row.slot], read, place)
+      functools.partial(read_verified, row, self._slots[row.slot], read, place)
       for row, place in zip(rows, places, strict=True)
     ]
 
   def _fetch(self, row: Row, parts: "list[Part]") -> Fetch:
     if not self.stage.span.is_last:
       [(read, place, _)] = parts
-      return _hidden(read, slice(place, place + 1))
-    return functools.partial(_drawn, row, parts)
+      return read_hidden(read, slice(place, place + 1))
+    return functools.partial(read_drawn, row, parts)
 
   def _kind(self, rows: Sequence[Row]) -> Kind:
-    kinds = [self._slots[row.slot].kind for row in rows]
-    return "full" if any(row.allowed is not None for row in rows) else sampling.widest(kinds)
+    return sampling.widest(self._slots[row.slot].kind for row in rows)
 
 
 def _tokens(row: Row) -> list[int]:
@@ -387,81 +351,3 @@ def _tokens(row: Row) -> list[int]:
 def _column(slot: int, start: int, count: int, is_fresh: bool, tokens: list[int]) -> list[int]:
   """What a program is told of one row, see `CompiledStage.decode`."""
   return [slot, start, count, int(is_fresh), *tokens, *([-1] * (PLAN - 4 - len(tokens)))]
-
-
-Part = tuple[Read, int, int]
-"""What a call of the decode program gave, the place of a row in it, and how many tokens the row ran."""
-
-
-def _failed(error: Exception) -> Fetch:
-  def fetch(took_s: float) -> RowOutput:
-    raise error
-
-  return fetch
-
-
-def _hidden(read: Read, rows: slice) -> Fetch:
-  return lambda took_s: RowOutput(hidden=_finite(read.numpy[rows], "activations"), compute_s=took_s)
-
-
-def _prompt_output(
-  row: Row, drawn: list[Part] | None, scores: Read | None, took_s: float
-) -> RowOutput:
-  output = RowOutput(compute_s=took_s) if drawn is None else _drawn(row, drawn, took_s)
-  if scores is None:
-    return output
-  logprobs = _finite(scores.floats[: row.length, 0], "logits")
-  tops = _tops(scores.numpy[: row.length, 1:], row.top)
-  return dataclasses.replace(output, scores=logprobs, score_tops=tops)
-
-
-def _drawn(row: Row, parts: list[Part], took_s: float) -> RowOutput:
-  """Reads the tokens that a row drew: the last ones of all that it ran."""
-  if len(parts) == 1:
-    [(read, place, count)] = parts
-    columns, floats = read.numpy[:count, place], read.floats[:count, place]
-  else:
-    columns = np.concatenate([read.numpy[:count, place] for read, place, count in parts])
-    floats = columns.view(np.float32)
-  logprobs = floats[:, 1]
-  if not math.isfinite(logprobs.sum()):
-    _finite(logprobs, "logits")
-  first = len(columns) - row.draws
-  return RowOutput(
-    tokens=columns[first:, 0],
-    logprobs=logprobs[first:],
-    tops=_tops(columns[first:, 2:], row.top),
-    compute_s=took_s,
-  )
-
-
-def _verified(row: Row, slot: Slot, read: Read, place: int, took_s: float) -> RowOutput:
-  """Reads the tokens up to the first that differs from its draft, and sets the slot behind them."""
-  assert row.draft is not None
-  columns = read.numpy[place : place + 1 + row.drafts]
-  wrong = columns[:-1, 0] != row.draft
-  count = 1 + (int(wrong.argmax()) if wrong.any() else row.drafts)
-  slot.length, slot.drafts = row.start + count, 0
-  columns = columns[:count]
-  return RowOutput(
-    tokens=columns[:, 0],
-    logprobs=_finite(read.floats[place : place + count, 1], "logits"),
-    tops=_tops(columns[:, 2:], row.top),
-    compute_s=took_s,
-  )
-
-
-def _tops(columns: np.ndarray, top: int) -> Tops | None:
-  if not top:
-    return None
-  count = columns.shape[1] // 2
-  # A vocabulary may be smaller than what was asked for.
-  top = min(top, count)
-  ids, bits = columns[:, :top], np.ascontiguousarray(columns[:, count : count + top])
-  return Tops(ids, bits.view(np.float32))
-
-
-def _finite(x: np.ndarray, what: str) -> np.ndarray:
-  if not np.isfinite(x).all():
-    raise FloatingPointError(f"{what} computed here are NaN or infinite")
-  return x

@@ -96,6 +96,16 @@ def test_a_failure_passes_through_and_ends_the_text():
     (Request(prompt=[1], max_tokens=1, top_logprobs=21), "top_logprobs = 21"),
     (Request(prompt=[1], max_tokens=1, prompt_logprobs=-1), "prompt_logprobs = -1"),
     (Request(prompt=[1], max_tokens=1, priority=True), "priority = True"),
+    (
+      Request(prompt=[1], max_tokens=1, sampling=Sampling(logit_bias={99999: 1.0})),
+      "token of logit_bias 99999 is outside",
+    ),
+    (
+      Request(
+        prompt=[1], max_tokens=1, sampling=Sampling(min_tokens=1), stop_ids=frozenset(range(33))
+      ),
+      "33 stop ids with min_tokens: give at most 32",
+    ),
   ],
 )
 def test_requests_that_cannot_be_served_are_refused_at_the_door(request_: Request, named: str):

@@ -5,7 +5,7 @@ import pytest
 from experiments.gpu_tiles import run
 from neurojax.kernels.gemm import mosaic, shapes, tuned
 from neurojax.stage import rounded
-from neurojax.stage.fused import Kernels
+from neurojax.stage.kernels import Kernels
 
 
 @pytest.mark.parametrize("m", [1, 8, 64, 256])

@@ -21,7 +21,7 @@ from neurojax.pipeline.loading import Loader
 from neurojax.pipeline.server import StageServer
 from neurojax.plan.fleet import Fleet, Host
 from neurojax.stage.compile import CompiledStage
-from neurojax.stage.fused import REFERENCE
+from neurojax.stage.kernels import REFERENCE
 from tests.pipeline.servers import collect, request, run
 
 pytestmark = pytest.mark.optimized

@@ -12,7 +12,7 @@ from neurojax.files.load import load_span
 from neurojax.files.open import open_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage.compile import CompiledStage
-from neurojax.stage.fused import REFERENCE, Kernels
+from neurojax.stage.kernels import REFERENCE, Kernels
 from neurojax.stage.runtime import StageRuntime
 from neurojax.stage.step import Row, RowOutput
 

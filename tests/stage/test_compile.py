@@ -19,7 +19,8 @@ from neurojax.measure.random_model import random_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import programs
 from neurojax.stage.cut import cut
-from neurojax.stage.fused import REFERENCE, Kernels, fuse
+from neurojax.stage.fused import fuse
+from neurojax.stage.kernels import REFERENCE, Kernels
 from neurojax.stage.runtime import StageRuntime
 from neurojax.stage.step import Row
 from tests.stage.compiling import (

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from neurojax.stage.fused import REFERENCE
+from neurojax.stage.kernels import REFERENCE
 from tests.stage.compiling import check_any_cut, write
 
 pytestmark = pytest.mark.optimized

@@ -14,7 +14,8 @@ from neurojax.files.load import load_span
 from neurojax.files.open import open_model
 from neurojax.model.neurollm import NeuroLLM
 from neurojax.stage import fused, rounded
-from neurojax.stage.fused import REFERENCE, Fused, Kernels, fuse
+from neurojax.stage.fused import Fused, fuse
+from neurojax.stage.kernels import REFERENCE, Kernels
 
 LLAMA = ModelConfig(
   vocab_size=97, model_dim=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -159,7 +160,7 @@ def test_padding_stores_nothing_and_changes_no_other_row(whole: Fused):
 
 @pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
 def test_generate_takes_the_models_tokens(path: Path, mode: str):
-  """With layers in a loop, and written out: each mode and each family has both."""
+  """Layers run in a loop or written out: each mode and each family has both."""
   unroll = (mode == "w2a8") == (path.stem == "llama")
   model = load(path, mode)
   whole = fuse(model)

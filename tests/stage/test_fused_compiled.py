@@ -15,7 +15,7 @@ from neurojax.kernels.gemm import tuned
 from neurojax.measure.speed.stage import random_model
 from neurojax.model.cache import KVCache, Rows
 from neurojax.stage import fused
-from neurojax.stage.fused import Kernels
+from neurojax.stage.kernels import Kernels
 from neurojax.stage.programs import FusedPrograms
 from tests.kernels import aot
 

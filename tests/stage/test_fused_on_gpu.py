@@ -11,7 +11,8 @@ import pytest
 from neurojax.config import ModelConfig
 from neurojax.measure.speed import stage
 from neurojax.stage import fused
-from neurojax.stage.fused import REFERENCE, Fused, Kernels
+from neurojax.stage.fused import Fused
+from neurojax.stage.kernels import REFERENCE, Kernels
 from tests.kernels import hopper
 
 pytestmark = hopper.needed

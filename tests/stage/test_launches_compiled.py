@@ -15,7 +15,7 @@ import pytest
 from neurojax.config import ModelConfig
 from neurojax.measure.speed.stage import random_model
 from neurojax.model.sample import Kind, SamplerState
-from neurojax.stage.fused import Kernels
+from neurojax.stage.kernels import Kernels
 from neurojax.stage.programs import FusedPrograms
 from neurojax.stage.state import StageState
 from neurojax.stage.step_programs import LOOP, PLAN, StepPrograms

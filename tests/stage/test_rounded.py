@@ -15,7 +15,8 @@ from neurojax.kernels.attention import triton as attention
 from neurojax.kernels.gemm import triton, tuned
 from neurojax.measure.speed.stage import random_model
 from neurojax.stage import fused, rounded
-from neurojax.stage.fused import REFERENCE, Fused, Kernels
+from neurojax.stage.fused import Fused
+from neurojax.stage.kernels import REFERENCE, Kernels
 from neurojax.weights.ternary import TernaryArray
 
 CONFIG = ModelConfig(

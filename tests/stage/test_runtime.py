@@ -197,7 +197,7 @@ def test_a_replayed_answer_goes_on_as_if_it_had_never_stopped(any_stage, replaye
 
 
 def test_kept_blocks_and_copies_are_as_good_as_computed_ones(any_stage):
-  """Of a prompt of four blocks: the kept ones are restored into another slot, and that is copied."""
+  """The kept blocks of a prompt are restored into another slot, and that slot is copied."""
   ids = tokens(60, 6)
   wanted = answer(StageRuntime(any_stage), 0, ids, FULL)
   runtime = StageRuntime(any_stage)
@@ -391,3 +391,9 @@ def test_slots_and_places_that_are_not_there_are_refused(stage: CompiledStage):
 def test_stages_that_cannot_be_are_refused(options: dict, named: str):
   with pytest.raises(ValueError, match=named):
     compiled(**options)
+
+
+def test_any_number_of_stop_ids_ends_answers_where_none_is_held_back(stage: CompiledStage):
+  runtime = StageRuntime(stage)
+  runtime.open(0, GREEDY, stop_ids=frozenset(range(1000)))
+  assert prefill(runtime, 0, tokens(5, 12)).tokens is not None

@@ -20,7 +20,8 @@ from neurojax.kernels.decode.bench import random_layers
 from neurojax.kernels.gemm import reference as gemm
 from neurojax.kernels.gemm.bench import GROUP, dense_s, random_rows
 from neurojax.stage import fused
-from neurojax.stage.fused import REFERENCE, Fused, Kernels
+from neurojax.stage.fused import Fused
+from neurojax.stage.kernels import REFERENCE, Kernels
 from neurojax.weights.ternary import Mode, TernaryArray
 
 STEPS = (16, 144)

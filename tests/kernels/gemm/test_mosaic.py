@@ -162,7 +162,7 @@ def test_it_compiles_without_spills_and_the_products_overlap(m, group, mode, mon
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize("m", [1, 64, 256, 2048])
 def test_groups_are_added_up_by_fused_operations(m, monkeypatch, capfd):
-  """As Triton's kernel adds them: the two then have the same bits. One for each sum of a group."""
+  """Adds the sums of groups in the order of Triton's kernel, so that both have the same bits."""
   ptx, _ = assembled(m, 128, "w2a8", monkeypatch, capfd)
   fused, plain = ptx.count("fma.rn.f32"), ptx.count("add.f32") + ptx.count("add.rn.f32")
   # The only other additions make floats of the integer sums.

@@ -118,7 +118,7 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch, tmp_path, flags)
 
 @needs_kernel
 def test_rows_lie_in_the_slots_that_they_name():
-  """In any order, several padded ones in the slot of another; a slot that is not there is no crash."""
+  """Rows may come in any order, padding may name a live slot, and a slot that is not there is no crash."""
   q, cache = problem(5, 2, 3, 32)
   start = np.array([5, 300, 77, 200, 128], np.int32)
   wanted = np.asarray(attend_cache(q, cache, jnp.int32(1), Rows(jnp.asarray(start))))
