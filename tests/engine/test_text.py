@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from neurojax.config import Sampling
 from neurojax.engine.api import EngineError, Request
 from neurojax.engine.fake import FakeEngine
 from neurojax.engine.text import stream_text
