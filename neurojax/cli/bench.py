@@ -44,7 +44,7 @@ class Decode(EngineOptions):
   random: bool = False
   """Make random ternary weights, which --arch needs."""
   weights: Weights | None = None
-  """As for `neurojax generate`. Without it, "dense" for a file and "w2a8" for an architecture."""
+  """Form of the matrices. Without it, "dense" for a file and "w2a8" for an architecture."""
   batch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1,)
   """Sequences at once, with --arch."""
   context: Annotated[tuple[int, ...], tyro.conf.arg(metavar="TOKENS ...")] = ()

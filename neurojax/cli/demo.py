@@ -53,7 +53,7 @@ class Demo(ModelOptions, SamplingOptions):
   prompt: str | None = None
   """Continue this text, whatever the model. Without it, the start of a story."""
   temperature: float | None = None
-  """As for `neurojax generate`. Without it, 0 for an answer and 0.7 for a continued text."""
+  """0 is greedy. Without it, 0 for an answer and 0.7 for a continued text."""
   weights: Weights | Literal["auto"] = "auto"
   """Form of the matrices; "auto" is the form that the file is made for."""
   stages: Annotated[int, tyro.conf.arg(metavar="N")] = 2
